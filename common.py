@@ -1,0 +1,366 @@
+"""What both training scripts and sample.py share: command line, processes, random numbers, checkpoints, pictures."""
+import argparse
+import contextlib
+import csv
+import functools
+import math
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "workers", "out", "log_every", "save_every",
+              "picture_every")  # settings that --resume may be given anew
+
+
+def parse(table, description, argv=None):
+    """Settings from the table of hyperparameters at the top of a training script and from the command line.
+
+    table: rows (name, value in the recipe digits, value in the recipe imagenet256, meaning). Every row is an option --name,
+    its type that of its value. --recipe chooses the column; left out, it is imagenet256 where data/imagenet/train exists and
+    digits elsewhere, and the first line printed says which and why. With --resume all settings are the checkpoint's.
+    Returns (a SimpleNamespace with one attribute a row, recipe and resume; the checkpoint to go on from or None).
+    """
+    recipes = ("digits", "imagenet256")
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=recipes, help="which column of the table")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint at --out, with its settings")
+    for name, digits, imagenet256, meaning in table:
+        parser.add_argument("--" + name, type=yes_or_no if isinstance(digits, bool) else type(digits),
+                            metavar=type(digits).__name__.upper(),
+                            help=f"{meaning} (digits: {digits}, imagenet256: {imagenet256})".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    recipe, why = given.get("recipe"), "as asked for"
+    if recipe is None:
+        found = os.path.isdir("data/imagenet/train")
+        recipe, why = recipes[found], f"data/imagenet/train is {'there' if found else 'not there'}"
+    settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + recipes.index(recipe)] for row in table}
+    checkpoint = None
+    if given.get("resume"):
+        out = given.get("out", settings["out"])
+        checkpoint = load_checkpoint(out, "the same command without --resume", ("config", "training"))
+        settings, why = checkpoint["config"], f"as in {out}"
+        for name in given.keys() - {"resume", *MAY_CHANGE}:
+            if given[name] != settings.get(name):
+                stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
+    settings = settings | given
+    if is_main():
+        print(f"recipe {settings['recipe']}: {why}", flush=True)
+    return SimpleNamespace(**settings), checkpoint
+
+
+def yes_or_no(text):
+    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "yes", "1")
+
+
+def three_numbers(text):
+    """ "4,50,55" -> [4.0, 50.0, 55.0], and "4" -> [4.0, 4.0, 4.0]; ValueError for anything else."""
+    if isinstance(text, list):
+        return text
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3):
+        raise ValueError(f"guidance must be one number or three with commas between, such as 4,50,55; got {text!r}")
+    return numbers * (3 // len(numbers))
+
+
+def stop(sentence):
+    """End the program with one sentence on standard error and the exit code 1."""
+    sys.exit("error: " + sentence)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+def start_processes(device):
+    """Join the process group when started by torchrun. Returns (device, rank, number of processes).
+
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        stop(f"--device {device} was asked for, but PyTorch sees no GPU here; use --device cpu")
+    if "RANK" not in os.environ:
+        return torch.device(device), 0, 1
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def is_main():
+    """Whether this process is the one that prints and writes (known before the process group exists)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def autocast(device, bf16):
+    """Automatic mixed precision. bf16: "auto" (where the processor multiplies bfloat16 fast), "on" or "off"."""
+    if bf16 == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            processor = torch.cpu.get_capabilities()
+            fast = processor.get("avx512_bf16", False) or processor.get("amx_bf16", False)
+        bf16 = "on" if fast else "off"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on")
+
+
+def generator(device, *key):
+    """A random generator that hangs on the numbers in key, such as (seed, step), and on nothing else."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed) >> 1)
+
+
+def sum_over_processes(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(total, rank, processes):
+    """This process's part of total rows: a slice; the slices of all processes cover them in order, without overlap."""
+    return slice(total * rank // processes, total * (rank + 1) // processes)
+
+
+def share_of_batch(cfg, num_images, rank, processes):
+    """share() of the global batch; ValueError where the batch fits neither the processes nor the data."""
+    if not processes <= cfg.batch_size <= num_images:
+        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {processes}, and the number "
+                         f"of training images, {num_images}")
+    return share(cfg.batch_size, rank, processes)
+
+
+def chunks(rows, size):
+    """Cut a slice into slices of at most size rows: the micro-batches of gradient accumulation."""
+    return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_images, seed, epoch):
+    """The order of all images in an epoch, (num_images,) int64, drawn from (seed, epoch)."""
+    return torch.randperm(num_images, generator=generator("cpu", seed, epoch))
+
+
+def batch_indices(num_images, batch_size, seed, step):
+    """The images in the global batch of a step, (batch_size,) int64: the same for any number of processes."""
+    epoch, i = divmod(step, num_images // batch_size)  # the few images that fill no batch sit out this epoch
+    return epoch_order(num_images, seed, epoch)[i * batch_size:(i + 1) * batch_size]
+
+
+def loader(dataset, batch_size, rows, seed, start, steps, workers):
+    """Batches for the steps start..steps - 1: this process's rows of the global batch, as the dataset gives them."""
+    def items():
+        for step in range(start, steps):
+            epoch = step // (len(dataset) // batch_size)
+            yield [(i, epoch) for i in batch_indices(len(dataset), batch_size, seed, step)[rows].tolist()]
+
+    return DataLoader(dataset, batch_sampler=items(), num_workers=workers, collate_fn=lambda batch: batch,
+                                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def make_optimizers(model, cfg, decay_all=False):
+    """AdamW, or Muon for the matrices in the blocks and AdamW for the rest, each with warm-up and cosine decay.
+
+    Weight decay falls on matrices only, none on norms, biases and embeddings, or with decay_all on everything.
+    Returns [(optimizer, scheduler), ...].
+    """
+    matrices, embeddings, muon = [], [], []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and parameter.ndim > 1
+            (matrices if is_matrix else embeddings).append(parameter)
+    if cfg.optimizer == "muon":
+        muon = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2]
+        in_muon = set(map(id, muon))
+        matrices = [p for p in matrices if id(p) not in in_muon]
+    elif cfg.optimizer != "adamw":
+        stop(f"--optimizer must be adamw or muon, got {cfg.optimizer}")
+    optimizers = [torch.optim.AdamW([{"params": matrices}, {"params": embeddings, "weight_decay": cfg.weight_decay * decay_all}], lr=cfg.lr,
+                                    betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+
+    def factor(step):
+        warm = min(1.0, (step + 1) / max(1, cfg.warmup))
+        cosine = (1 + math.cos(math.pi * min(1.0, step / cfg.steps))) / 2
+        return warm * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
+
+    return [(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)) for optimizer in optimizers]
+
+
+def wrap(model, device, compiled):
+    """The model as the training loop calls it: compiled if asked for, averaging gradients where there are several processes."""
+    if compiled:
+        model = torch.compile(model)
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def backward(model, loss_of, rows, size, batch_size):
+    """Gradients of the mean loss over the global batch, whatever the number of processes.
+
+    loss_of: a slice of this process's rows -> their mean loss.  size: rows taken at once.
+    DDP averages over processes, which may hold unequal shares; so every loss counts by its rows of the global batch.
+    """
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    parts = chunks(slice(0, rows.stop - rows.start), size)
+    for part in parts:
+        wait = processes > 1 and part is not parts[-1]
+        with model.no_sync() if wait else contextlib.nullcontext():
+            weight = processes * (part.stop - part.start) / batch_size
+            (loss_of(part) * weight).backward()
+
+
+def optimizer_step(model, ema, optimizers, clip):
+    """Clip the gradients to the norm clip (0 = leave them), then one step of every optimizer, its schedule and the average."""
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    for optimizer, scheduler in optimizers:
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    ema.update_parameters(model)
+
+
+def moving_average(model, decay):
+    """The exponential moving average (EMA) of a model's weights, which starts at its first update."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints, log, pictures
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a checkpoint so that a kill at any moment leaves the old file or the new one, whole."""
+    torch.save(checkpoint, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def load_checkpoint(path, made_by, keys):
+    """Read a checkpoint; one sentence and the exit code 1 where there is none, or it lacks one of the keys."""
+    if not os.path.isfile(path):
+        stop(f"there is no checkpoint {path}; make it with: {made_by}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
+        stop(f"{path} can't be read as a checkpoint ({type(problem).__name__}); make it with: {made_by}")
+    if not isinstance(checkpoint, dict) or not all(key in checkpoint for key in keys):
+        stop(f"{path} is not the checkpoint that is needed here; make it with: {made_by}")
+    return checkpoint
+
+
+def training_state(model, ema, optimizers):
+    """What a checkpoint holds for --resume beside the averaged weights."""
+    return {"model": model.state_dict(), "n_averaged": ema.n_averaged,
+            "optimizers": [(optimizer.state_dict(), scheduler.state_dict()) for optimizer, scheduler in optimizers]}
+
+
+def restore(checkpoint, model, ema, optimizers):
+    """Put a checkpoint's training state back."""
+    training = checkpoint["training"]
+    model.load_state_dict(training["model"])
+    ema.module.load_state_dict(checkpoint["weights"])
+    ema.n_averaged.copy_(training["n_averaged"])
+    for (optimizer, scheduler), (optimizer_state, scheduler_state) in zip(optimizers, training["optimizers"]):
+        optimizer.load_state_dict(optimizer_state)
+        scheduler.load_state_dict(scheduler_state)
+
+
+def keep_previous(path):
+    """A new run does not overwrite the checkpoint of the one before: it is kept as PATH.previous."""
+    if is_main() and os.path.isfile(path):
+        os.replace(path, path + ".previous")
+        print(f"{path} was there already; it is kept as {path}.previous")
+
+
+def open_log(path, columns, step):
+    """Open a CSV log and return the function that writes a row. Where a run goes on from a step, the rows up to it stay."""
+    if not is_main():
+        return lambda row: None
+    rows = []
+    if step and os.path.isfile(path):
+        with open(path, newline="") as file:
+            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+    write = csv.writer(open(path, "w", newline="", buffering=1)).writerow
+    for row in [columns, *rows]:
+        write(row)
+    return write
+
+
+def progress_bar(start, steps):
+    """A tqdm bar over training steps, of the main process only; where nobody watches it prints a line now and then."""
+    watched = sys.stderr.isatty()
+    return tqdm(total=steps, initial=start, disable=not is_main(), mininterval=0.5 if watched else 20, dynamic_ncols=watched)
+
+
+def rate(progress):
+    """Steps a second since the bar was made."""
+    return (progress.n - progress.initial) / (time.time() - progress.start_t) if progress.start_t else 0.0
+
+
+def beside(path, suffix):
+    """The path of a file that stands beside a checkpoint: tokenizer.pt -> tokenizer.csv."""
+    return os.path.splitext(path)[0] + suffix
+
+
+def duration(seconds):
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def to_uint8(images):
+    """Images in [-1, 1] -> uint8 0..255, same shape."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid(images, columns, row_labels=None):
+    """A PIL image of uint8 images (N, ch, H, W) in rows of columns; row_labels: a text in front of each row."""
+    N, _, H, W = images.shape
+    rows = -(-N // columns)
+    scale = max(1, 56 // H)  # digits would be tiny
+    margin = 0 if row_labels is None else 12 + max(7 * len(text) for text in row_labels)
+    page = Image.new("RGB", (margin + columns * W * scale, rows * H * scale), "white")
+    for i, image in enumerate(images.cpu().numpy()):
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).resize((W * scale, H * scale), 0)
+        page.paste(picture, (margin + i % columns * W * scale, i // columns * H * scale))
+    for row, text in enumerate(row_labels or []):
+        ImageDraw.Draw(page).text((6, (row + 0.5) * H * scale - 6), text, fill="black")
+    return page

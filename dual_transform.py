@@ -1,0 +1,70 @@
+"""The dual transformation (Sec. 3.2): an unordered set of tokens <-> a vector of counts over the codebook.
+
+    tokens  {7, 2, 2, 5}                  M = 4 tokens, each one of C = 8 codes, in no order
+    counts  [0, 0, 2, 0, 0, 1, 0, 1]      X[j] = how often code j occurs (Eq. 2); the sum is M (Eq. 3)
+
+Nothing is lost but the order, and the order means nothing to the set tokenizer. So a model of count vectors, which have
+a fixed length C, whole numbers and a fixed sum, is a model of sets.
+"""
+import math
+
+import torch
+
+
+def tokens_to_counts(tokens, codebook_size):
+    """Set of tokens -> count vector X (Eq. 2).
+
+    tokens: (B, M) int64 in [0, C), any order, any device.  codebook_size: C.
+    Returns counts (B, C) int64, every row sums to M (Eq. 3).
+    Raises ValueError for another dtype or shape, or a token outside [0, C).
+    """
+    check_integers("tokens", tokens, "(B, M)")
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size must be at least 1, got {codebook_size}")
+    refuse_where("tokens", tokens, (tokens < 0) | (tokens >= codebook_size), f"outside [0, {codebook_size})")
+    counts = tokens.new_zeros(tokens.shape[0], codebook_size)
+    return counts.scatter_add_(1, tokens, torch.ones_like(tokens))
+
+
+def counts_to_tokens(counts):
+    """Count vector X -> set of tokens, the inverse of Eq. 2: codes in ascending order, code j repeated X[j] times.
+
+    counts: (B, C) int64, none negative, every row with the same sum M, any device.
+    Returns tokens (B, M) int64, ascending in every row.
+    Raises ValueError for another dtype or shape, a negative count, or rows with unequal sums.
+    """
+    check_integers("counts", counts, "(B, C)")
+    refuse_where("counts", counts, counts < 0, "negative")
+    B, C = counts.shape
+    sums = counts.sum(1)
+    if (sums != sums[:1]).any():
+        row = int((sums != sums[0]).nonzero()[0])
+        raise ValueError(f"every row of counts must have the same sum: row 0 sums to {int(sums[0])}, "
+                         f"row {row} to {int(sums[row])}")
+    codes = torch.arange(C, device=counts.device).repeat(B)  # (B * C,)
+    return codes.repeat_interleave(counts.flatten()).view(B, int(sums[0]) if B else 0)
+
+
+def set_bits(num_tokens, codebook_size):
+    """log2 of the number of sets of M tokens out of C codes, binomial(M + C - 1, C - 1) (Sec. 4.2.4)."""
+    return math.log2(math.comb(num_tokens + codebook_size - 1, codebook_size - 1))
+
+
+def sequence_bits(num_tokens, codebook_size):
+    """log2 of the number of sequences of M tokens out of C codes, C^M (Sec. 4.2.4)."""
+    return num_tokens * math.log2(codebook_size)
+
+
+def check_integers(name, x, shape):
+    """Raise ValueError unless x is a two-dimensional int64 tensor."""
+    if not torch.is_tensor(x) or x.dtype != torch.int64:
+        raise ValueError(f"{name} must be an int64 tensor, got {x.dtype if torch.is_tensor(x) else type(x).__name__}")
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(x.shape)}")
+
+
+def refuse_where(name, x, wrong, what):
+    """Raise ValueError naming the first element of x (B, L) that is marked in wrong (B, L), and its place."""
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}, {column}] = {int(x[row, column])} is {what}")

@@ -1,0 +1,295 @@
+"""Fixed-Sum Discrete Diffusion (FSDD, Sec. 3.3): a generative model of count vectors whose every state sums to M.
+
+    X_0, data: the counts of an image's tokens.  X_1, noise: the counts of M codes drawn at random (Eq. 4).
+    forward process   X_t: a discrete Gaussian between the two, made to sum to M by greedy adjusting (Eq. 5-7, Alg. 1)
+    denoiser          a DiT with one position a code, X_t -> a distribution over 0..M for every count of X_0
+    generation        from X_1 to X_0 in 25 steps (Eq. 8-10)
+
+Shapes: B vectors, C codes, counts 0..M.  Time t runs from data (0) to noise (1), as in the paper; the denoiser is told
+s = 1 - t, as in the authors' release.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dual_transform import tokens_to_counts
+from tokenizer import Attention
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise and the forward process (Sec. 3.3.1)
+
+
+def sample_noise(batch, codebook_size, num_tokens, prior, generator=None, device="cpu"):
+    """X_1, pure noise (Eq. 4): counts (batch, C) int64, every row sums to M = num_tokens.
+
+    prior: "multinomial", M independent uniform draws over the C codes (the paper), or
+           "distinct", M different codes, so that all counts are 0 or 1 (the authors' release; needs M <= C).
+    """
+    if prior == "multinomial":
+        codes = torch.randint(codebook_size, (batch, num_tokens), generator=generator, device=device)
+    elif prior == "distinct":
+        if num_tokens > codebook_size:
+            raise ValueError(f"the prior 'distinct' needs num_tokens <= codebook_size, got {num_tokens} > {codebook_size}")
+        codes = torch.rand(batch, codebook_size, generator=generator, device=device).topk(num_tokens).indices
+    else:
+        raise ValueError(f"prior must be 'multinomial' or 'distinct', got {prior!r}")
+    return tokens_to_counts(codes, codebook_size)
+
+
+def forward_process(x0, x1, t, uniform=None):
+    """X_t ~ q(X_t | X_1, X_0), Eq. 5-7 and Algorithm 1.
+
+    x0, x1: (B, C) int64, every row sums to M.  t: (B,) in [0, 1], 0 = data, 1 = noise.
+    uniform: (B, C) in [0, 1), what the draw of each count hangs on; drawn here if left out.
+    Returns x_t (B, C) int64, every row sums to M.  Where x1 = x0, x_t is x0; at t = 0 it is x0, at t = 1 it is x1.
+
+    Eq. 6 keeps std = |x1 - x0| / 4 at the two ends as well, so that t = 0 and t = 1 would not give X_0 and X_1 back;
+    there we return them as they are.
+    """
+    if uniform is None:
+        uniform = torch.rand(x0.shape, device=x0.device)
+    num_tokens = check_sums(x0, x1)
+    t = t[:, None]  # (B, 1)
+    mean = t * x1 + (1 - t) * x0  # Eq. 6
+    std = (x1 - x0).abs() / 4
+    x, log_prob = discrete_gaussian(mean, std, num_tokens, uniform)
+    x = greedy_adjust(x, log_prob, num_tokens)
+    return torch.where(t == 0, x0, torch.where(t == 1, x1, x))
+
+
+def check_sums(x0, x1):
+    """M, the sum of every row of x0 and x1 (B, C); ValueError where they differ."""
+    sums = torch.cat([x0.sum(1), x1.sum(1)])  # (2 B,)
+    wrong = (sums != sums[:1]).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(f"row {i % len(x0)} of {'x0' if i < len(x0) else 'x1'} sums to {int(sums[i])}, "
+                         f"row 0 of x0 to {int(sums[0])}; all must sum to the same M")
+    return int(sums[0]) if len(sums) else 0
+
+
+def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
+    """Draw counts from Gaussians made discrete by their density at the integers 0..M (Eq. 5 and 9):
+
+        p(k) = exp(-(k - mean)^2 / (2 std^2)) / Z,   Z such that the sum over k = 0..M is 1.
+
+    mean (in [0, M]), std, uniform (in [0, 1)): (B, C).  top_k: draw among the k likeliest integers only, 0 = among all.
+    Returns x (B, C) int64 and log_prob, a function: counts (B, C) -> log p of each (B, C), for integers in [0, M].
+    Where std is 0, all of p is on the integer nearest to the mean.
+    """
+    x = mean.round().long()
+    log_z = torch.zeros_like(mean)
+    # Most codes do not move (std = 0), and around those that do, 8 std either side hold all but exp(-32) of the weight.
+    # So K integers at n places, (n, K), stand for the (B, C, M + 1) of the formula: few, as counts are small.
+    moving = std > 0
+    m, s = mean[moving, None], std[moving, None]  # (n, 1)
+    if len(m):
+        first = (m - 8 * s).floor().clamp(min=0)
+        last = (m + 8 * s).ceil().clamp(max=num_tokens)
+        k = first + torch.arange(int((last - first).max()) + 1, device=mean.device)  # (n, K)
+        log_p = (-((k - m) / s) ** 2 / 2).masked_fill(k > last, -math.inf)
+        x[moving] = k.long().gather(1, draw(log_p.softmax(1), uniform[moving], top_k=top_k)[:, None])[:, 0]
+        log_z[moving] = log_p.logsumexp(1)
+
+    def log_prob(k):
+        at_rest = torch.zeros_like(mean).masked_fill(k != mean.round(), -math.inf)
+        return torch.where(moving, -((k - mean) / std) ** 2 / 2 - log_z, at_rest)
+
+    return x, log_prob
+
+
+def draw(p, uniform, top_p=1.0, top_k=0):
+    """One draw from each categorical distribution, cut to its likeliest outcomes.
+
+    p: (..., K), each row sums to 1.  uniform: (...) in [0, 1), what the draw hangs on.
+    top_p: keep the smallest set of outcomes whose probability exceeds top_p (never empty; 1 keeps all).
+    top_k: keep the k likeliest outcomes (0 keeps all).
+    Returns the outcomes (...) int64 in [0, K).
+    """
+    order = None
+    if top_p < 1 or top_k:
+        p, order = p.sort(dim=-1, descending=True)
+        p = p * (p.cumsum(-1) - p <= top_p)  # what comes before an outcome decides, so that the first one always stays
+        p[..., top_k or p.shape[-1]:] = 0
+    cumulative = p.cumsum(-1)
+    outcome = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)  # inverse of the distribution function
+    outcome = outcome.clamp(max=p.shape[-1] - 1)
+    return outcome if order is None else order.gather(-1, outcome[..., None])[..., 0]
+
+
+def greedy_adjust(x, log_prob, num_tokens):
+    """Greedy adjusting (Algorithm 1): change as few counts as it takes, the likeliest steps first, until the sum is M.
+
+    x: (B, C) integers of any sum.  num_tokens: M.
+    log_prob: log-probability of every count, a tensor (B, C, M + 1) or a function: counts (B, C) int64 -> (B, C).
+    Returns (B, C) int64 in [0, M], every row sums to M.
+
+    Algorithm 1 is one round, which falls short when there is more to take away than there are codes with a count above 0
+    (the authors' release then returns a wrong sum). We go on, scoring anew, until no row is left. Each round takes at
+    least one step towards M, so it ends.  Equal scores (whole rows of them once a Gaussian is a spike) are told apart by
+    the ratio of the two probabilities; the release goes by index there.
+    """
+    if torch.is_tensor(log_prob):
+        table = log_prob
+        log_prob = lambda k: table.gather(2, k[:, :, None])[:, :, 0]  # noqa: E731
+    x = x.long().clamp(0, num_tokens)
+    while True:
+        delta = x.sum(1, keepdim=True) - num_tokens  # (B, 1), line 2
+        rounds = int(delta.abs().max()) if len(x) else 0
+        if rounds == 0:
+            return x
+        stepped = x - delta.sign()  # (B, C): each count, one step towards the right sum
+        allowed = (stepped >= 0) & (stepped <= num_tokens)
+        before, after = log_prob(x).double(), log_prob(stepped.clamp(0, num_tokens)).double()
+        d = after.exp() - before.exp()  # line 3, in [-1, 1]
+        ratio = (after - before).nan_to_num(0.0)
+        d = d + 1e-12 * ratio.sign() * ratio.abs().log1p()  # too small to matter but where d is equal
+        d = d.nan_to_num(-1.0).masked_fill(~allowed, -math.inf)
+        best = d.topk(min(rounds, x.shape[1]), dim=1)  # line 4, for the row with most to do
+        rank = torch.arange(best.values.shape[1], device=x.device)
+        take = (rank < delta.abs()) & (best.values > -math.inf)  # each row takes its own |delta| best
+        x = x.scatter_add(1, best.indices, -delta.sign() * take)  # line 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The denoiser (Sec. 4.1: "aligned with DiT")
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero: shift, scale and gate of both halves come from the condition c.
+
+    x (B, C, width), c (B, width) -> (B, C, width)
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=2)  # each (B, 1, width)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class Denoiser(nn.Module):
+    """p_theta(X_0 | X_t): a DiT over the C counts, one position a code.
+
+    codebook_size: C.  num_tokens: M.  num_classes: labels 0..num_classes - 1; label num_classes is the null class, which
+    stands for "any" in classifier-free guidance.
+    """
+
+    def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads):
+        super().__init__()
+        self.codebook_size, self.num_tokens, self.num_classes = codebook_size, num_tokens, num_classes
+        self.count_embedding = nn.Embedding(num_tokens + 1, width)
+        self.code_embedding = nn.Parameter(torch.zeros(1, codebook_size, width))
+        self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList([DiTBlock(width, heads) for _ in range(layers)])
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation_out = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.to_logits = nn.Linear(width, num_tokens + 1)
+        self.initialize()
+
+    def initialize(self):
+        """The initial values of DiT."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for embedding in (self.count_embedding, self.class_embedding, self.time_mlp[0], self.time_mlp[2]):
+            nn.init.normal_(embedding.weight, std=0.02)
+        for block in self.blocks:  # gates of zero: at the start every block is the identity
+            nn.init.zeros_(block.modulation[1].weight)
+        nn.init.zeros_(self.modulation_out[1].weight)
+        nn.init.zeros_(self.to_logits.weight)  # and all counts are equally likely: the loss starts at log(M + 1)
+
+    def forward(self, x_t, t, labels):
+        """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1)."""
+        c = self.time_mlp(time_features(1 - t)) + self.class_embedding(labels)  # (B, width)
+        x = (self.count_embedding(x_t) + self.code_embedding).to(c.dtype)  # (B, C, width), in bfloat16 under autocast
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = self.modulation_out(c)[:, None].chunk(2, dim=2)
+        return self.to_logits(self.norm_out(x) * (1 + scale) + shift)
+
+
+def time_features(s, size=256, max_period=10000):
+    """Cosines and sines of s at geometrically spaced frequencies, (B,) -> (B, size). s in [0, 1], not times 1000 as in DiT."""
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(size // 2, device=s.device) / (size // 2))
+    angles = s[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def fsdd_loss(denoiser, x0, labels, t, x1, uniform=None):
+    """Cross-entropy of the denoiser's logits at X_t against X_0, mean over codes and vectors.
+
+    x0, x1: (B, C) int64.  labels: (B,), the null class where the label is dropped.  t: (B,) in (0, 1].
+    uniform: (B, C), see forward_process.
+    """
+    x_t = forward_process(x0, x1, t, uniform)
+    logits = denoiser(x_t, t, labels)  # (B, C, M + 1)
+    return F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation (Sec. 3.3.2)
+
+
+def refine(denoiser, labels, prior="multinomial", steps=25, guidance=(4.0, 50.0, 55.0), top_p=0.8, top_k=0,
+           adjust_from=0.65, generator=None):
+    """Generate count vectors step by step: yields X_1 (noise), then X_t after each step, at last X_0.
+
+    Every one is (B, C) int64 and every row sums to M.
+
+    labels: (B,) int64.  prior: the noise the denoiser was trained with.
+    guidance: weight in the first, second and last third of the steps; 1 is the plain model.
+    top_p, top_k: how x_0 is drawn, see draw(); top_k also cuts the draw of X_t, and x_0 is then not adjusted.
+    adjust_from: from this s = 1 - t on, the drawn x_0 is adjusted to sum M.
+    The defaults are the authors' for the best FID; top_k=2, top_p=1 is their sharper, less diverse setting.
+    """
+    B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
+    x = sample_noise(B, C, M, prior, generator, device)
+    yield x
+    for step in range(steps):
+        s, s_next = step / steps, (step + 1) / steps
+        u0, u = torch.rand(2, B, C, generator=generator, device=device)
+        p = guided_probabilities(denoiser, x, 1 - s, labels, guidance[3 * step // steps])  # p(x_0 | X_t), (B, C, M + 1)
+        x0 = draw(p, u0, top_p, top_k)
+        if s >= adjust_from and not top_k:
+            x0 = greedy_adjust(x0, p.log(), M)
+        # Eq. 10. The noise end that X_t and x_0 imply is X_1 = x_0 + (X_t - x_0) / t, so |X_1 - x_0| = |X_t - x_0| / t
+        t, dt = 1 - s, s_next - s
+        mean = x + dt / t * (x0 - x)
+        f = 1 / (1 + math.exp(100 * (s_next - 0.8)))  # noise in the first 80 % of the steps, then none
+        std = (x - x0).abs() / t / 4 * f
+        x, log_prob = discrete_gaussian(mean, std, M, u, top_k)  # Eq. 9
+        # In the last step the Gaussian is a spike at x_0 and cannot tell one step from another; the denoiser's p can.
+        x = greedy_adjust(x, log_prob if step + 1 < steps else p.log(), M)
+        yield x
+
+
+def generate(denoiser, labels, **settings):
+    """Generate counts X_0 (B, C) int64, every row sums to M, for labels (B,). The settings are those of refine()."""
+    for x in refine(denoiser, labels, **settings):
+        pass
+    return x
+
+
+@torch.no_grad()
+def guided_probabilities(denoiser, x_t, t, labels, weight):
+    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + w (p_class - p_null), renormalized."""
+    t = torch.full((len(x_t),), t, device=x_t.device)
+    if weight == 1:
+        return denoiser(x_t, t, labels).float().softmax(-1)
+    null = torch.full_like(labels, denoiser.num_classes)
+    p = denoiser(x_t.repeat(2, 1), t.repeat(2), torch.cat([labels, null])).float().softmax(-1)
+    p_class, p_null = p.chunk(2)
+    p = (p_null + weight * (p_class - p_null)).clamp(min=0)
+    return p / p.sum(-1, keepdim=True)

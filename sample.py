@@ -1,0 +1,160 @@
+"""Draw images from a trained model (Sec. 3.3.2, Eq. 8-10): noise -> counts -> tokens -> image.
+
+    python sample.py --ckpt fsdd.pt                                a labelled grid of samples, samples.png
+    python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
+    torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num 50000 --out samples.npz    for evaluation
+
+The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained for.
+"""
+import argparse
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import common
+from dual_transform import counts_to_tokens
+from fsdd import Denoiser, refine
+from tokenizer import SetTokenizer
+
+# These have no value in a checkpoint; what is left out on the command line is taken from here.
+CKPT = "fsdd.pt"      # checkpoint of train_fsdd.py
+OUT = "samples.png"   # .png: a grid, .npz: arrays, .gif: the steps
+NUM = 100             # images in all, spread evenly over the labels
+BATCH = 100           # images generated together; another value draws other images
+SEED = 0
+DEVICE = "auto"       # auto, cpu, cuda
+BF16 = "auto"         # bfloat16 autocast of the denoiser: on, off, auto = where the processor is fast at it
+
+
+def main(argv=None):
+    args = parse(argv)
+    device, rank, processes = common.start_processes(args.device)
+    denoiser, tokenizer, checkpoint = load(args.ckpt, device)
+    class_names = checkpoint["class_names"]
+    try:
+        labels = choose_labels(args.labels, args.num, class_names, 10 if args.out[-3:] != "npz" else len(class_names))
+        settings = generation_settings(checkpoint["generation"], args)
+    except ValueError as problem:
+        common.stop(str(problem))
+    if rank == 0:
+        print("generating", len(labels), "images:", ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
+    began = time.time()
+    animate = args.out.endswith(".gif")
+    parts = common.chunks(slice(0, len(labels)), args.batch)
+    images = []  # on the main process, in order: (frames, n, ch, H, W) uint8; one frame, or all of them for an animation
+    for round in common.tqdm(range(0, len(parts), processes), disable=rank > 0):
+        mine = None
+        if round + rank < len(parts):
+            part = parts[round + rank]
+            with common.autocast(device, args.bf16):
+                states = list(refine(denoiser, labels[part].to(device), **settings,
+                                     generator=common.generator(device, args.seed, round + rank)))
+            mine = torch.stack([common.to_uint8(tokenizer.decode(counts_to_tokens(x))).cpu() for x in states[0 if animate else -1:]])
+        images += [found for found in gather(mine, rank, processes) if found is not None]
+    if rank == 0:
+        seconds = time.time() - began
+        write(args.out, torch.cat(images, dim=1), labels, class_names)
+        print(f"{args.out}: {len(labels)} images in {seconds:.1f} s")
+    common.end_processes()
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_fsdd.py ({CKPT})")
+    parser.add_argument("--out", default=OUT, help=f".png: a labelled grid, .npz: ADM's sample batch, arr_0 uint8 (N, H, W, 3) and "
+                                                   f"arr_1 the labels, .gif: the set as it is refined ({OUT})")
+    parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for a grid of more than ten, ten of them)")
+    parser.add_argument("--num", type=int, default=NUM, help=f"images in all, spread evenly over the labels ({NUM})")
+    parser.add_argument("--steps", type=int, help="steps from noise to data (the checkpoint's)")
+    parser.add_argument("--guidance", help="one weight, or three for the thirds of the steps, such as 4,50,55; 1 = none (the checkpoint's)")
+    parser.add_argument("--top_p", type=float, help="draw x_0 from the likeliest counts that exceed this probability (the checkpoint's)")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest counts, 0 = all (the checkpoint's)")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"images generated together ({BATCH}); another value draws other images")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"another seed draws other images ({SEED})")
+    parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
+    parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"), help=f"bfloat16 autocast of the denoiser ({BF16})")
+    args = parser.parse_args(argv)
+    if not args.out.endswith((".png", ".npz", ".gif")):
+        parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
+    for name in ("num", "batch", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not args.out.endswith(".npz") and args.num > 10000:
+        parser.error(f"{args.num} images are too many for a picture; use --out {os.path.splitext(args.out)[0]}.npz")
+    return args
+
+
+def load(path, device):
+    """fsdd.pt -> (denoiser, tokenizer, the whole checkpoint), both with their averaged weights, on the device."""
+    checkpoint = common.load_checkpoint(path, "python train_fsdd.py", ("model_config", "weights", "tokenizer", "generation"))
+    denoiser = Denoiser(**checkpoint["model_config"])
+    denoiser.load_state_dict(checkpoint["weights"])
+    tokenizer = SetTokenizer(**checkpoint["tokenizer"]["model_config"])
+    tokenizer.load_state_dict(checkpoint["tokenizer"]["weights"])
+    return denoiser.to(device).eval(), tokenizer.to(device).eval(), checkpoint
+
+
+def choose_labels(text, num, class_names, at_most):
+    """Labels (num,) int64, spread evenly over the classes in text, such as "0,1,7", one class after the other.
+
+    Without text: over all classes, or at_most of them. ValueError for what is no class.
+    """
+    every = len(class_names)
+    try:
+        classes = [int(number) for number in text.split(",")] if text else list(range(0, every, -(-every // at_most)))
+    except ValueError:
+        classes = [-1]
+    if not all(0 <= label < every for label in classes):
+        raise ValueError(f"--labels must be numbers from 0 to {every - 1} with commas between, got {text!r}")
+    return torch.tensor(classes)[torch.arange(num) * len(classes) // num]
+
+
+def generation_settings(defaults, args):
+    """The settings of fsdd.refine(): the checkpoint's, and over them what the command line says. ValueError where one is wrong."""
+    settings = dict(defaults)
+    settings |= {name: getattr(args, name) for name in defaults if getattr(args, name, None) is not None}
+    settings["guidance"] = common.three_numbers(settings["guidance"])
+    if not 0 < settings["top_p"] <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
+    if settings["top_k"] < 0:
+        raise ValueError(f"top_k must be 0 or more, got {settings['top_k']}")
+    return settings
+
+
+def gather(images, rank, processes):
+    """Every process's images (or None), in order, on the main process; [] on the others."""
+    if processes == 1:
+        return [images]
+    found = [None] * processes if rank == 0 else None
+    dist.gather_object(images, found)
+    return found or []
+
+
+def write(path, images, labels, class_names):
+    """images (frames, N, ch, H, W) uint8 and labels (N,) -> a grid (.png), arrays (.npz) or an animation (.gif)."""
+    if path.endswith(".npz"):
+        arrays = images[-1].permute(0, 2, 3, 1)  # (N, H, W, ch)
+        np.savez(path, arr_0=arrays.expand(-1, -1, -1, 3).numpy(), arr_1=labels.numpy())
+        return
+    columns = int(labels.bincount().max())  # a row for each class
+    rows = [class_names[label] for label in labels.unique_consecutive()]
+    pages = [common.grid(fill_rows(frame, labels, columns), columns, rows) for frame in images]
+    if path.endswith(".png"):
+        pages[0].save(path)
+    else:
+        pages[0].save(path, save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
+
+
+def fill_rows(images, labels, columns):
+    """Images (N, ch, H, W) of ascending rows of labels, with white images where a row is short of columns."""
+    rows = images.split(labels.unique_consecutive(return_counts=True)[1].tolist())
+    white = lambda row: row.new_full((columns - len(row), *row.shape[1:]), 255)  # noqa: E731
+    return torch.cat([torch.cat([row, white(row)]) for row in rows])
+
+
+if __name__ == "__main__":
+    main()

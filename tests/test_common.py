@@ -1,0 +1,237 @@
+"""What the scripts share: the command line, the same batches for any number of processes, checkpoints that survive."""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"),
+         ("out", "a.pt", "a.pt", "checkpoint")]
+
+
+def run(script, *args, folder, processes=1):
+    """Run a script of the project as a user does, in a folder of its own; returns the finished process."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *start, os.path.join(ROOT, script), *map(str, args)], cwd=folder,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def assert_one_sentence(finished, *words):
+    """A mistake of the user's ends in one sentence and a non-zero exit, without a traceback."""
+    assert finished.returncode != 0
+    assert "Traceback" not in finished.stderr, finished.stderr
+    for word in words:
+        assert word in finished.stderr, finished.stderr
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def test_recipe_chooses_the_column(tmp_path, monkeypatch, capsys):
+    """Broken: the digits would be trained with ImageNet's settings or the other way round, or it would not be said."""
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = common.parse(TABLE, "", [])
+    assert (cfg.recipe, cfg.steps, cfg.flip) == ("digits", 10, False)
+    assert "recipe digits: data/imagenet/train is not there" in capsys.readouterr().out
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "data" / "imagenet").mkdir(parents=True)
+    (tmp_path / "data" / "imagenet" / "train").symlink_to(tmp_path / "somewhere")
+    cfg, _ = common.parse(TABLE, "", [])
+    assert (cfg.recipe, cfg.steps, cfg.flip) == ("imagenet256", 1000, True)
+    assert "recipe imagenet256: data/imagenet/train is there" in capsys.readouterr().out
+    assert common.parse(TABLE, "", ["--recipe", "digits"])[0].steps == 10
+
+
+def test_key_value():
+    """Broken: --key value and --key=value would not both work, or give another type than the table's."""
+    cfg, _ = common.parse(TABLE, "", ["--recipe=digits", "--steps", "7", "--lr=3e-4", "--flip", "true", "--out=b.pt"])
+    assert (cfg.steps, cfg.lr, cfg.flip, cfg.out) == (7, 3e-4, True, "b.pt")
+
+
+@pytest.mark.parametrize("argv, word", [(["--stepz", "7"], "--stepz"), (["--step", "7"], "--step"), (["--steps", "x"], "--steps"),
+                                        (["--steps", "1.5"], "--steps"), (["--flip", "maybe"], "--flip"),
+                                        (["--recipe", "cifar"], "--recipe")])
+def test_wrong_command_lines(argv, word, capsys):
+    """Broken: a misspelt key or a value of the wrong type would be taken for something else."""
+    with pytest.raises(SystemExit) as stopped:
+        common.parse(TABLE, "", argv)
+    assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+def test_help_names_every_key(capsys):
+    """Broken: --help would not be the table."""
+    with pytest.raises(SystemExit) as stopped:
+        common.parse(TABLE, "what it does", ["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "what it does" in text and all("--" + row[0] in text for row in TABLE)
+
+
+def test_resume_takes_the_checkpoints_settings(tmp_path, capsys):
+    """Broken: a resumed run would train with other settings than the run it goes on from."""
+    path = str(tmp_path / "a.pt")
+    common.save_checkpoint({"config": {"recipe": "digits", "resume": False, "steps": 50, "lr": 0.5, "flip": True, "out": "old"},
+                            "training": {}}, path)
+    cfg, checkpoint = common.parse(TABLE, "", ["--resume", "--out", path, "--steps", "60"])
+    assert (cfg.steps, cfg.lr, cfg.flip, cfg.out) == (60, 0.5, True, path) and checkpoint is not None
+    with pytest.raises(SystemExit, match="--lr 0.1 can't change with --resume"):
+        common.parse(TABLE, "", ["--resume", "--out", path, "--lr", "0.1"])
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [1, 7, 128, 255])
+def test_shares_cover_the_batch(total):
+    """Broken: with some number of processes an image would be missing from the batch, or be in it twice."""
+    for processes in range(1, 12):
+        shares = [common.share(total, rank, processes) for rank in range(processes)]
+        rows = [row for part in shares for row in range(total)[part]]
+        assert rows == list(range(total))
+        lengths = [part.stop - part.start for part in shares]
+        assert max(lengths) - min(lengths) <= 1
+        for part in shares:
+            pieces = common.chunks(part, 3)
+            assert [row for piece in pieces for row in range(total)[piece]] == list(range(total)[part])
+            assert all(piece.stop - piece.start <= 3 for piece in pieces)
+
+
+def test_an_epoch_sees_every_image_once():
+    """Broken: images would repeat within an epoch, or every epoch would have the same order."""
+    N, B = 103, 10
+    steps = [common.batch_indices(N, B, seed=5, step=step) for step in range(30)]
+    epochs = [torch.cat(steps[i:i + 10]) for i in (0, 10, 20)]
+    for epoch in epochs:
+        assert len(epoch.unique()) == 100 and epoch.min() >= 0 and epoch.max() < N
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(steps[13], common.batch_indices(N, B, seed=5, step=13))  # no hidden state
+    assert not torch.equal(steps[13], common.batch_indices(N, B, seed=6, step=13))
+
+
+def test_random_numbers_hang_on_the_key():
+    """Broken: two steps, or two seeds, would draw the same noise, or the same step other noise after a resume."""
+    draws = {key: torch.rand(4, generator=common.generator("cpu", *key)).tolist() for key in [(0, 1), (1, 0), (0, 2), (0, 0, 1)]}
+    assert len(set(map(tuple, draws.values()))) == 4
+    assert torch.rand(4, generator=common.generator("cpu", 0, 1)).tolist() == draws[0, 1]
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_accumulated_gradients_are_the_whole_batchs(size):
+    """Broken: micro-batches of unequal size would not add up to the gradient of the mean over the batch."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(5, 1), torch.randn(10, 5)
+    model(x).square().mean().backward()
+    whole = model.weight.grad.clone()
+    model.zero_grad()
+    common.backward(model, lambda part: model(x[part]).square().mean(), slice(0, 10), size, 10)
+    assert torch.allclose(model.weight.grad, whole, atol=1e-6)
+
+
+# --- optimization ----------------------------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    return SimpleNamespace(**dict(optimizer="adamw", lr=1.0, muon_lr=0.1, lr_end=0.1, warmup=10, steps=110, beta2=0.99,
+                                  weight_decay=0.5) | changes)
+
+
+def test_schedule():
+    """Broken: the learning rate would not rise over the warm-up and fall along a cosine to its end, or stay where lr_end is 1."""
+    for lr_end in (0.1, 1.0):
+        (optimizer, scheduler), = common.make_optimizers(torch.nn.Linear(2, 2), settings(lr_end=lr_end))
+        rates = []
+        for _ in range(110):
+            rates.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        assert rates[:10] == sorted(rates[:10]) and rates[0] < 0.2 and max(rates) <= 1.0
+        assert rates[-1] == pytest.approx(lr_end, abs=1e-3)
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_weight_has_one_optimizer(optimizer):
+    """Broken: a weight would be left out or stepped twice, or norms, biases and embeddings would decay."""
+    from fsdd import Denoiser
+    model = Denoiser(12, 6, 3, 32, 2, 2)
+    for decay_all in (False, True):
+        groups = [g for o, _ in common.make_optimizers(model, settings(optimizer=optimizer), decay_all) for g in o.param_groups]
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters()))
+        decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        assert decay[id(model.to_logits.weight)] == 0.5
+        for p in (model.to_logits.bias, model.code_embedding, model.count_embedding.weight):
+            assert decay[id(p)] == (0.5 if decay_all else 0.0)
+
+
+# --- checkpoints, log, pictures --------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    """Broken: a run killed while it saves would lose the checkpoint it had."""
+    path = str(tmp_path / "a.pt")
+    common.save_checkpoint({"step": 1}, path)
+
+    def half_a_save(checkpoint, target):
+        with open(target, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(KeyboardInterrupt):
+        common.save_checkpoint({"step": 2}, path)
+    assert common.load_checkpoint(path, "x", ("step",))["step"] == 1
+
+
+def test_bad_checkpoints_get_a_sentence(tmp_path):
+    """Broken: a missing, broken or foreign file would end in a traceback."""
+    broken, foreign = str(tmp_path / "broken.pt"), str(tmp_path / "foreign.pt")
+    with open(broken, "wb") as file:
+        file.write(b"not a checkpoint")
+    torch.save({"other": 1}, foreign)
+    for path, words in ((str(tmp_path / "none.pt"), "there is no checkpoint"), (broken, "can't be read"), (foreign, "is not the")):
+        with pytest.raises(SystemExit, match=words) as stopped:
+            common.load_checkpoint(path, "python train_fsdd.py", ("weights",))
+        assert "python train_fsdd.py" in str(stopped.value.code)
+
+
+def test_log_goes_on_from_the_checkpoint(tmp_path):
+    """Broken: rows written after the last checkpoint would stand in the log twice."""
+    path = str(tmp_path / "a.csv")
+    write = common.open_log(path, ["step", "loss"], 0)
+    for step in (10, 20, 30):
+        write([step, 0.5])
+    write = common.open_log(path, ["step", "loss"], 20)
+    write([30, 0.25])
+    assert open(path).read().split() == ["step,loss", "10,0.5", "20,0.5", "30,0.25"]
+
+
+def test_grid_puts_images_in_their_places():
+    """Broken: pictures would show images in the wrong row or column, or with wrong colours."""
+    images = torch.zeros(6, 3, 56, 56, dtype=torch.uint8)
+    images[4, 0] = 255  # the fifth image is red
+    page = common.grid(images, 3)
+    assert page.size == (168, 112)
+    assert page.getpixel((84, 84)) == (255, 0, 0) and page.getpixel((28, 84)) == (0, 0, 0)
+    grey = common.grid(torch.full((2, 1, 28, 28), 7, dtype=torch.uint8), 2, ["label"])
+    assert grey.getpixel((grey.width - 5, 5)) == (7, 7, 7) and grey.size[1] == 56
+    assert grey.crop((0, 0, grey.width - 112, 56)).convert("L").getextrema()[0] < 128  # the label is there
+
+
+def test_pixels_to_bytes():
+    """Broken: [-1, 1] would not become 0..255, or would wrap around outside."""
+    assert common.to_uint8(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
+    everything = torch.arange(256)
+    assert torch.equal(common.to_uint8(everything / 127.5 - 1).long(), everything)
+
+
+@pytest.mark.parametrize("text, numbers", [("4,50,55", [4, 50, 55]), ("2", [2, 2, 2]), ("1.5, 2, 3", [1.5, 2, 3])])
+def test_guidance_weights(text, numbers):
+    """Broken: --guidance would be read wrongly."""
+    assert common.three_numbers(text) == numbers
+    for wrong in ("", "a", "1,2", "1,2,3,4"):
+        with pytest.raises(ValueError, match="one number or three"):
+            common.three_numbers(wrong)

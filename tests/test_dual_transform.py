@@ -1,0 +1,80 @@
+"""The dual transformation is a bijection between sets of M tokens and count vectors with sum M (Sec. 3.2)."""
+import itertools
+import math
+
+import pytest
+import torch
+
+from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
+
+SIZES = [(1, 1, 1), (5, 3, 7), (4, 32, 64), (3, 128, 4096), (2, 50, 1), (6, 0, 5), (0, 4, 5)]  # B, M, C
+
+
+@pytest.mark.parametrize("B, M, C", SIZES)
+def test_tokens_come_back_sorted(B, M, C):
+    """Broken: an image's tokens would change on the way to counts and back."""
+    tokens = torch.randint(C, (B, M), generator=torch.Generator().manual_seed(0))
+    counts = tokens_to_counts(tokens, C)
+    assert counts.dtype == torch.int64 and counts.shape == (B, C)
+    assert (counts.sum(1) == M).all()  # Eq. 3
+    if B:  # an empty batch of counts doesn't know M
+        assert torch.equal(counts_to_tokens(counts), tokens.sort(1).values)
+        assert torch.equal(tokens_to_counts(counts_to_tokens(counts), C), counts)
+
+
+def test_every_set_has_its_own_count_vector():
+    """Broken: two sets would share a count vector, or some count vector would stand for no set."""
+    M, C = 4, 5
+    sets = torch.tensor(list(itertools.combinations_with_replacement(range(C), M)))
+    counts = tokens_to_counts(sets, C)
+    vectors = {v for v in itertools.product(range(M + 1), repeat=C) if sum(v) == M}
+    assert set(map(tuple, counts.tolist())) == vectors and len(sets) == len(vectors) == math.comb(M + C - 1, C - 1)
+    assert torch.equal(counts_to_tokens(counts), sets)
+    assert set_bits(M, C) == pytest.approx(math.log2(len(sets)))
+
+
+def test_order_does_not_matter():
+    """Broken: counts would depend on the order of tokens, and would not describe a set."""
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(9, (50, 20), generator=g)
+    shuffled = tokens.gather(1, torch.rand(50, 20, generator=g).argsort(1))
+    assert not torch.equal(tokens, shuffled)
+    assert torch.equal(tokens_to_counts(tokens, 9), tokens_to_counts(shuffled, 9))
+
+
+def test_counts_by_hand():
+    """Broken: Eq. 2, against an example that can be checked by eye."""
+    assert tokens_to_counts(torch.tensor([[7, 2, 2, 5]]), 8).tolist() == [[0, 0, 2, 0, 0, 1, 0, 1]]
+
+
+def test_bits_of_the_paper():
+    """Broken: the sizes of the two spaces (Sec. 4.2.4) for M = 128, C = 4096."""
+    assert round(set_bits(128, 4096)) == 823 and sequence_bits(128, 4096) == 1536
+
+
+def change(tensor, place, value):
+    tensor = tensor.clone()
+    tensor[place] = value
+    return tensor
+
+
+tokens, counts = torch.zeros(3, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda: tokens_to_counts(change(tokens, (1, 2), 8), 8), r"tokens\[1, 2\] = 8 is outside \[0, 8\)"),
+    (lambda: tokens_to_counts(change(tokens, (2, 0), -1), 8), r"tokens\[2, 0\] = -1 is outside"),
+    (lambda: tokens_to_counts(tokens.int(), 8), "int64 tensor, got torch.int32"),
+    (lambda: tokens_to_counts(tokens.float(), 8), "int64 tensor, got torch.float32"),
+    (lambda: tokens_to_counts([[1, 2]], 8), "int64 tensor, got list"),
+    (lambda: tokens_to_counts(tokens[0], 8), r"shape \(B, M\), got \(4,\)"),
+    (lambda: tokens_to_counts(tokens, 0), "codebook_size must be at least 1, got 0"),
+    (lambda: counts_to_tokens(change(counts, (1, 3), -2)), r"counts\[1, 3\] = -2 is negative"),
+    (lambda: counts_to_tokens(change(counts, (2, 0), 3)), "row 0 sums to 4, row 2 to 6"),
+    (lambda: counts_to_tokens(counts.float()), "int64 tensor, got torch.float32"),
+    (lambda: counts_to_tokens(counts[None]), r"shape \(B, C\), got \(1, 3, 4\)"),
+])
+def test_bad_input_is_refused(wrong, words):
+    """Broken: bad input would be taken silently, or the message would not say what is wrong and where."""
+    with pytest.raises(ValueError, match=words):
+        wrong()

@@ -1,0 +1,385 @@
+"""Fixed-Sum Discrete Diffusion: every state sums to M, and every distribution is the paper's (Sec. 3.3)."""
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fsdd
+from fsdd import Denoiser, discrete_gaussian, draw, forward_process, greedy_adjust, sample_noise
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def dense_gaussian(mean, std, num_tokens):
+    """The formula as it stands: exp(-(k - mean)^2 / (2 std^2)) at k = 0..M, normalized, in float64, (..., M + 1)."""
+    k = torch.arange(num_tokens + 1, dtype=torch.float64)
+    return (-(k - mean.double()[..., None]) ** 2 / (2 * std.double()[..., None] ** 2)).softmax(-1)
+
+
+def assert_same_distribution(draws, p):
+    """Chi-square test of draws (n,) against p (K,); fails where five standard deviations off."""
+    observed, expected = draws.bincount(minlength=len(p)).double(), p * len(draws)
+    rare = expected < 10  # together one bin, as the test wants some draws in each
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    if expected[-1] < 1e-3:
+        assert observed[-1] == 0
+        observed, expected = observed[:-1], expected[:-1]
+    chi2, free = ((observed - expected) ** 2 / expected).sum(), max(1, len(expected) - 1)
+    assert chi2 < free + 5 * math.sqrt(2 * free) + 10, (chi2, observed, expected)
+
+
+def skewed_counts(B, C, M, seed):
+    """Counts as adversarial as data can be: all on one code, evenly spread, heavy on few codes."""
+    tokens = torch.randint(C, (B, M), generator=seeded(seed))
+    tokens[0::3] = tokens[0::3, :1]
+    tokens[1::3, : M // 2] = 0
+    return fsdd.tokens_to_counts(tokens, C)
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", ["multinomial", "distinct"])
+def test_noise(prior):
+    """Broken: noise would not sum to M (Eq. 4), or would favour some codes."""
+    counts = sample_noise(4000, 20, 8, prior, seeded(0))
+    assert (counts.sum(1) == 8).all() and counts.min() >= 0
+    assert counts.max() == 1 if prior == "distinct" else counts.max() > 1
+    assert (counts.double().mean(0) - 8 / 20).abs().max() < 0.06  # five standard deviations
+    one = counts[:, 0]
+    p = torch.tensor([math.comb(8, k) * 0.05 ** k * 0.95 ** (8 - k) for k in range(9)], dtype=torch.float64)
+    assert_same_distribution(one, p if prior == "multinomial" else torch.tensor([0.6, 0.4], dtype=torch.float64))
+
+
+def test_noise_refuses():
+    """Broken: a misspelt prior, or more distinct codes than there are, would give some other noise."""
+    with pytest.raises(ValueError, match="'multinomial' or 'distinct', got 'uniform'"):
+        sample_noise(1, 4, 2, "uniform")
+    with pytest.raises(ValueError, match="5 > 4"):
+        sample_noise(1, 4, 5, "distinct")
+
+
+# --- forward process -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C, M, prior", [(64, 32, "multinomial"), (8, 128, "multinomial"), (300, 40, "distinct"),
+                                         (1, 5, "multinomial"), (5, 1, "distinct")])
+def test_every_state_sums_to_M(C, M, prior):
+    """Broken: the fixed-sum constraint (Eq. 3) in training."""
+    x0, x1 = skewed_counts(60, C, M, 1), sample_noise(60, C, M, prior, seeded(2))
+    for t in (0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0):
+        x = forward_process(x0, x1, torch.full((60,), t))
+        assert x.dtype == torch.int64 and (x.sum(1) == M).all() and x.min() >= 0
+        assert torch.equal(x[x0 == x1].sort().values, x0[x0 == x1].sort().values) or t not in (0, 1)
+
+
+def test_ends_are_exact():
+    """Broken: t = 0 would not be the data, t = 1 not the noise."""
+    x0, x1 = skewed_counts(30, 40, 16, 3), sample_noise(30, 40, 16, "multinomial", seeded(4))
+    assert torch.equal(forward_process(x0, x1, torch.zeros(30)), x0)
+    assert torch.equal(forward_process(x0, x1, torch.ones(30)), x1)
+    t = torch.tensor([0.0, 1.0, 0.5] * 10)  # also where the three stand in one batch
+    x = forward_process(x0, x1, t)
+    assert torch.equal(x[0::3], x0[0::3]) and torch.equal(x[1::3], x1[1::3])
+
+
+def test_equal_ends_stay():
+    """Broken: where X_1 = X_0 the std is 0 and X_t must be X_0, without a NaN on the way."""
+    x0 = skewed_counts(30, 40, 16, 5)
+    assert torch.equal(forward_process(x0, x0, torch.rand(30, generator=seeded(6))), x0)
+    x, log_prob = discrete_gaussian(x0.float(), torch.zeros(30, 40), 16, torch.rand(30, 40))
+    assert torch.equal(x, x0) and (log_prob(x0) == 0).all() and (log_prob(x0 + 1) == -math.inf).all()
+
+
+@pytest.mark.parametrize("x0, x1, t", [(0, 1, 0.2), (0, 1, 0.5), (3, 1, 0.7), (0, 9, 0.3), (32, 0, 0.5), (0, 32, 0.02),
+                                       (31, 32, 0.9), (2, 10, 1.0), (5, 0, 1e-4)])
+def test_forward_process_is_the_dense_formula(x0, x1, t):
+    """Broken: X_t before adjusting would not follow Eq. 5-6 with the density at the integers 0..M."""
+    M, n = 32, 200_000
+    mean, std = torch.full((1, n), t * x1 + (1 - t) * x0), torch.full((1, n), abs(x1 - x0) / 4)
+    x, log_prob = discrete_gaussian(mean, std, M, torch.rand(1, n, generator=seeded(7)))
+    p = dense_gaussian(mean[0, 0], std[0, 0], M)
+    assert_same_distribution(x[0], p)
+    k = torch.arange(M + 1)
+    ours = torch.stack([log_prob(torch.full((1, n), i))[0, 0] for i in range(M + 1)])
+    assert torch.allclose(ours.double(), dense_gaussian(mean[0, 0], std[0, 0], M).log(), atol=1e-4, rtol=1e-4) or \
+        torch.allclose(ours.double().exp(), p, atol=1e-6)
+    assert k[p > 1e-6].numel() > 0
+
+
+def test_density_is_not_rounding():
+    """Broken: the Gaussian would be rounded instead of taken at the integers. Mean .2, std .25: p(1) = .008 against .115."""
+    n = 100_000
+    x, _ = discrete_gaussian(torch.full((1, n), 0.2), torch.full((1, n), 0.25), 4, torch.rand(1, n, generator=seeded(8)))
+    assert 0.006 < (x == 1).double().mean() < 0.010
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_tensor_over_all_counts():
+    """Broken: at ImageNet's size the forward process would take B x C x (M + 1) numbers."""
+    B, C, M = 4, 4096, 128
+    x0, x1 = sample_noise(B, C, M, "multinomial", seeded(9)), sample_noise(B, C, M, "multinomial", seeded(10))
+    with LargestTensor() as largest:
+        forward_process(x0, x1, torch.rand(B))
+    assert largest.elements < B * C * (M + 1) / 10
+
+
+def test_forward_process_refuses_unequal_sums():
+    """Broken: vectors of different sums would go through and come out with a sum that is neither."""
+    with pytest.raises(ValueError, match="row 1 of x1 sums to 3, row 0 of x0 to 2"):
+        forward_process(torch.tensor([[2, 0], [1, 1]]), torch.tensor([[1, 1], [1, 2]]), torch.rand(2))
+
+
+# --- greedy adjusting ------------------------------------------------------------------------------------------------
+
+
+def brute_force_adjust(x, log_p, M):
+    """Algorithm 1 on one row, round after round, each round by trying every choice of codes."""
+    x = x.clone()
+    while x.sum() != M:
+        delta = int(x.sum()) - M
+        step = -1 if delta > 0 else 1
+        codes = [j for j in range(len(x)) if 0 <= int(x[j]) + step <= M]
+        gain = {j: (log_p[j, x[j] + step].exp() - log_p[j, x[j]].exp()).item() for j in codes}
+        choices = itertools.combinations(codes, min(abs(delta), len(codes)))
+        for j in max(choices, key=lambda choice: sum(gain[j] for j in choice)):
+            x[j] += step
+    return x
+
+
+def test_greedy_choice_is_the_best_choice():
+    """Broken: a round would not take the |delta| steps that Algorithm 1 ranks highest."""
+    C, M, B = 5, 6, 300
+    g = seeded(11)
+    log_p = torch.randn(B, C, M + 1, generator=g).double().mul(2).log_softmax(2)
+    x = torch.randint(M + 1, (B, C), generator=g)
+    x[::4] = torch.randint(2, (len(x[::4]), C), generator=g)  # sums below M too
+    assert (x.sum(1) > M).any() and (x.sum(1) < M).any() and (x.sum(1) - M).abs().max() > C  # and more than one round
+    ours = greedy_adjust(x, log_p, M)
+    assert torch.equal(ours, torch.stack([brute_force_adjust(x[i], log_p[i], M) for i in range(B)]))
+
+
+@pytest.mark.parametrize("C, M", [(6, 4), (64, 32), (3, 50), (1, 7), (200, 5)])
+@pytest.mark.parametrize("scores", ["random", "equal", "-inf", "nan", "inf", "spikes"])
+def test_any_input_comes_out_right(C, M, scores):
+    """Broken: some input or some score would leave a row with a wrong sum or a negative count, or never end."""
+    g = seeded(12)
+    rows = [torch.zeros(C), torch.full((C,), M), torch.full((C,), 10 * M), torch.full((C,), -5), torch.ones(C),
+            torch.eye(C)[0] * M, torch.eye(C)[-1] * M * 100, torch.eye(C)[0] * (M - 1), torch.eye(C)[0] * M + 1]
+    x = torch.stack(rows + list(torch.randint(-3, 3 * M, (20, C), generator=g))).long()
+    shape = (len(x), C, M + 1)
+    log_p = {"random": torch.randn(shape, generator=g).log_softmax(2), "equal": torch.zeros(shape),
+             "-inf": torch.full(shape, -math.inf), "nan": torch.full(shape, math.nan), "inf": torch.full(shape, math.inf),
+             "spikes": torch.where(torch.rand(shape, generator=g) < 0.1, 0.0, -math.inf)}[scores]
+    out = greedy_adjust(x, log_p, M)
+    assert out.dtype == torch.int64 and (out.sum(1) == M).all() and out.min() >= 0 and out.max() <= M
+    right = (x.sum(1) == M) & (x.min(1).values >= 0)
+    assert torch.equal(out[right], x[right])  # what is right already stays
+
+
+def test_function_and_table_agree():
+    """Broken: the same probabilities, handed in as a function or as a tensor, would adjust differently."""
+    C, M = 10, 8
+    g = seeded(13)
+    table = torch.randn(40, C, M + 1, generator=g).log_softmax(2)
+    x = torch.randint(4, (40, C), generator=g)
+    by_function = greedy_adjust(x, lambda k: table.gather(2, k[..., None])[..., 0], M)
+    assert torch.equal(by_function, greedy_adjust(x, table, M))
+
+
+def test_ties_go_to_the_likelier_code():
+    """Broken: once the Gaussian is a spike, codes would be adjusted by their index and not by how near the mean is."""
+    mean, std = torch.tensor([[2.01, 2.4, 2.3, 0.0]]), torch.full((1, 4), 1e-3)
+    x, log_prob = discrete_gaussian(mean, std, 8, torch.rand(1, 4))
+    assert x.tolist() == [[2, 2, 2, 0]]
+    assert greedy_adjust(x, log_prob, 7).tolist() == [[2, 3, 2, 0]]
+    assert greedy_adjust(x, log_prob, 8).tolist() == [[2, 3, 3, 0]]
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def test_draw_follows_p():
+    """Broken: draws would not follow the probabilities."""
+    p = torch.tensor([0.5, 0.0, 0.2, 0.3], dtype=torch.float64)
+    draws = draw(p.float().expand(100_000, 4), torch.rand(100_000, generator=seeded(14)))
+    assert_same_distribution(draws, p)
+
+
+@pytest.mark.parametrize("top_p, top_k, kept", [(0.45, 0, [0]), (0.875, 0, [0, 3, 2]), (0.86, 0, [0, 3]), (1.0, 2, [0, 3]),
+                                                (0.0, 0, [0]), (1.0, 1, [0]), (1.0, 0, [0, 2, 3]), (1.0, 9, [0, 2, 3])])
+def test_top_p_and_top_k(top_p, top_k, kept):
+    """Broken: top-p would not be the smallest set of counts whose probability exceeds p, or would be empty."""
+    p = torch.tensor([0.5, 0.0, 0.125, 0.375])
+    draws = draw(p.double().expand(50_000, 4), torch.rand(50_000, generator=seeded(15)), top_p, top_k)
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[kept] = p.double()[kept] / p.double()[kept].sum()
+    assert_same_distribution(draws, expected)
+
+
+# --- denoiser and loss -----------------------------------------------------------------------------------------------
+
+
+def small_denoiser(C=12, M=6, random=True, seed=16):
+    """A denoiser of 12 codes, 6 tokens, 3 classes; with random weights, as fresh ones answer the same to everything."""
+    torch.manual_seed(seed)
+    denoiser = Denoiser(C, M, 3, width=32, layers=2, heads=2)
+    if random:
+        for parameter in denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return denoiser
+
+
+def test_loss_starts_at_log_M_plus_1():
+    """Broken: DiT's initial values; all M + 1 counts must be equally likely at the start."""
+    x0, x1 = skewed_counts(20, 12, 6, 17), sample_noise(20, 12, 6, "multinomial")
+    loss = fsdd.fsdd_loss(small_denoiser(random=False), x0, torch.randint(4, (20,)), torch.rand(20), x1)
+    assert loss.item() == pytest.approx(math.log(7), abs=1e-6)
+
+
+def test_loss_is_the_mean_cross_entropy():
+    """Broken: the loss would not be -log p(X_0), mean over codes and vectors, at the X_t of the given noise."""
+    denoiser = small_denoiser()
+    x0, x1, t = skewed_counts(20, 12, 6, 18), sample_noise(20, 12, 6, "multinomial"), torch.rand(20)
+    uniform, labels = torch.rand(20, 12), torch.randint(4, (20,))
+    p = denoiser(forward_process(x0, x1, t, uniform), t, labels).softmax(2)
+    by_hand = -sum(p[b, j, x0[b, j]].log() for b in range(20) for j in range(12)) / 240
+    assert fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_denoiser_uses_all_it_is_told():
+    """Broken: the denoiser would be blind to the counts, to which code they belong to, to the time or to the class."""
+    denoiser = small_denoiser()
+    x, t, labels = skewed_counts(5, 12, 6, 19), torch.rand(5), torch.randint(3, (5,))
+    base = denoiser(x, t, labels)
+    assert base.shape == (5, 12, 7)
+    assert not torch.allclose(base, denoiser(x.flip(1), t, labels).flip(1), atol=1e-3)
+    assert not torch.allclose(base, denoiser(x, 1 - t, labels), atol=1e-3)
+    assert not torch.allclose(base, denoiser(x, t, labels + 1), atol=1e-3)
+    one = x.clone()
+    one[0, 0] += 1
+    changed = (denoiser(one, t, labels) - base).abs().amax(2) > 1e-6
+    assert changed[0].all() and not changed[1:].any()  # attention reaches every code of that vector and of no other
+
+
+def test_time_features():
+    """Broken: the denoiser is told s = 1 - t by cosines first, then sines, at frequencies from 1 down to 1 / 10000."""
+    features = fsdd.time_features(torch.tensor([0.0, 1.0]))
+    assert features.shape == (2, 256)
+    assert (features[0, :128] == 1).all() and (features[0, 128:] == 0).all()
+    assert features[1, 0].item() == pytest.approx(math.cos(1)) and features[1, 128].item() == pytest.approx(math.sin(1))
+    assert features[1, 129].item() == pytest.approx(math.sin(10000 ** (-1 / 128)))
+
+
+@pytest.mark.parametrize("width, layers, heads, released", [(384, 12, 6, 36.0), (768, 12, 12, 136.7)])
+def test_size_of_the_papers_models(width, layers, heads, released):
+    """Broken: S and B would not be the paper's. The release's count embedding has C + 1 rows, ours the M + 1 that are used."""
+    with torch.device("meta"):
+        denoiser = Denoiser(4096, 128, 1000, width, layers, heads)
+    ours = sum(p.numel() for p in denoiser.parameters())
+    assert round((ours + (4097 - 129) * width) / 1e6, 1) == released
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"prior": "distinct"}, {"top_k": 2, "top_p": 1.0}, {"steps": 1}, {"steps": 2},
+                                      {"top_p": 1.0, "guidance": (1.0, 1.0, 1.0)}, {"adjust_from": 0.0},
+                                      {"adjust_from": 2.0}])
+def test_every_step_of_generation_sums_to_M(settings):
+    """Broken: the fixed-sum constraint in generation."""
+    states = list(fsdd.refine(small_denoiser(), torch.arange(30) % 3, generator=seeded(20), **settings))
+    assert len(states) == settings.get("steps", 25) + 1
+    for x in states:
+        assert x.dtype == torch.int64 and (x.sum(1) == 6).all() and x.min() >= 0
+
+
+class Oracle(torch.nn.Module):
+    """A denoiser that knows X_0."""
+    num_classes = 3
+
+    def __init__(self, x0):
+        super().__init__()
+        self.x0, self.codebook_size, self.num_tokens = x0, x0.shape[1], int(x0[0].sum())
+
+    def forward(self, x_t, t, labels):
+        x0 = self.x0.repeat(len(x_t) // len(self.x0), 1)
+        return torch.nn.functional.one_hot(x0, self.num_tokens + 1) * 50.0
+
+
+@pytest.mark.parametrize("steps", [1, 3, 25])
+def test_generation_ends_at_what_the_denoiser_knows(steps):
+    """Broken: Eq. 8-10 would not lead from noise to X_0 even with a perfect denoiser."""
+    x0 = skewed_counts(30, 20, 16, 21)
+    *_, end = fsdd.refine(Oracle(x0), torch.zeros(30, dtype=torch.int64), steps=steps, generator=seeded(22))
+    assert torch.equal(end, x0)
+
+
+def test_steps_follow_equation_10(monkeypatch):
+    """Broken: mean and std of a step must be those of the noise end that X_t and x_0 imply, std cut by f."""
+    x0, seen = skewed_counts(30, 20, 16, 23).double(), []
+    real = fsdd.discrete_gaussian
+    monkeypatch.setattr(fsdd, "discrete_gaussian", lambda mean, std, *rest: seen.append((mean, std)) or real(mean, std, *rest))
+    states = list(fsdd.refine(Oracle(x0.long()), torch.zeros(30, dtype=torch.int64), generator=seeded(24)))
+    for step, (mean, std) in enumerate(seen):
+        s, s_next = step / 25, (step + 1) / 25
+        x1 = (states[step] - s * x0) / (1 - s)
+        assert torch.allclose(mean.double(), s_next * x0 + (1 - s_next) * x1, atol=1e-4)
+        f = torch.sigmoid(torch.tensor(-100 * (s_next - 0.8), dtype=torch.float64))
+        assert torch.allclose(std.double(), (x1 - x0).abs() / 4 * f, atol=1e-4)
+
+
+def test_guidance_of_weight_one_is_the_plain_model():
+    """Broken: p_null + 1 (p_class - p_null) must be p_class, and then the null class must not matter at all."""
+    denoiser, x, labels = small_denoiser(), skewed_counts(9, 12, 6, 26), torch.arange(9) % 3
+    plain = denoiser(x, torch.full((9,), 0.3), labels).softmax(2)
+    assert torch.equal(fsdd.guided_probabilities(denoiser, x, 0.3, labels, 1), plain)
+    assert torch.allclose(fsdd.guided_probabilities(denoiser, x, 0.3, labels, 1 + 1e-6), plain, atol=1e-5)
+    before = fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=seeded(27))
+    with torch.no_grad():
+        denoiser.class_embedding.weight[3] += 1
+    assert torch.equal(before, fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=seeded(27)))
+
+
+@pytest.mark.parametrize("weight", [0, 3, 50])
+def test_guidance_acts_on_probabilities(weight):
+    """Broken: guidance must be clamp(p_null + w (p_class - p_null), min 0), normalized."""
+    denoiser, x, labels = small_denoiser(), skewed_counts(9, 12, 6, 28), torch.arange(9) % 3
+    t = torch.full((9,), 0.7)
+    p_class, p_null = (denoiser(x, t, y).softmax(2) for y in (labels, torch.full((9,), 3)))
+    by_hand = (p_null + weight * (p_class - p_null)).clamp(min=0)
+    ours = fsdd.guided_probabilities(denoiser, x, 0.7, labels, weight)
+    assert torch.allclose(ours, by_hand / by_hand.sum(2, keepdim=True), atol=1e-5)
+
+
+def test_guidance_by_thirds(monkeypatch):
+    """Broken: the three weights must each hold for a third of the time s from 0 to 1."""
+    seen = []
+    real = fsdd.guided_probabilities
+    monkeypatch.setattr(fsdd, "guided_probabilities", lambda d, x, t, y, w: seen.append((1 - t, w)) or real(d, x, t, y, w))
+    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55))
+    assert [w for _, w in seen] == [4] * 9 + [50] * 8 + [55] * 8
+    assert all((s < 1 / 3) == (w == 4) and (s >= 2 / 3) == (w == 55) for s, w in seen)
+
+
+def test_generation_hangs_on_the_generator_alone():
+    """Broken: the same seed would not give the same images."""
+    denoiser, labels = small_denoiser(), torch.arange(9) % 3
+    first, again, other = (fsdd.generate(denoiser, labels, generator=seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)

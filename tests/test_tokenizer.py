@@ -1,0 +1,156 @@
+"""The set tokenizer: what makes its tokens a set, and its quantizer a quantizer (Sec. 3.1)."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tokenizer import Attention, PatchPixels, Quantizer, SetTokenizer
+
+
+def small_tokenizer(channels=1, random=True, **settings):
+    """A tokenizer of 8 x 8 images, 6 tokens, 10 codes; with random weights, as the blocks of a fresh one are the identity."""
+    torch.manual_seed(0)
+    defaults = dict(image_size=8, channels=channels, patch_size=4, num_tokens=6, codebook_size=10, code_dim=5, width=32,
+                    heads=2, encoder_layers=2, decoder_layers=2)
+    model = SetTokenizer(**defaults | settings)
+    if random:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes_and_ranges(channels):
+    """Broken: the public shapes; one class serves grey and colour images."""
+    model, images = small_tokenizer(channels), torch.rand(7, channels, 8, 8) * 2 - 1
+    tokens = model.encode(images)
+    assert tokens.shape == (7, 6) and tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < 10
+    assert model.decode(tokens).shape == images.shape
+    reconstructions, same, latents, loss = model(images)
+    assert reconstructions.shape == images.shape and torch.equal(same, tokens)
+    assert latents.shape == (7, 6, 5) and torch.allclose(latents.norm(dim=2), torch.ones(7, 6)) and loss.shape == ()
+    assert torch.allclose(reconstructions, model.decode(tokens), atol=1e-5)
+
+
+def test_decoding_does_not_depend_on_order():
+    """Broken: the tokens would be a sequence and not a set (Tab. 1): original, reversed, shuffled, ascending, descending."""
+    model = small_tokenizer(num_tokens=40)
+    tokens = torch.randint(10, (9, 40), generator=torch.Generator().manual_seed(1))
+    pixels = model.decode(tokens)
+    assert pixels.std(0).mean() > 0.005  # different sets do give different images
+    orders = [tokens.flip(1), tokens[:, torch.randperm(40)], tokens.sort(1).values, tokens.sort(1, descending=True).values]
+    for order in orders:
+        assert (model.decode(order) - pixels).abs().max() < 1e-5
+
+
+def test_training_shuffles_the_tokens():
+    """Broken: the decoder would see tokens in the encoder's order in training; or the shuffle would lose or mix up tokens."""
+    model, images, seen = small_tokenizer(), torch.rand(5, 1, 8, 8), []
+    model.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    plain = model(images)[0]
+    shuffled = model(images, torch.rand(5, 6, generator=torch.Generator().manual_seed(2)))[0]
+    assert not torch.equal(seen[0], seen[1])
+    for before, after in zip(*seen):
+        match = torch.cdist(before, after) < 1e-6
+        assert match.any(1).all() and match.any(0).all()
+        assert torch.allclose(before.sum(0), after.sum(0), atol=1e-5)
+    assert (plain - shuffled).abs().max() < 1e-5  # for the decoder cannot tell the difference
+
+
+@pytest.mark.parametrize("number", [1, 3, 20])
+def test_decoder_takes_any_number_of_tokens(number):
+    """Broken: sets of a wrong size, which other generative models make, could not be looked at."""
+    assert small_tokenizer().decode(torch.zeros(2, number, dtype=torch.int64)).shape == (2, 1, 8, 8)
+
+
+def test_repeated_tokens_count():
+    """Broken: {a, a, b} and {a, b, b} would decode alike, and counts above one would carry nothing."""
+    one, two = small_tokenizer().decode(torch.tensor([[1, 1, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]]))
+    assert (one - two).abs().max() > 1e-2
+
+
+def test_encoding_an_image_ignores_its_neighbours():
+    """Broken: an image's tokens would depend on what else is in the batch."""
+    model, images = small_tokenizer(), torch.rand(6, 1, 8, 8) * 2 - 1
+    alone = torch.cat([model.encode(image[None]) for image in images])
+    assert torch.equal(model.encode(images), alone)
+    assert len(alone.unique(dim=0)) > 1
+
+
+def test_nearest_code():
+    """Broken: the token would not be the nearest code on the unit sphere."""
+    quantizer = Quantizer(50, 12, 0.25)
+    torch.nn.init.normal_(quantizer.codebook, std=3)  # lengths must not matter
+    latents = F.normalize(torch.randn(8, 9, 12), dim=2)
+    q, tokens, _ = quantizer(latents)
+    codes = quantizer.codebook / quantizer.codebook.norm(dim=1, keepdim=True)
+    distances = (latents[:, :, None] - codes).square().sum(3)  # (8, 9, 50)
+    assert torch.equal(tokens, distances.argmin(2))
+    assert torch.allclose(q, codes[tokens], atol=1e-6)
+
+
+def test_straight_through_gradient():
+    """Broken: the encoder would not get the decoder's gradient as it is, or the codebook would get some of it."""
+    quantizer = Quantizer(50, 12, 0.25)
+    latents = F.normalize(torch.randn(8, 9, 12), dim=2).requires_grad_()
+    q, _, _ = quantizer(latents)
+    gradient = torch.randn_like(q)
+    q.backward(gradient)
+    assert torch.equal(latents.grad, gradient)
+    assert quantizer.codebook.grad is None or not quantizer.codebook.grad.any()
+
+
+def test_quantizer_loss():
+    """Broken: codes must move to their latents with weight 1, latents to their codes with the commitment's weight."""
+    quantizer = Quantizer(50, 12, 0.25)
+    latents = F.normalize(torch.randn(8, 9, 12), dim=2).requires_grad_()
+    _, tokens, loss = quantizer(latents)
+    codes = quantizer.codes()[tokens]
+    assert loss.item() == pytest.approx(1.25 * (latents - codes).square().mean().item(), rel=1e-5)
+    loss.backward()
+    assert torch.allclose(latents.grad, 0.25 * 2 * (latents - codes).detach() / latents.numel(), atol=1e-7)
+    assert quantizer.codebook.grad[tokens.unique()].abs().sum() > 0
+
+
+def test_every_weight_is_trained():
+    """Broken: some weight would never get a gradient."""
+    model = small_tokenizer()
+    reconstructions, _, _, loss = model(torch.rand(6, 1, 8, 8) * 2 - 1)
+    (reconstructions.square().mean() + loss).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_patches_go_to_their_places():
+    """Broken: a patch's pixels would land at another place, or mixed up within it."""
+    head = PatchPixels(grid=3, channels=2, patch_size=4, width=32)
+    with torch.no_grad():
+        head.to_pixels.weight.copy_(torch.eye(32))
+        head.to_pixels.bias.zero_()
+    features = torch.arange(9 * 32.0).view(1, 9, 32)
+    images = head(features)
+    assert images.shape == (1, 2, 12, 12)
+    for place in range(9):
+        row, column = place // 3 * 4, place % 3 * 4
+        assert torch.equal(images[0, :, row:row + 4, column:column + 4].flatten(), features[0, place])
+
+
+@pytest.mark.parametrize("length", [5, 64, 300])
+def test_attention_is_attention(length):
+    """Broken: the written-out attention for short sequences would differ from PyTorch's."""
+    ours, theirs = Attention(24, 3), torch.nn.MultiheadAttention(24, 3, batch_first=True)
+    theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
+    x = torch.randn(2, length, 24)
+    assert torch.allclose(ours(x), theirs(x, x, x, need_weights=False)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda: small_tokenizer(image_size=9), "image_size 9 is not a multiple of patch_size 4"),
+    (lambda: small_tokenizer(heads=3), "width 32 is not a multiple of heads 3"),
+    (lambda: small_tokenizer().decode(torch.tensor([[1, 10]])), r"tokens\[0, 1\] = 10 is outside \[0, 10\)"),
+    (lambda: small_tokenizer().decode(torch.tensor([[-1]])), r"tokens\[0, 0\] = -1 is outside"),
+    (lambda: small_tokenizer().decode(torch.tensor([[1.0]])), "int64 tensor, got torch.float32"),
+])
+def test_bad_input_is_refused(wrong, words):
+    """Broken: bad input would fail somewhere inside, or not at all."""
+    with pytest.raises(ValueError, match=words):
+        wrong()

@@ -1,0 +1,231 @@
+"""Stage 2: train Fixed-Sum Discrete Diffusion on the token sets of stage 1 (Sec. 3.3, 4.1). tokenizer.pt -> fsdd.pt
+
+    python train_fsdd.py                          after train_tokenizer.py
+    torchrun --nproc_per_node=8 train_fsdd.py     eight processes, the same training
+    python train_fsdd.py --resume                 go on where a run was cut off
+
+Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images); from then on
+no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py needs, and all that
+--resume needs), fsdd.csv (a log) and fsdd.png (samples).
+"""
+import hashlib
+import json
+import os
+import time
+
+import numpy as np
+import torch
+
+import common
+from data import open_dataset
+from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
+from fsdd import Denoiser, fsdd_loss, generate, sample_noise
+from tokenizer import SetTokenizer
+
+HYPERPARAMETERS = [
+    # name               digits          imagenet256      meaning
+    ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "checkpoint of stage 1"),
+    ("data",             "digits",       "data/imagenet", "digits, or a folder that holds train/CLASS/* and val/CLASS/*"),
+    ("flip",             False,          True,            "learn from mirrored images too"),
+    # noise and denoiser
+    ("prior",            "multinomial",  "multinomial",   "X_1: multinomial (the paper) or distinct (the authors' release)"),
+    ("width",            128,            384,             "width of the denoiser"),
+    ("layers",           6,              12,              "blocks of the denoiser"),
+    ("heads",            4,              6,               "attention heads"),
+    ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
+    # optimization
+    ("steps",            1500,           1000000,         "optimizer steps"),
+    ("batch_size",       128,            256,             "images a step, over all processes"),
+    ("device_batch",     128,            32,              "images a process takes at once; more are accumulated"),
+    ("optimizer",        "muon",         "adamw",         "adamw, or muon for the blocks' matrices and adamw for the rest"),
+    ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
+    ("muon_lr",          1e-2,           0.0,             "peak learning rate of muon"),
+    ("lr_end",           0.01,           1.0,             "learning rate at the end, as a share of the peak (cosine); 1 = constant"),
+    ("warmup",           50,             0,               "steps of linear warm-up"),
+    ("beta2",            0.99,           0.999,           "second beta of adamw"),
+    ("weight_decay",     0.01,           0.01,            "on all weights, as the authors' release (PyTorch's default)"),
+    ("clip",             1.0,            0.0,             "largest norm of the gradient, 0 = any"),
+    ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
+    # generation: pictures during training, and the defaults of sample.py
+    ("sample_steps",     25,             25,              "steps from noise to data"),
+    ("guidance",         "2,4,4",        "4,50,55",       "guidance weight in the first, second and last third of the steps"),
+    ("top_p",            0.8,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
+    ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
+    ("adjust_from",      0.65,           0.65,            "from this s = 1 - t on, x_0 is adjusted to sum to M"),
+    # the machine
+    ("seed",             0,              0,               "all random draws hang on it"),
+    ("device",           "auto",         "auto",          "auto, cpu, cuda"),
+    ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where the processor is fast at it"),
+    ("compile",          False,          True,            "torch.compile"),
+    # what is written
+    ("out",              "fsdd.pt",      "fsdd.pt",       "the checkpoint; the log and the picture stand beside it"),
+    ("tokens",           "tokens.npy",   "tokens.npy",    "the encoded training set"),
+    ("log_every",        20,             100,             "steps between lines of the log"),
+    ("save_every",       500,            5000,            "steps between checkpoints"),
+    ("picture_every",    500,            5000,            "steps between pictures"),
+]
+MODEL = ("width", "layers", "heads")  # what Denoiser is made from, beside the tokenizer's M and C
+COLUMNS = ["step", "loss", "lr"]  # of the log
+
+
+def main(argv=None):
+    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, argv)
+    stage1 = common.load_checkpoint(cfg.tokenizer, "python train_tokenizer.py", ("model_config", "weights", "class_names"))
+    device, rank, processes = common.start_processes(cfg.device)
+    began = time.time()
+    try:
+        tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
+        tokenizer.load_state_dict(stage1["weights"])
+        M, C = tokenizer.num_tokens, tokenizer.codebook_size
+        train_set, test_set = (open_dataset(cfg.data, split, tokenizer.image_size) for split in ("train", "test"))
+        num_classes = len(train_set.class_names)
+        model_config = {"codebook_size": C, "num_tokens": M, "num_classes": num_classes} | {k: getattr(cfg, k) for k in MODEL}
+        torch.manual_seed(cfg.seed)
+        model = Denoiser(**model_config).to(device)
+        generation = {"prior": cfg.prior, "steps": cfg.sample_steps, "guidance": common.three_numbers(cfg.guidance),
+                      "top_p": cfg.top_p, "top_k": cfg.top_k, "adjust_from": cfg.adjust_from}  # arguments of fsdd.refine()
+        sample_noise(1, C, M, cfg.prior)
+        rows = common.share_of_batch(cfg, len(train_set), rank, processes)
+    except ValueError as problem:
+        common.stop(str(problem))
+    tokens = encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
+    if rank == 0:
+        print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
+              f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
+    ema = common.moving_average(model, cfg.ema)
+    optimizers = common.make_optimizers(model, cfg, decay_all=True)
+    start = 0
+    if checkpoint:
+        start = checkpoint["step"]
+        common.restore(checkpoint, model, ema, optimizers)
+    else:
+        common.keep_previous(cfg.out)
+    parallel = common.wrap(model, device, cfg.compile)
+    log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
+    progress = common.progress_bar(start, cfg.steps)
+
+    for step in range(start, cfg.steps):
+        random = common.generator(device, cfg.seed, step)
+        indices = common.batch_indices(len(train_set), cfg.batch_size, cfg.seed, step)[rows]
+        loss = forward_backward(parallel, tokens, indices, train_set.labels, rows, random, model_config, cfg)
+        lr = optimizers[0][1].get_last_lr()[0]
+        common.optimizer_step(model, ema, optimizers, cfg.clip)
+
+        done = step + 1
+        progress.update()
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            loss = common.sum_over_processes(loss).item()
+            log([done, loss, lr])
+            progress.set_postfix_str(f"loss {loss:.4f}, {common.rate(progress) * cfg.batch_size:.0f} images/s", refresh=False)
+        if done % cfg.picture_every == 0 or done == cfg.steps:
+            draw_samples(ema.module, tokenizer, train_set.class_names, generation, device, cfg)
+        if (done % cfg.save_every == 0 or done == cfg.steps) and rank == 0:
+            common.save_checkpoint({"step": done, "config": vars(cfg), "model_config": model_config,
+                                    "class_names": train_set.class_names, "weights": ema.module.state_dict(),
+                                    "generation": generation,
+                                    "tokenizer": {name: stage1[name] for name in ("model_config", "weights")},
+                                    "training": common.training_state(model, ema, optimizers)}, cfg.out)
+    progress.close()
+    loss = evaluate(ema.module, tokenizer, test_set, device, rank, processes, cfg)
+    if rank == 0:
+        print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; "
+              f"loss {loss:.4f} on the sets of {len(test_set)} test images")
+    common.end_processes()
+
+
+def forward_backward(model, tokens, indices, labels, rows, random, model_config, cfg):
+    """Gradients of the loss over the global batch, of which this process holds the images in indices (rows,).
+
+    All noise is drawn for the whole global batch and cut to this process's rows, so that it is the same for any number of
+    processes. Returns this process's part of the mean loss.
+    """
+    B, device = cfg.batch_size, random.device
+    M, C, null = (model_config[name] for name in ("num_tokens", "codebook_size", "num_classes"))
+    mirrored, dropped, t = torch.rand(3, B, generator=random, device=device)[:, rows]  # each (rows,)
+    x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
+    uniform = torch.rand(B, C, generator=random, device=device)[rows]
+    t = 1 - t  # uniform in (0, 1]
+    labels = torch.where(dropped < cfg.label_drop, null, labels[indices].to(device))
+    versions = (mirrored * len(tokens)).long().cpu()  # as it is or, where tokens has a second version, mirrored
+    x0 = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)  # tokens (rows, M)
+    x0 = tokens_to_counts(x0, C)  # (rows, C)
+    total = torch.zeros((), device=device)
+
+    def loss_of(part):
+        with common.autocast(device, cfg.bf16):
+            loss = fsdd_loss(model, x0[part], labels[part], t[part], x1[part], uniform[part])
+        total.add_(loss.detach() * len(t[part]) / B)
+        return loss
+
+    common.backward(model, loss_of, rows, cfg.device_batch, B)
+    return total
+
+
+def encode_training_set(tokenizer, dataset, device, rank, processes, cfg):
+    """The tokens of every training image, and of its mirror image where cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
+
+    The file at cfg.tokens is used again if it was made with the same tokenizer weights from the same images; what it was
+    made from stands beside it in a .json file. All processes encode their share.
+    """
+    made_from = hashlib.sha256(dataset.fingerprint().encode())
+    for name, weight in tokenizer.state_dict().items():
+        made_from.update(name.encode() + weight.cpu().numpy().tobytes())
+    shape = (2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens)
+    note = {"made_from": made_from.hexdigest(), "shape": list(shape)}
+    note_path = common.beside(cfg.tokens, ".json")
+    if os.path.isfile(cfg.tokens) and os.path.isfile(note_path) and json.load(open(note_path)) == note:
+        if rank == 0:
+            print(f"{cfg.tokens} holds the tokens of these images by this tokenizer; used again", flush=True)
+        return np.load(cfg.tokens, mmap_mode="r")
+
+    part_path = cfg.tokens + ".tmp"
+    if rank == 0:
+        np.lib.format.open_memmap(part_path, mode="w+", dtype=np.uint16, shape=shape)
+    common.wait_for_all()
+    tokens = np.load(part_path, mmap_mode="r+")
+    parts = common.chunks(common.share(len(dataset), rank, processes), 250)
+    for part in common.tqdm(parts, desc="encoding the training set", disable=rank > 0, mininterval=5):
+        images = dataset.__getitems__([(i, 0) for i in range(part.start, part.stop)])[0].to(device) / 127.5 - 1
+        with common.autocast(device, cfg.bf16):
+            for version in range(shape[0]):
+                tokens[version, part] = tokenizer.encode(images if version == 0 else images.flip(3)).cpu().numpy()
+    tokens.flush()
+    common.wait_for_all()
+    if rank == 0:
+        os.replace(part_path, cfg.tokens)
+        with open(note_path, "w") as file:
+            json.dump(note, file)
+    common.wait_for_all()
+    return np.load(cfg.tokens, mmap_mode="r")
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, dataset, device, rank, processes, cfg, batch_size=250):
+    """The loss on a dataset, one time t and one noise vector an image, the same at every call."""
+    C, M = model.codebook_size, model.num_tokens
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in common.chunks(common.share(len(dataset), rank, processes), batch_size):
+        images, labels = dataset.__getitems__([(i, 0) for i in range(part.start, part.stop)])
+        random = common.generator(device, cfg.seed, part.start)
+        t = 1 - torch.rand(len(images), generator=random, device=device)
+        x1 = sample_noise(len(images), C, M, cfg.prior, random, device)
+        uniform = torch.rand(x1.shape, generator=random, device=device)
+        with common.autocast(device, cfg.bf16):
+            x0 = tokens_to_counts(tokenizer.encode(images.to(device) / 127.5 - 1), C)
+            total += fsdd_loss(model, x0, labels.to(device), t, x1, uniform) * len(images)
+    return common.sum_over_processes(total).item() / len(dataset)
+
+
+def draw_samples(model, tokenizer, class_names, generation, device, cfg):
+    """A grid of samples, a row for each of up to ten classes."""
+    if common.is_main():
+        classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
+        with common.autocast(device, cfg.bf16):
+            counts = generate(model, classes.repeat_interleave(10).to(device), **generation,
+                              generator=common.generator(device, cfg.seed))
+        images = common.to_uint8(tokenizer.decode(counts_to_tokens(counts)))
+        common.grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
+
+
+if __name__ == "__main__":
+    main()
