@@ -35,8 +35,8 @@ def parse(table, description, argv=None):
     Returns (a SimpleNamespace with one attribute a row, recipe and resume; the checkpoint to go on from or None).
     """
     recipes = ("digits", "imagenet256")
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=recipes, help="which column of the table")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint at --out, with its settings")
     for name, digits, imagenet256, meaning in table:
@@ -58,9 +58,19 @@ def parse(table, description, argv=None):
             if given[name] != settings.get(name):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
     settings = settings | given
+    for name, *values, _ in table:  # a whole number that is positive in both recipes has to be positive
+        if isinstance(values[0], int) and min(values) >= 1 and settings[name] < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {settings[name]}")
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
     return SimpleNamespace(**settings), checkpoint
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, without the list of all options in front."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
 
 
 def yes_or_no(text):
@@ -333,8 +343,8 @@ def progress_bar(start, steps):
 
 
 def rate(progress):
-    """Steps a second since the bar was made."""
-    return (progress.n - progress.initial) / (time.time() - progress.start_t) if progress.start_t else 0.0
+    """Steps a second since the bar was made (only the main process's bar keeps the time)."""
+    return 0.0 if progress.disable else (progress.n - progress.initial) / (time.time() - progress.start_t)
 
 
 def beside(path, suffix):

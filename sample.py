@@ -62,8 +62,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_fsdd.py ({CKPT})")
     parser.add_argument("--out", default=OUT, help=f".png: a labelled grid, .npz: ADM's sample batch, arr_0 uint8 (N, H, W, 3) and "
                                                    f"arr_1 the labels, .gif: the set as it is refined ({OUT})")

@@ -117,18 +117,18 @@ class Encoder(nn.Module):
     def __init__(self, grid, channels, patch_size, width, heads, layers, num_tokens, code_dim):
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, width) * width ** -0.5)
-        self.positions = nn.Parameter(torch.randn(1, 1 + grid ** 2, width) * width ** -0.5)
-        self.latents = nn.Parameter(torch.randn(1, num_tokens, width) * width ** -0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
+        self.positions = nn.Parameter(torch.randn(1 + grid ** 2, width) * width ** -0.5)
+        self.latents = nn.Parameter(torch.randn(num_tokens, width) * width ** -0.5)
         self.norm_in = nn.LayerNorm(width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm_out = nn.LayerNorm(width)
         self.to_code = nn.Linear(width, code_dim)
 
     def forward(self, images):
-        B, M = len(images), self.latents.shape[1]
+        B, M = len(images), len(self.latents)
         x = self.patches((images + 1) / 2).flatten(2).transpose(1, 2)  # (B, P, width); pixels enter in [0, 1]
-        places = torch.cat([self.class_embedding.expand(B, -1, -1).to(x.dtype), x], dim=1) + self.positions.to(x.dtype)
+        places = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1) + self.positions.to(x.dtype)
         x = torch.cat([places, self.latents.expand(B, -1, -1).to(x.dtype)], dim=1)  # (B, 1 + P + M, width)
         x = self.blocks(self.norm_in(x))[:, -M:]  # (B, M, width)
         return self.to_code(self.norm_out(x))
@@ -163,17 +163,17 @@ class Decoder(nn.Module):
     def __init__(self, grid, width, heads, layers, code_dim):
         super().__init__()
         self.from_code = nn.Linear(code_dim, width)  # and no position: nothing tells the first token from the last
-        self.class_embedding = nn.Parameter(torch.randn(1, 1, width) * width ** -0.5)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * width ** -0.5)
-        self.positions = nn.Parameter(torch.randn(1, 1 + grid ** 2, width) * width ** -0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
+        self.mask_token = nn.Parameter(torch.randn(width) * width ** -0.5)
+        self.positions = nn.Parameter(torch.randn(1 + grid ** 2, width) * width ** -0.5)
         self.norm_in = nn.LayerNorm(width)
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, q):
         x = self.from_code(q)  # (B, M, width)
-        P = self.positions.shape[1] - 1
-        places = torch.cat([self.class_embedding, self.mask_token.expand(1, P, -1)], dim=1) + self.positions
+        P = len(self.positions) - 1
+        places = torch.cat([self.class_embedding[None], self.mask_token.expand(P, -1)]) + self.positions  # (1 + P, width)
         x = torch.cat([places.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, 1 + P + M, width)
         return self.norm_out(self.blocks(self.norm_in(x))[:, 1:1 + P])
 
