@@ -61,6 +61,7 @@ def parse(table, description, argv=None):
     for name, *values, _ in table:  # a whole number that is positive in both recipes has to be positive
         if isinstance(values[0], int) and min(values) >= 1 and settings[name] < 1:
             parser.error(f"argument --{name}: must be at least 1, got {settings[name]}")
+    check_folder(settings["out"])
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
     return SimpleNamespace(**settings), checkpoint
@@ -110,6 +111,7 @@ def start_processes(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         stop(f"--device {device} was asked for, but PyTorch sees no GPU here; use --device cpu")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
     if device == "cuda":
@@ -131,6 +133,8 @@ def end_processes():
 
 def autocast(device, bf16):
     """Automatic mixed precision. bf16: "auto" (where the processor multiplies bfloat16 fast), "on" or "off"."""
+    if bf16 not in ("auto", "on", "off"):
+        stop(f"--bf16 must be auto, on or off, got {bf16}")
     if bf16 == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -196,8 +200,12 @@ def loader(dataset, batch_size, rows, seed, start, steps, workers):
             epoch = step // (len(dataset) // batch_size)
             yield [(i, epoch) for i in batch_indices(len(dataset), batch_size, seed, step)[rows].tolist()]
 
-    return DataLoader(dataset, batch_sampler=items(), num_workers=workers, collate_fn=lambda batch: batch,
-                                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    return DataLoader(dataset, batch_sampler=items(), num_workers=workers, collate_fn=as_it_is,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+
+def as_it_is(batch):
+    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,6 +285,13 @@ def moving_average(model, decay):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints, log, pictures
+
+
+def check_folder(path):
+    """Stop before the work where the folder that a file is to be written to does not exist."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        stop(f"there is no folder {folder} to write {path} to")
 
 
 def save_checkpoint(checkpoint, path):

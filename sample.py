@@ -84,6 +84,7 @@ def parse(argv):
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if not args.out.endswith(".npz") and args.num > 10000:
         parser.error(f"{args.num} images are too many for a picture; use --out {os.path.splitext(args.out)[0]}.npz")
+    common.check_folder(args.out)
     return args
 
 

@@ -21,6 +21,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -63,8 +65,6 @@ class SetTokenizer(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}")
         self.num_tokens, self.codebook_size = num_tokens, codebook_size
         grid = image_size // patch_size
         self.encoder = Encoder(grid, channels, patch_size, width, heads, encoder_layers, num_tokens, code_dim)

@@ -173,7 +173,7 @@ def encode_training_set(tokenizer, dataset, device, rank, processes, cfg):
     shape = (2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens)
     note = {"made_from": made_from.hexdigest(), "shape": list(shape)}
     note_path = common.beside(cfg.tokens, ".json")
-    if os.path.isfile(cfg.tokens) and os.path.isfile(note_path) and json.load(open(note_path)) == note:
+    if os.path.isfile(cfg.tokens) and os.path.isfile(note_path) and read_json(note_path) == note:
         if rank == 0:
             print(f"{cfg.tokens} holds the tokens of these images by this tokenizer; used again", flush=True)
         return np.load(cfg.tokens, mmap_mode="r")
@@ -193,10 +193,16 @@ def encode_training_set(tokenizer, dataset, device, rank, processes, cfg):
     common.wait_for_all()
     if rank == 0:
         os.replace(part_path, cfg.tokens)
-        with open(note_path, "w") as file:
+        with open(note_path + ".tmp", "w") as file:
             json.dump(note, file)
+        os.replace(note_path + ".tmp", note_path)
     common.wait_for_all()
     return np.load(cfg.tokens, mmap_mode="r")
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
 
 
 @torch.no_grad()

@@ -1,0 +1,142 @@
+"""Checks that the tokenizer.pt and fsdd.pt here, made by the README's first command, are good. Exits non-zero if not.
+
+The bounds are those a reader may count on; the README has the numbers that were reached.
+"""
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: E402
+import sample  # noqa: E402
+import train_tokenizer  # noqa: E402
+from data import open_dataset  # noqa: E402
+from dual_transform import counts_to_tokens, tokens_to_counts  # noqa: E402
+from fsdd import refine  # noqa: E402
+
+failed = []
+
+
+def check(name, value, holds, bound):
+    print(f"{'ok  ' if holds else 'FAIL'} {name}: {value} (must be {bound})", flush=True)
+    if not holds:
+        failed.append(name)
+
+
+def train_classifier(train, test, epochs=4, batch=200):
+    """A small convolutional network that reads digits; trained on the training digits alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                        nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * 49, 128), nn.ReLU(), nn.Linear(128, 10))
+    optimizer = torch.optim.AdamW(net.parameters())
+    steps = epochs * len(train) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        i = common.batch_indices(len(train), batch, 0, step)
+        loss = F.cross_entropy(net(train.images[i] / 127.5 - 1), train.labels[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    net.eval()
+    accuracy = share_read_as(net, test.images, test.labels)
+    check("classifier on real test digits", f"{accuracy:.2%}", accuracy >= 0.99, ">= 99 %")
+    return net
+
+
+@torch.no_grad()
+def share_read_as(net, images, labels):
+    """Share of images (N, 1, 28, 28) uint8 that the classifier reads as their labels."""
+    read = torch.cat([net(part / 127.5 - 1).argmax(1) for part in images.split(500)])
+    return (read == labels).double().mean().item()
+
+
+def closest(rows, others):
+    """The L1 distance of every count vector in rows (n, C) to the nearest one in others (N, C)."""
+    return torch.cat([torch.cdist(part.float(), others.float(), p=1).amin(1) for part in rows.split(250)])
+
+
+def spread(images, labels):
+    """Mean over classes of the root mean squared distance of a class's pixels, in [-1, 1], from their mean."""
+    return np.mean([(images[labels == c] / 127.5 - 1).std(0).square().mean().sqrt().item() for c in range(10)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", nargs="?", help="run this first, and look at its time and memory too")
+    command = parser.parse_args().command
+    if command:
+        began = time.time()
+        subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
+        seconds = time.time() - began
+        check("time of the first command", f"{seconds:.0f} s", seconds <= 20 * 60, "<= 1200 s")
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest process; KiB on Linux
+        check("peak memory of the first command", f"{peak:.2f} GiB", peak <= 4, "<= 4 GiB")
+    device = torch.device("cpu")
+    train, test = open_dataset("digits", "train", 28), open_dataset("digits", "test", 28)
+    denoiser, tokenizer, checkpoint = sample.load("fsdd.pt", device)
+    M, C = tokenizer.num_tokens, tokenizer.codebook_size
+    check("size of the sets", f"M = {M}, C = {C}", M >= 16 and C >= 64, "M >= 16, C >= 64")
+
+    mse, in_use, _ = train_tokenizer.evaluate(tokenizer, test, device)
+    check("mean squared error on test digits", f"{mse:.4f}", mse <= 0.06, "<= 0.06")
+    check("codes in use on test digits", f"{in_use:.1%}", in_use >= 0.9, ">= 90 %")
+    tokens = torch.cat([tokenizer.encode(part / 127.5 - 1) for part in test.images.split(500)])
+    counts = tokens_to_counts(tokens, C)
+    rich = ((counts > 0).sum(1) >= M / 2).double().mean().item()
+    check("test digits with at least M / 2 distinct codes", f"{rich:.1%}", rich > 0.5, "> 50 %")
+    order = torch.rand(tokens.shape, generator=common.generator("cpu", 0)).argsort(1)
+    moved = (tokenizer.decode(tokens[:500]) - tokenizer.decode(tokens.gather(1, order)[:500])).abs().max().item()
+    check("largest pixel change by the order of tokens", f"{moved:.1e}", moved < 1e-5, "< 1e-5")
+
+    net = train_classifier(train, test)
+    reconstructed = common.to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
+    print(f"     reconstructed test digits read as their label: {share_read_as(net, reconstructed, test.labels):.2%}")
+
+    began = time.time()
+    finished = subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"],
+                              capture_output=True, text=True)
+    print("    ", finished.stdout.splitlines()[-1] if finished.returncode == 0 else finished.stderr)
+    with np.load("check.npz") as file:
+        images, labels = torch.from_numpy(file["arr_0"])[..., 0][:, None], torch.from_numpy(file["arr_1"])
+    os.remove("check.npz")
+    accuracy = share_read_as(net, images, labels)
+    check("samples read as the class asked for", f"{accuracy:.1%}", accuracy >= 0.92, ">= 92 %")
+    for name in ("of samples", "of reconstructed test digits"):
+        these, of = (images, labels) if name == "of samples" else (reconstructed, test.labels)
+        print(f"     spread within a class {name}: {spread(these, of):.3f}")
+    ratio = spread(images, labels) / spread(reconstructed, test.labels)
+    check("spread of samples against that of test digits", f"{ratio:.2f}", ratio >= 0.6, ">= 0.6")
+    distinct = len({image.tobytes() for image in images.numpy()}) / len(images)
+    check("distinct samples", f"{distinct:.1%}", distinct >= 0.95, ">= 95 %")
+
+    # Neither 100 fresh samples' sets nor test digits' sets should often be a training digit's set.
+    settings = checkpoint["generation"] | {"generator": common.generator("cpu", 2)}
+    began = time.time()
+    with common.autocast(device, "auto"):
+        states = list(refine(denoiser, torch.arange(10).repeat_interleave(10), **settings))
+    tokenizer.decode(counts_to_tokens(states[-1]))
+    seconds = time.time() - began
+    check("generation of 100 digits", f"{seconds:.1f} s", seconds <= 15, "<= 15 s")
+    sums = all((x.sum(1) == M).all() and x.min() >= 0 for x in states)
+    check("every state of generation sums to M", sums, sums, "True")
+    known = torch.cat([tokens_to_counts(tokenizer.encode(part / 127.5 - 1), C) for part in train.images.split(500)])
+    near, chance = closest(states[-1], known), closest(counts[:1000], known)
+    print(f"     L1 distance to the nearest training set of tokens: samples {near.mean():.1f}, test digits {chance.mean():.1f}")
+    copies, copies_by_chance = (near == 0).double().mean().item(), (chance == 0).double().mean().item()
+    check("samples that are a training digit's set", f"{copies:.1%}", copies <= copies_by_chance + 0.02,
+          f"<= test digits' {copies_by_chance:.1%} + 2 %")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Images from a checkpoint: the same for any number of processes, in every format asked for."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from fsdd import Denoiser
+from tests.test_common import assert_one_sentence, run
+from tokenizer import SetTokenizer
+
+
+def save_random_checkpoint(path, channels=1, num_classes=10):
+    """A checkpoint in the format of train_fsdd.py with random weights."""
+    torch.manual_seed(0)
+    tokenizer_config = dict(image_size=8, channels=channels, patch_size=4, num_tokens=6, codebook_size=10, code_dim=5, width=32,
+                            heads=2, encoder_layers=1, decoder_layers=2)
+    model_config = dict(codebook_size=10, num_tokens=6, num_classes=num_classes, width=16, layers=1, heads=2)
+    models = SetTokenizer(**tokenizer_config), Denoiser(**model_config)
+    for model in models:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    torch.save({"model_config": model_config, "weights": models[1].state_dict(),
+                "tokenizer": {"model_config": tokenizer_config, "weights": models[0].state_dict()},
+                "class_names": [f"class {i}" for i in range(num_classes)],
+                "generation": {"prior": "distinct", "steps": 4, "guidance": [2.0, 3.0, 4.0], "top_p": 0.9, "top_k": 0,
+                               "adjust_from": 0.65}}, path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "fsdd.pt"
+    save_random_checkpoint(path)
+    return path
+
+
+def arrays(path):
+    with np.load(path) as file:
+        return file["arr_0"], file["arr_1"]
+
+
+def test_same_images_for_any_number_of_processes(checkpoint, tmp_path):
+    """Broken: the images would hang on the number of processes, or come out in another order."""
+    results = []
+    for processes in (1, 2, 3):
+        out = tmp_path / f"{processes}.npz"
+        finished = run("sample.py", "--ckpt", checkpoint, "--num=23", "--batch=5", "--bf16=off", "--out", out, folder=tmp_path,
+                       processes=processes)
+        assert finished.returncode == 0, finished.stderr
+        results.append(arrays(out))
+    images, labels = results[0]
+    assert images.shape == (23, 8, 8, 3) and images.dtype == np.uint8
+    assert labels.tolist() == [i * 10 // 23 for i in range(23)]
+    for other_images, other_labels in results[1:]:
+        assert (images == other_images).all() and (labels == other_labels).all()
+    assert len(np.unique(images.reshape(23, -1), axis=0)) > 15  # chunks don't repeat each other
+
+
+def test_seed_labels_and_settings_matter(checkpoint, tmp_path, monkeypatch):
+    """Broken: an option would be read and then forgotten."""
+    monkeypatch.chdir(tmp_path)
+
+    def images(*options):
+        sample.main(["--ckpt", str(checkpoint), "--num=12", "--out=a.npz", "--device=cpu", *options])
+        return arrays("a.npz")
+
+    plain, labels = images("--labels=3,7")
+    assert labels.tolist() == [3] * 6 + [7] * 6
+    assert (plain == images("--labels=3,7", "--seed=0", "--steps=4", "--guidance=2,3,4", "--top_p=0.9")[0]).all()  # its defaults
+    for option in ("--seed=1", "--labels=3,8", "--steps=5", "--guidance=1", "--top_p=0.3", "--top_k=1"):
+        assert (plain != images("--labels=3,7", option)[0]).any(), option
+
+
+def test_grid(checkpoint, tmp_path, monkeypatch):
+    """Broken: the default call would not draw a row for each class."""
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--ckpt", str(checkpoint)])
+    with Image.open("samples.png") as page:
+        assert page.size[1] == 10 * 56 and page.size[0] > 10 * 56  # 8 pixels are drawn 7 times as large; and the labels
+    sample.main(["--ckpt", str(checkpoint), "--labels=4", "--num=3"])
+    with Image.open("samples.png") as page:
+        assert page.size[1] == 56
+
+
+def test_animation_shows_every_step(checkpoint, tmp_path, monkeypatch):
+    """Broken: the GIF would not have a frame for the noise and one for each step, or its end would not be the sample."""
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--ckpt", str(checkpoint), "--num=10", "--steps=6", "--out=a.gif"])
+    sample.main(["--ckpt", str(checkpoint), "--num=10", "--steps=6", "--out=a.png"])
+    with Image.open("a.gif") as film, Image.open("a.png") as page:
+        assert film.n_frames == 7
+        first = np.asarray(film.convert("L"), dtype=float)
+        film.seek(6)
+        last = np.asarray(film.convert("L"), dtype=float)
+        assert abs(last - np.asarray(page.convert("L"))).mean() < 8 < abs(last - first).mean()
+
+
+def test_colour_and_many_classes(tmp_path, monkeypatch):
+    """Broken: three channels, or more classes than a grid shows."""
+    monkeypatch.chdir(tmp_path)
+    save_random_checkpoint("colour.pt", channels=3, num_classes=1000)
+    sample.main(["--ckpt=colour.pt", "--num=20"])
+    with Image.open("samples.png") as page:
+        assert page.size[1] == 10 * 56
+    sample.main(["--ckpt=colour.pt", "--num=1000", "--batch=500", "--out=a.npz", "--steps=1"])
+    images, labels = arrays("a.npz")
+    assert labels.tolist() == list(range(1000)) and (images[..., 0] != images[..., 1]).any()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--ckpt=none.pt"], ["no checkpoint none.pt", "python train_fsdd.py"]), (["--labels=10"], ["--labels", "from 0 to 9", "'10'"]),
+    (["--labels=a"], ["--labels", "'a'"]), (["--num=0"], ["--num", "at least 1"]), (["--out=a.jpg"], ["--out", "a.jpg"]),
+    (["--top_p=0"], ["top_p", "0"]), (["--top_k=-1"], ["top_k", "-1"]), (["--guidance=x"], ["guidance", "'x'"]),
+    (["--steps=0"], ["--steps"]), (["--num=20000"], ["20000", ".npz"]), (["--out=nowhere/a.png"], ["nowhere"]),
+])
+def test_mistakes_get_one_sentence(arguments, words, checkpoint, tmp_path):
+    """Broken: a mistake on the command line would end in a traceback, or be found only after the work."""
+    assert_one_sentence(run("sample.py", "--ckpt", checkpoint, *arguments, folder=tmp_path), *words)

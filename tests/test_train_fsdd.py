@@ -1,0 +1,124 @@
+"""Stage 2 as it is run: the encoded training set, resumed runs, any number of processes, clear errors."""
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import train_fsdd
+from data import open_dataset
+from tests.test_common import assert_one_sentence, run
+from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
+from tests.test_train_tokenizer import assert_same_weights, kill_in_the_middle, read_log
+from tokenizer import SetTokenizer
+
+TINY = ["--recipe=digits", "--width=16", "--heads=2", "--layers=1", "--batch_size=12", "--device_batch=5", "--steps=12",
+        "--warmup=3", "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    """A folder with a small tokenizer and the training set it encoded; returns its options for train_fsdd.py."""
+    folder = tmp_path_factory.mktemp("stage1")
+    finished = run("train_tokenizer.py", *TINY_TOKENIZER, "--steps=3", folder=folder)
+    assert finished.returncode == 0, finished.stderr
+    return [f"--tokenizer={folder}/tokenizer.pt", f"--tokens={folder}/tokens.npy"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_exactly(processes, stage1, tmp_path):
+    """Broken: after a kill at any moment, --resume would not give the very numbers of the unbroken run."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    finished = run("train_fsdd.py", *TINY, *stage1, folder=whole, processes=processes)
+    assert finished.returncode == 0, finished.stderr
+    kill_in_the_middle("train_fsdd.py", [*TINY, *stage1], killed, killed / "fsdd.csv", processes)
+    assert 3 <= torch.load(killed / "fsdd.pt", weights_only=True)["step"]
+    finished = run("train_fsdd.py", "--resume", folder=killed, processes=processes)
+    assert finished.returncode == 0, finished.stderr
+    assert read_log(whole / "fsdd.csv") == read_log(killed / "fsdd.csv")
+    assert_same_weights(whole / "fsdd.pt", killed / "fsdd.pt")
+
+
+def test_any_number_of_processes_trains_alike(stage1, tmp_path):
+    """Broken: the global batch, its noise and times, or the average of the gradients would hang on the number of processes."""
+    logs = []
+    for processes in (1, 2, 3):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        finished = run("train_fsdd.py", *TINY, *stage1, "--steps=4", "--optimizer=adamw", folder=folder, processes=processes)
+        assert finished.returncode == 0, finished.stderr
+        logs.append(read_log(folder / "fsdd.csv"))
+    assert len(logs[0]) == 4
+    for log in logs[1:]:
+        for ours, theirs in zip(logs[0], log):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_tokens_are_encoded_once(stage1, tmp_path):
+    """Broken: the training set would be encoded again for nothing, or tokens of another tokenizer would be taken for these."""
+    tokenizer_path, tokens_path = (option.split("=")[1] for option in stage1)
+    checkpoint = torch.load(tokenizer_path, weights_only=True)
+    own = ["--tokens", tmp_path / "tokens.npy", "--steps=1"]
+    first = run("train_fsdd.py", *TINY, *stage1, *own, folder=tmp_path)
+    assert first.returncode == 0 and "used again" not in first.stdout, first.stderr
+    tokens = np.load(tmp_path / "tokens.npy")
+    assert tokens.shape == (1, 60000, 4) and tokens.dtype == np.uint16
+    model = SetTokenizer(**checkpoint["model_config"])
+    model.load_state_dict(checkpoint["weights"])
+    images = open_dataset("digits", "train", 28).images[[0, 59999]] / 127.5 - 1
+    assert torch.equal(model.encode(images), torch.from_numpy(tokens[0, [0, 59999]].astype(np.int64)))
+
+    again = run("train_fsdd.py", *TINY, *stage1, *own, folder=tmp_path)
+    assert again.returncode == 0 and "used again" in again.stdout, again.stderr
+    checkpoint["weights"]["encoder.to_code.bias"][0] += 1
+    torch.save(checkpoint, tmp_path / "other.pt")
+    other = run("train_fsdd.py", *TINY, f"--tokenizer={tmp_path}/other.pt", *own, "--flip=true", folder=tmp_path, processes=2)
+    assert other.returncode == 0 and "used again" not in other.stdout, other.stderr
+    flipped = np.load(tmp_path / "tokens.npy")
+    assert flipped.shape == (2, 60000, 4) and (flipped[0] != flipped[1]).any()  # and all processes did their share
+    model.load_state_dict(checkpoint["weights"])
+    ends = open_dataset("digits", "train", 28).images[[0, 30001, 59999]] / 127.5 - 1
+    for version, images in enumerate((ends, ends.flip(3))):
+        assert torch.equal(model.encode(images), torch.from_numpy(flipped[version, [0, 30001, 59999]].astype(np.int64)))
+
+
+def test_training_reads_no_image(stage1, tmp_path, monkeypatch):
+    """Broken: after the encoding, stage 2 would still touch images."""
+    monkeypatch.chdir(tmp_path)
+    assert run("train_fsdd.py", *TINY, *stage1, "--steps=1", folder=tmp_path).returncode == 0
+    read = []
+    monkeypatch.setattr(train_fsdd, "evaluate", lambda *args: 0.0)  # the loss on test images, after the training
+    monkeypatch.setattr("data.digits.Digits.__getitems__", lambda self, items: read.append(items))
+    train_fsdd.main([*TINY, *stage1])
+    assert read == [] and torch.load("fsdd.pt", weights_only=True)["step"] == 12
+
+
+def test_a_checkpoint_has_all_that_generation_needs(stage1, tmp_path):
+    """Broken: fsdd.pt alone would not make images."""
+    finished = run("train_fsdd.py", *TINY, *stage1, "--steps=2", "--guidance=1,2,3", folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "bits an image" in finished.stdout and "on the sets of 10000 test images" in finished.stdout.splitlines()[-1]
+    assert (tmp_path / "fsdd.png").stat().st_size > 1000
+    checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
+    assert checkpoint["generation"] == {"prior": "multinomial", "steps": 25, "guidance": [1.0, 2.0, 3.0], "top_p":
+                                        checkpoint["config"]["top_p"], "top_k": 0, "adjust_from": 0.65}
+    assert checkpoint["tokenizer"]["model_config"]["num_tokens"] == checkpoint["model_config"]["num_tokens"] == 4
+    assert checkpoint["class_names"] == list("0123456789")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--tokenizer=none.pt"], ["no checkpoint none.pt", "python train_tokenizer.py"]), (["--prior=uniform"], ["prior", "'uniform'"]),
+    (["--guidance=1,2"], ["guidance"]), (["--heads=3"], ["width 16", "heads 3"]), (["--batch_size=70000"], ["batch_size 70000"]),
+])
+def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
+    """Broken: a mistake on the command line would end in a traceback."""
+    assert_one_sentence(run("train_fsdd.py", *TINY, *stage1, *arguments, folder=tmp_path), *words)
+    assert os.listdir(tmp_path) == []
+
+
+def test_broken_tokenizer_gets_one_sentence(tmp_path):
+    """Broken: stage 2 on something that is no tokenizer would end in a traceback."""
+    common.save_checkpoint({"something": 1}, str(tmp_path / "tokenizer.pt"))
+    assert_one_sentence(run("train_fsdd.py", *TINY, folder=tmp_path), "tokenizer.pt is not the checkpoint")
