@@ -30,7 +30,7 @@ HYPERPARAMETERS = [
     # noise and denoiser
     ("prior",            "multinomial",  "multinomial",   "X_1: multinomial (the paper) or distinct (the authors' release)"),
     ("width",            128,            384,             "width of the denoiser"),
-    ("layers",           6,              12,              "blocks of the denoiser"),
+    ("layers",           4,              12,              "blocks of the denoiser"),
     ("heads",            4,              6,               "attention heads"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
@@ -48,9 +48,9 @@ HYPERPARAMETERS = [
     ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
     # generation: pictures during training, and the defaults of sample.py
     ("sample_steps",     25,             25,              "steps from noise to data"),
-    ("guidance",         "2,4,4",        "4,50,55",       "guidance weight in the first, second and last third of the steps"),
-    ("top_p",            0.8,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
-    ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
+    ("guidance",         "10",4,4",        "4,50,55",       "guidance weight in the first, second and last third of the steps"),
+    ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
+    ("top_k",            2,              0,               "draw from the k likeliest counts, 0 = all"),
     ("adjust_from",      0.65,           0.65,            "from this s = 1 - t on, x_0 is adjusted to sum to M"),
     # the machine
     ("seed",             0,              0,               "all random draws hang on it"),

@@ -24,21 +24,21 @@ HYPERPARAMETERS = [
     ("image_size",       28,            256,              "side of an image, pixels"),
     # the set
     ("num_tokens",       32,            128,              "M, tokens in a set"),
-    ("codebook_size",    64,            4096,             "C, codes in the codebook"),
-    ("code_dim",         12,            12,               "dimensions of a code"),
+    ("codebook_size",    96,            4096,             "C, codes in the codebook"),
+    ("code_dim",         4,             12,               "dimensions of a code"),
     # the two transformers
     ("patch_size",       7,             16,               "side of a patch, pixels"),
     ("width",            128,           768,              "width of encoder and decoder"),
     ("heads",            4,             12,               "attention heads"),
-    ("encoder_layers",   3,             12,               "blocks of the encoder"),
-    ("decoder_layers",   4,             12,               "blocks of the decoder"),
+    ("encoder_layers",   2,             12,               "blocks of the encoder"),
+    ("decoder_layers",   3,             12,               "blocks of the decoder"),
     # the loss: mean squared error of the pixels in [-1, 1] + quantizer + uniformity
     ("commitment",       0.25,          0.25,             "pull of latents to their codes, against that of codes to latents"),
-    ("uniformity",       0.1,           0.0,              "weight of the loss that spreads an image's latents out (not in the paper)"),
+    ("uniformity",       0.25,          0.0,              "weight of the loss that spreads an image's latents out (not in the paper)"),
     ("revive_after",     20,            0,                "steps without use after which a code is put on a latent, 0 = never"),
     ("revive_until",     0.8,           0.8,              "share of the training after which codes are left alone"),
     # optimization
-    ("steps",            2000,          1000000,          "optimizer steps"),
+    ("steps",            1800,          1000000,          "optimizer steps"),
     ("batch_size",       128,           256,              "images a step, over all processes"),
     ("device_batch",     128,           32,               "images a process takes at once; more are accumulated"),
     ("optimizer",        "muon",        "adamw",          "adamw, or muon for the blocks' matrices and adamw for the rest"),
