@@ -48,7 +48,7 @@ HYPERPARAMETERS = [
     ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
     # generation: pictures during training, and the defaults of sample.py
     ("sample_steps",     25,             25,              "steps from noise to data"),
-    ("guidance",         "10",4,4",        "4,50,55",       "guidance weight in the first, second and last third of the steps"),
+    ("guidance",         "10",           "4,50,55",       "guidance weight in the first, second and last third of the steps"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
     ("top_k",            2,              0,               "draw from the k likeliest counts, 0 = all"),
     ("adjust_from",      0.65,           0.65,            "from this s = 1 - t on, x_0 is adjusted to sum to M"),
