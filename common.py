@@ -313,14 +313,25 @@ def load_checkpoint(path, made_by, keys):
     return checkpoint
 
 
-def training_state(model, ema, optimizers):
-    """What a checkpoint holds for --resume beside the averaged weights."""
-    return {"model": model.state_dict(), "n_averaged": ema.n_averaged,
-            "optimizers": [(optimizer.state_dict(), scheduler.state_dict()) for optimizer, scheduler in optimizers]}
+def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):
+    """Add to a checkpoint the averaged weights and all that --resume needs, and write it (the main process does)."""
+    if is_main():
+        training = {"model": model.state_dict(), "n_averaged": ema.n_averaged, **state,
+                    "optimizers": [(optimizer.state_dict(), scheduler.state_dict()) for optimizer, scheduler in optimizers]}
+        save_checkpoint(checkpoint | {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(),
+                                      "training": training}, cfg.out)
 
 
-def restore(checkpoint, model, ema, optimizers):
-    """Put a checkpoint's training state back."""
+def start_or_resume(checkpoint, cfg, model, ema, optimizers):
+    """Put a checkpoint's training state back and return its step; without one, 0.
+
+    A new run does not overwrite the checkpoint of the run before: that is kept as PATH.previous.
+    """
+    if not checkpoint:
+        if is_main() and os.path.isfile(cfg.out):
+            os.replace(cfg.out, cfg.out + ".previous")
+            print(f"{cfg.out} was there already; it is kept as {cfg.out}.previous", flush=True)
+        return 0
     training = checkpoint["training"]
     model.load_state_dict(training["model"])
     ema.module.load_state_dict(checkpoint["weights"])
@@ -328,13 +339,12 @@ def restore(checkpoint, model, ema, optimizers):
     for (optimizer, scheduler), (optimizer_state, scheduler_state) in zip(optimizers, training["optimizers"]):
         optimizer.load_state_dict(optimizer_state)
         scheduler.load_state_dict(scheduler_state)
+    return checkpoint["step"]
 
 
-def keep_previous(path):
-    """A new run does not overwrite the checkpoint of the one before: it is kept as PATH.previous."""
-    if is_main() and os.path.isfile(path):
-        os.replace(path, path + ".previous")
-        print(f"{path} was there already; it is kept as {path}.previous")
+def due(done, every, cfg):
+    """Whether after so many steps something is to be done that comes every so often, and at the end."""
+    return done % every == 0 or done == cfg.steps
 
 
 def open_log(path, columns, step):
@@ -357,9 +367,11 @@ def progress_bar(start, steps):
     return tqdm(total=steps, initial=start, disable=not is_main(), mininterval=0.5 if watched else 20, dynamic_ncols=watched)
 
 
-def rate(progress):
-    """Steps a second since the bar was made (only the main process's bar keeps the time)."""
-    return 0.0 if progress.disable else (progress.n - progress.initial) / (time.time() - progress.start_t)
+def show(progress, cfg, text):
+    """Put text and the images a second behind the bar (only the main process's bar keeps the time)."""
+    if not progress.disable:
+        rate = (progress.n - progress.initial) * cfg.batch_size / (time.time() - progress.start_t)
+        progress.set_postfix_str(f"{text}, {rate:.0f} images/s", refresh=False)
 
 
 def beside(path, suffix):

@@ -70,7 +70,8 @@ COLUMNS = ["step", "loss", "lr"]  # of the log
 
 def main(argv=None):
     cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, argv)
-    stage1 = common.load_checkpoint(cfg.tokenizer, "python train_tokenizer.py", ("model_config", "weights", "class_names"))
+    stage1 = checkpoint["tokenizer"] if checkpoint else common.load_checkpoint(
+        cfg.tokenizer, "python train_tokenizer.py", ("model_config", "weights"))
     device, rank, processes = common.start_processes(cfg.device)
     began = time.time()
     try:
@@ -94,12 +95,7 @@ def main(argv=None):
               f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
     ema = common.moving_average(model, cfg.ema)
     optimizers = common.make_optimizers(model, cfg, decay_all=True)
-    start = 0
-    if checkpoint:
-        start = checkpoint["step"]
-        common.restore(checkpoint, model, ema, optimizers)
-    else:
-        common.keep_previous(cfg.out)
+    start = common.start_or_resume(checkpoint, cfg, model, ema, optimizers)
     parallel = common.wrap(model, device, cfg.compile)
     log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
     progress = common.progress_bar(start, cfg.steps)
@@ -113,18 +109,16 @@ def main(argv=None):
 
         done = step + 1
         progress.update()
-        if done % cfg.log_every == 0 or done == cfg.steps:
+        if common.due(done, cfg.log_every, cfg):
             loss = common.sum_over_processes(loss).item()
             log([done, loss, lr])
-            progress.set_postfix_str(f"loss {loss:.4f}, {common.rate(progress) * cfg.batch_size:.0f} images/s", refresh=False)
-        if done % cfg.picture_every == 0 or done == cfg.steps:
+            common.show(progress, cfg, f"loss {loss:.4f}")
+        if common.due(done, cfg.picture_every, cfg):
             draw_samples(ema.module, tokenizer, train_set.class_names, generation, device, cfg)
-        if (done % cfg.save_every == 0 or done == cfg.steps) and rank == 0:
-            common.save_checkpoint({"step": done, "config": vars(cfg), "model_config": model_config,
-                                    "class_names": train_set.class_names, "weights": ema.module.state_dict(),
-                                    "generation": generation,
-                                    "tokenizer": {name: stage1[name] for name in ("model_config", "weights")},
-                                    "training": common.training_state(model, ema, optimizers)}, cfg.out)
+        if common.due(done, cfg.save_every, cfg):
+            common.save_training({"model_config": model_config, "class_names": train_set.class_names, "generation": generation,
+                                  "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}},
+                                 done, cfg, model, ema, optimizers)
     progress.close()
     loss = evaluate(ema.module, tokenizer, test_set, device, rank, processes, cfg)
     if rank == 0:

@@ -80,19 +80,15 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         model_config = {"channels": train_set.channels} | {name: getattr(cfg, name) for name in MODEL}
         model = SetTokenizer(**model_config).to(device)
-        rows = common.share_of_batch(cfg, len(train_set), rank, processes)
+        rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
     except ValueError as problem:
         common.stop(str(problem))
     ema = common.moving_average(model, cfg.ema)
     optimizers = common.make_optimizers(model, cfg)
     idle = torch.zeros(cfg.codebook_size, dtype=torch.int64, device=device)  # steps since each code was last used
-    start = 0
+    start = common.start_or_resume(checkpoint, cfg, model, ema, optimizers)
     if checkpoint:
-        start = checkpoint["step"]
-        common.restore(checkpoint, model, ema, optimizers)
         idle.copy_(checkpoint["training"]["idle"])
-    else:
-        common.keep_previous(cfg.out)
     parallel = common.wrap(model, device, cfg.compile)
     log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
     batches = common.loader(train_set, cfg.batch_size, rows, cfg.seed, start, cfg.steps, cfg.workers)
@@ -110,19 +106,16 @@ def main(argv=None):
 
         done = step + 1
         progress.update()
-        if done % cfg.log_every == 0 or done == cfg.steps:
+        if common.due(done, cfg.log_every, cfg):
             loss, mse, quantizer = common.sum_over_processes(losses).tolist()
             in_use = (idle < 100).float().mean().item()
             log([done, loss, mse, psnr(mse), quantizer, in_use, lr])
-            progress.set_postfix_str(f"loss {loss:.4f}, PSNR {psnr(mse):.2f} dB, codes in use {in_use:.0%}, "
-                                     f"{common.rate(progress) * cfg.batch_size:.0f} images/s", refresh=False)
-        if done % cfg.picture_every == 0 or done == cfg.steps:
+            common.show(progress, cfg, f"loss {loss:.4f}, PSNR {psnr(mse):.2f} dB, codes in use {in_use:.0%}")
+        if common.due(done, cfg.picture_every, cfg):
             draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
-        if (done % cfg.save_every == 0 or done == cfg.steps) and rank == 0:
-            training = common.training_state(model, ema, optimizers) | {"idle": idle}
-            common.save_checkpoint({"step": done, "config": vars(cfg), "model_config": model_config,
-                                    "class_names": train_set.class_names, "weights": ema.module.state_dict(),
-                                    "training": training}, cfg.out)
+        if common.due(done, cfg.save_every, cfg):
+            common.save_training({"model_config": model_config, "class_names": train_set.class_names}, done, cfg, model, ema,
+                                 optimizers, idle=idle)
     progress.close()
     mse, in_use, distinct = evaluate(ema.module, test_set, device, rank, processes)
     if rank == 0:
