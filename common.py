@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,12 +27,13 @@ MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "workers", "
               "picture_every")  # settings that --resume may be given anew
 
 
-def parse(table, description, argv=None):
+def parse(table, description, kind, argv=None):
     """Settings from the table of hyperparameters at the top of a training script and from the command line.
 
     table: rows (name, value in the recipe digits, value in the recipe imagenet256, meaning). Every row is an option --name,
     its type that of its value. --recipe chooses the column; left out, it is imagenet256 where data/imagenet/train exists and
     digits elsewhere, and the first line printed says which and why. With --resume all settings are the checkpoint's.
+    kind: of the checkpoint that the script writes, "tokenizer" or "fsdd".
     Returns (a SimpleNamespace with one attribute a row, recipe and resume; the checkpoint to go on from or None).
     """
     recipes = ("digits", "imagenet256")
@@ -52,15 +54,25 @@ def parse(table, description, argv=None):
     checkpoint = None
     if given.get("resume"):
         out = given.get("out", settings["out"])
-        checkpoint = load_checkpoint(out, "the same command without --resume", ("config", "training"))
+        checkpoint = load_checkpoint(out, "the same command without --resume", kind)
         settings, why = checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
     settings = settings | given
-    for name, *values, _ in table:  # a whole number that is positive in both recipes has to be positive
-        if isinstance(values[0], int) and min(values) >= 1 and settings[name] < 1:
-            parser.error(f"argument --{name}: must be at least 1, got {settings[name]}")
+    for name, *values, _ in table:  # a number that is positive in both recipes has to be positive, and none may be negative
+        if isinstance(values[0], (int, float)):
+            least = 1 if isinstance(values[0], int) and min(values) >= 1 else 0
+            if not least <= settings[name] < math.inf or min(values) > 0 == settings[name]:
+                parser.error(f"argument --{name}: must be {'at least 1' if least else 'positive'}, got {settings[name]}")
+    if settings["ema"] >= 1:
+        parser.error(f"argument --ema: must be less than 1, got {settings['ema']}")
+    if settings["optimizer"] not in ("adamw", "muon") or settings["optimizer"] == "muon" and not settings["muon_lr"]:
+        parser.error(f"argument --optimizer: must be adamw, or muon with a --muon_lr, got {settings['optimizer']} "
+                     f"with {settings['muon_lr']}")
+    if checkpoint and settings["steps"] < checkpoint["step"]:
+        parser.error(f"argument --steps: {settings['out']} is at step {checkpoint['step']} already, got {settings['steps']}")
+    check_bf16(settings["bf16"])
     check_folder(settings["out"])
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
@@ -88,8 +100,8 @@ def three_numbers(text):
         numbers = [float(number) for number in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 3):
-        raise ValueError(f"guidance must be one number or three with commas between, such as 4,50,55; got {text!r}")
+    if len(numbers) not in (1, 3) or not all(0 <= number < math.inf for number in numbers):
+        raise ValueError(f"guidance must be one number or three with commas between, none negative, such as 4,50,55; got {text!r}")
     return numbers * (3 // len(numbers))
 
 
@@ -107,10 +119,14 @@ def start_processes(device):
 
     device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
     """
+    try:
+        torch.device("cpu" if device == "auto" else device)
+    except RuntimeError:
+        stop(f"--device must be auto, cpu, cuda or cuda:N, got {device}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        stop(f"--device {device} was asked for, but PyTorch sees no GPU here; use --device cpu")
+    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        stop(f"--device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
@@ -128,13 +144,17 @@ def is_main():
 
 def end_processes():
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def check_bf16(bf16):
+    if bf16 not in ("auto", "on", "off"):
+        stop(f"--bf16 must be auto, on or off, got {bf16}")
 
 
 def autocast(device, bf16):
     """Automatic mixed precision. bf16: "auto" (where the processor multiplies bfloat16 fast), "on" or "off"."""
-    if bf16 not in ("auto", "on", "off"):
-        stop(f"--bf16 must be auto, on or off, got {bf16}")
     if bf16 == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -145,9 +165,9 @@ def autocast(device, bf16):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on")
 
 
-def generator(device, *key):
-    """A random generator that hangs on the numbers in key, such as (seed, step), and on nothing else."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+def generator(device, purpose, *key):
+    """A random generator that hangs on purpose, a word, and the numbers in key, such as (seed, step), and on nothing else."""
+    seed = np.random.SeedSequence([zlib.crc32(purpose.encode()), len(key), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed) >> 1)
 
 
@@ -184,7 +204,7 @@ def chunks(rows, size):
 @functools.lru_cache(maxsize=2)
 def epoch_order(num_images, seed, epoch):
     """The order of all images in an epoch, (num_images,) int64, drawn from (seed, epoch)."""
-    return torch.randperm(num_images, generator=generator("cpu", seed, epoch))
+    return torch.randperm(num_images, generator=generator("cpu", "epoch", seed, epoch))
 
 
 def batch_indices(num_images, batch_size, seed, step):
@@ -227,8 +247,6 @@ def make_optimizers(model, cfg, decay_all=False):
         muon = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2]
         in_muon = set(map(id, muon))
         matrices = [p for p in matrices if id(p) not in in_muon]
-    elif cfg.optimizer != "adamw":
-        stop(f"--optimizer must be adamw or muon, got {cfg.optimizer}")
     optimizers = [torch.optim.AdamW([{"params": matrices}, {"params": embeddings, "weight_decay": cfg.weight_decay * decay_all}], lr=cfg.lr,
                                     betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)]
     if muon:
@@ -300,16 +318,16 @@ def save_checkpoint(checkpoint, path):
     os.replace(path + ".tmp", path)
 
 
-def load_checkpoint(path, made_by, keys):
-    """Read a checkpoint; one sentence and the exit code 1 where there is none, or it lacks one of the keys."""
+def load_checkpoint(path, made_by, kind):
+    """Read a checkpoint; one sentence and the exit code 1 where there is none, or it is not of the kind that is needed."""
     if not os.path.isfile(path):
         stop(f"there is no checkpoint {path}; make it with: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
         stop(f"{path} can't be read as a checkpoint ({type(problem).__name__}); make it with: {made_by}")
-    if not isinstance(checkpoint, dict) or not all(key in checkpoint for key in keys):
-        stop(f"{path} is not the checkpoint that is needed here; make it with: {made_by}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        stop(f"{path} is not a {kind} checkpoint, which is needed here; make it with: {made_by}")
     return checkpoint
 
 

@@ -43,7 +43,8 @@ def forward_process(x0, x1, t, uniform=None):
 
     x0, x1: (B, C) int64, every row sums to M.  t: (B,) in [0, 1], 0 = data, 1 = noise.
     uniform: (B, C) in [0, 1), what the draw of each count hangs on; drawn here if left out.
-    Returns x_t (B, C) int64, every row sums to M.  Where x1 = x0, x_t is x0; at t = 0 it is x0, at t = 1 it is x1.
+    Returns x_t (B, C) int64, every row sums to M; at t = 0 it is x0, at t = 1 it is x1. Before adjusting, codes with x1 = x0
+    stay at x0; adjusting moves one of them only when no other code can take the step.
 
     Eq. 6 keeps std = |x1 - x0| / 4 at the two ends as well, so that t = 0 and t = 1 would not give X_0 and X_1 back;
     there we return them as they are.
@@ -212,7 +213,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t, t, labels):
         """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1)."""
-        c = self.time_mlp(time_features(1 - t)) + self.class_embedding(labels)  # (B, width)
+        c = self.time_mlp(time_features(1 - t))
+        c = c + self.class_embedding(labels).to(c.dtype)  # (B, width)
         x = (self.count_embedding(x_t) + self.code_embedding).to(c.dtype)  # (B, C, width), in bfloat16 under autocast
         for block in self.blocks:
             x = block(x, c)

@@ -2,7 +2,7 @@
 
     python sample.py --ckpt fsdd.pt                                a labelled grid of samples, samples.png
     python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
-    torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num 50000 --out samples.npz    for evaluation
+    torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
 The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained for.
 """
@@ -51,7 +51,7 @@ def main(argv=None):
             part = parts[round + rank]
             with common.autocast(device, args.bf16):
                 states = list(refine(denoiser, labels[part].to(device), **settings,
-                                     generator=common.generator(device, args.seed, round + rank)))
+                                     generator=common.generator(device, "sample", args.seed, round + rank)))
             mine = torch.stack([common.to_uint8(tokenizer.decode(counts_to_tokens(x))).cpu() for x in states[0 if animate else -1:]])
         images += [found for found in gather(mine, rank, processes) if found is not None]
     if rank == 0:
@@ -67,7 +67,8 @@ def parse(argv):
     parser.add_argument("--out", default=OUT, help=f".png: a labelled grid, .npz: ADM's sample batch, arr_0 uint8 (N, H, W, 3) and "
                                                    f"arr_1 the labels, .gif: the set as it is refined ({OUT})")
     parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for a grid of more than ten, ten of them)")
-    parser.add_argument("--num", type=int, default=NUM, help=f"images in all, spread evenly over the labels ({NUM})")
+    parser.add_argument("--num", "--num_images", type=int, default=NUM,  # torchrun takes --num for its own --numa-binding
+                        help=f"images in all, spread evenly over the labels ({NUM}); under torchrun write --num_images")
     parser.add_argument("--steps", type=int, help="steps from noise to data (the checkpoint's)")
     parser.add_argument("--guidance", help="one weight, or three for the thirds of the steps, such as 4,50,55; 1 = none (the checkpoint's)")
     parser.add_argument("--top_p", type=float, help="draw x_0 from the likeliest counts that exceed this probability (the checkpoint's)")
@@ -79,10 +80,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not args.out.endswith((".png", ".npz", ".gif")):
         parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
-    for name in ("num", "batch", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not args.out.endswith(".npz") and args.num > 10000:
+    for name, least in (("num", 1), ("batch", 1), ("steps", 1), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if not args.out.endswith(".npz") and args.num > 1000:
         parser.error(f"{args.num} images are too many for a picture; use --out {os.path.splitext(args.out)[0]}.npz")
     common.check_folder(args.out)
     return args
@@ -90,7 +91,7 @@ def parse(argv):
 
 def load(path, device):
     """fsdd.pt -> (denoiser, tokenizer, the whole checkpoint), both with their averaged weights, on the device."""
-    checkpoint = common.load_checkpoint(path, "python train_fsdd.py", ("model_config", "weights", "tokenizer", "generation"))
+    checkpoint = common.load_checkpoint(path, "python train_fsdd.py", "fsdd")
     denoiser = Denoiser(**checkpoint["model_config"])
     denoiser.load_state_dict(checkpoint["weights"])
     tokenizer = SetTokenizer(**checkpoint["tokenizer"]["model_config"])
@@ -118,11 +119,16 @@ def generation_settings(defaults, args):
     settings = dict(defaults)
     settings |= {name: getattr(args, name) for name in defaults if getattr(args, name, None) is not None}
     settings["guidance"] = common.three_numbers(settings["guidance"])
+    check_sampling(settings)
+    return settings
+
+
+def check_sampling(settings):
+    """ValueError where top_p or top_k is out of range."""
     if not 0 < settings["top_p"] <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
     if settings["top_k"] < 0:
         raise ValueError(f"top_k must be 0 or more, got {settings['top_k']}")
-    return settings
 
 
 def gather(images, rank, processes):

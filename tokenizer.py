@@ -65,7 +65,7 @@ class SetTokenizer(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
-        self.num_tokens, self.codebook_size = num_tokens, codebook_size
+        self.image_size, self.num_tokens, self.codebook_size = image_size, num_tokens, codebook_size
         grid = image_size // patch_size
         self.encoder = Encoder(grid, channels, patch_size, width, heads, encoder_layers, num_tokens, code_dim)
         self.quantizer = Quantizer(codebook_size, code_dim, commitment)

@@ -20,6 +20,7 @@ import common
 from data import open_dataset
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, sample_noise
+from sample import check_sampling
 from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
@@ -34,12 +35,12 @@ HYPERPARAMETERS = [
     ("heads",            4,              6,               "attention heads"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            1500,           1000000,         "optimizer steps"),
+    ("steps",            1200,           1000000,         "optimizer steps"),
     ("batch_size",       128,            256,             "images a step, over all processes"),
     ("device_batch",     128,            32,              "images a process takes at once; more are accumulated"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon for the blocks' matrices and adamw for the rest"),
     ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
-    ("muon_lr",          1e-2,           0.0,             "peak learning rate of muon"),
+    ("muon_lr",          1e-2,           1e-3,            "peak learning rate of muon"),
     ("lr_end",           0.01,           1.0,             "learning rate at the end, as a share of the peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
     ("beta2",            0.99,           0.999,           "second beta of adamw"),
@@ -47,8 +48,8 @@ HYPERPARAMETERS = [
     ("clip",             1.0,            0.0,             "largest norm of the gradient, 0 = any"),
     ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
     # generation: pictures during training, and the defaults of sample.py
-    ("sample_steps",     25,             25,              "steps from noise to data"),
-    ("guidance",         "10",           "4,50,55",       "guidance weight in the first, second and last third of the steps"),
+    ("sample_steps",     50,             25,              "steps from noise to data"),
+    ("guidance",         "4,30,30",      "4,50,55",       "guidance weight in the first, second and last third of the steps"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
     ("top_k",            2,              0,               "draw from the k likeliest counts, 0 = all"),
     ("adjust_from",      0.65,           0.65,            "from this s = 1 - t on, x_0 is adjusted to sum to M"),
@@ -69,23 +70,29 @@ COLUMNS = ["step", "loss", "lr"]  # of the log
 
 
 def main(argv=None):
-    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, argv)
+    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, "fsdd", argv)
     stage1 = checkpoint["tokenizer"] if checkpoint else common.load_checkpoint(
-        cfg.tokenizer, "python train_tokenizer.py", ("model_config", "weights"))
+        cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
     device, rank, processes = common.start_processes(cfg.device)
     began = time.time()
+    common.check_folder(cfg.tokens)
     try:
         tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
         tokenizer.load_state_dict(stage1["weights"])
         M, C = tokenizer.num_tokens, tokenizer.codebook_size
         train_set, test_set = (open_dataset(cfg.data, split, tokenizer.image_size) for split in ("train", "test"))
         num_classes = len(train_set.class_names)
+        if test_set.class_names != train_set.class_names:
+            raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
+        if C > 2 ** 16:
+            raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C}")
         model_config = {"codebook_size": C, "num_tokens": M, "num_classes": num_classes} | {k: getattr(cfg, k) for k in MODEL}
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
         generation = {"prior": cfg.prior, "steps": cfg.sample_steps, "guidance": common.three_numbers(cfg.guidance),
                       "top_p": cfg.top_p, "top_k": cfg.top_k, "adjust_from": cfg.adjust_from}  # arguments of fsdd.refine()
-        sample_noise(1, C, M, cfg.prior)
+        sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
+        check_sampling(generation)
         rows = common.share_of_batch(cfg, len(train_set), rank, processes)
     except ValueError as problem:
         common.stop(str(problem))
@@ -101,7 +108,7 @@ def main(argv=None):
     progress = common.progress_bar(start, cfg.steps)
 
     for step in range(start, cfg.steps):
-        random = common.generator(device, cfg.seed, step)
+        random = common.generator(device, "step", cfg.seed, step)
         indices = common.batch_indices(len(train_set), cfg.batch_size, cfg.seed, step)[rows]
         loss = forward_backward(parallel, tokens, indices, train_set.labels, rows, random, model_config, cfg)
         lr = optimizers[0][1].get_last_lr()[0]
@@ -116,7 +123,8 @@ def main(argv=None):
         if common.due(done, cfg.picture_every, cfg):
             draw_samples(ema.module, tokenizer, train_set.class_names, generation, device, cfg)
         if common.due(done, cfg.save_every, cfg):
-            common.save_training({"model_config": model_config, "class_names": train_set.class_names, "generation": generation,
+            common.save_training({"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names,
+                                  "generation": generation,
                                   "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}},
                                  done, cfg, model, ema, optimizers)
     progress.close()
@@ -186,6 +194,8 @@ def encode_training_set(tokenizer, dataset, device, rank, processes, cfg):
     tokens.flush()
     common.wait_for_all()
     if rank == 0:
+        if os.path.exists(note_path):
+            os.remove(note_path)  # first, so that at no moment these tokens stand beside another's note
         os.replace(part_path, cfg.tokens)
         with open(note_path + ".tmp", "w") as file:
             json.dump(note, file)
@@ -204,9 +214,9 @@ def evaluate(model, tokenizer, dataset, device, rank, processes, cfg, batch_size
     """The loss on a dataset, one time t and one noise vector an image, the same at every call."""
     C, M = model.codebook_size, model.num_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for part in common.chunks(common.share(len(dataset), rank, processes), batch_size):
+    for part in common.chunks(slice(0, len(dataset)), batch_size)[rank::processes]:
         images, labels = dataset.__getitems__([(i, 0) for i in range(part.start, part.stop)])
-        random = common.generator(device, cfg.seed, part.start)
+        random = common.generator(device, "test", cfg.seed, part.start)
         t = 1 - torch.rand(len(images), generator=random, device=device)
         x1 = sample_noise(len(images), C, M, cfg.prior, random, device)
         uniform = torch.rand(x1.shape, generator=random, device=device)
@@ -222,7 +232,7 @@ def draw_samples(model, tokenizer, class_names, generation, device, cfg):
         classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
         with common.autocast(device, cfg.bf16):
             counts = generate(model, classes.repeat_interleave(10).to(device), **generation,
-                              generator=common.generator(device, cfg.seed))
+                              generator=common.generator(device, "sample", cfg.seed))
         images = common.to_uint8(tokenizer.decode(counts_to_tokens(counts)))
         common.grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
 

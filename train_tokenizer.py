@@ -43,7 +43,7 @@ HYPERPARAMETERS = [
     ("device_batch",     128,           32,               "images a process takes at once; more are accumulated"),
     ("optimizer",        "muon",        "adamw",          "adamw, or muon for the blocks' matrices and adamw for the rest"),
     ("lr",               2e-3,          1e-4,             "peak learning rate of adamw"),
-    ("muon_lr",          1e-2,          0.0,              "peak learning rate of muon"),
+    ("muon_lr",          1e-2,           1e-3,             "peak learning rate of muon"),
     ("lr_end",           0.01,          0.1,              "learning rate at the end, as a share of the peak (cosine)"),
     ("warmup",           50,            10000,            "steps of linear warm-up"),
     ("beta2",            0.99,          0.99,             "second beta of adamw"),
@@ -71,7 +71,7 @@ COLUMNS = ["step", "loss", "mse", "psnr", "quantizer", "codes_in_use", "lr"]  # 
 
 
 def main(argv=None):
-    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, argv)
+    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, "tokenizer", argv)
     device, rank, processes = common.start_processes(cfg.device)
     began = time.time()
     try:
@@ -96,11 +96,11 @@ def main(argv=None):
 
     for step, (images, _) in zip(range(start, cfg.steps), batches):
         images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
-        random = common.generator(device, cfg.seed, step)
+        random = common.generator(device, "step", cfg.seed, step)
         losses, tokens, latents = forward_backward(parallel, images, rows, random, cfg)
         lr = optimizers[0][1].get_last_lr()[0]
         common.optimizer_step(model, ema, optimizers, cfg.clip)
-        count_use(idle, tokens)
+        in_use = count_use(idle, tokens)
         if cfg.revive_after and step < cfg.revive_until * cfg.steps:
             revive([model.quantizer.codebook, ema.module.quantizer.codebook], idle, latents, rows, random, cfg)
 
@@ -108,14 +108,13 @@ def main(argv=None):
         progress.update()
         if common.due(done, cfg.log_every, cfg):
             loss, mse, quantizer = common.sum_over_processes(losses).tolist()
-            in_use = (idle < 100).float().mean().item()
             log([done, loss, mse, psnr(mse), quantizer, in_use, lr])
             common.show(progress, cfg, f"loss {loss:.4f}, PSNR {psnr(mse):.2f} dB, codes in use {in_use:.0%}")
         if common.due(done, cfg.picture_every, cfg):
             draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
         if common.due(done, cfg.save_every, cfg):
-            common.save_training({"model_config": model_config, "class_names": train_set.class_names}, done, cfg, model, ema,
-                                 optimizers, idle=idle)
+            common.save_training({"kind": "tokenizer", "model_config": model_config, "class_names": train_set.class_names},
+                                 done, cfg, model, ema, optimizers, idle=idle)
     progress.close()
     mse, in_use, distinct = evaluate(ema.module, test_set, device, rank, processes)
     if rank == 0:
@@ -157,10 +156,14 @@ def uniformity(latents):
 
 
 def count_use(idle, tokens):
-    """Update idle (C,), the steps since each code was last used, with the tokens of all processes."""
+    """Update idle (C,), the steps since each code was last used, with the global batch's tokens.
+
+    Returns the share of codes that the global batch uses.
+    """
     used = common.sum_over_processes(tokens.flatten().bincount(minlength=len(idle)))
     idle += 1
     idle[used > 0] = 0
+    return (used > 0).float().mean().item()
 
 
 def revive(codebooks, idle, latents, rows, random, cfg):
@@ -184,7 +187,7 @@ def revive(codebooks, idle, latents, rows, random, cfg):
 
 def psnr(mse):
     """Peak signal-to-noise ratio in decibels; pixels in [-1, 1] span 2, and 2^2 = 4."""
-    return 10 * math.log10(4 / mse)
+    return 10 * math.log10(4 / mse) if 0 < mse < math.inf else math.nan
 
 
 @torch.no_grad()

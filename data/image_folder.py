@@ -20,7 +20,7 @@ class ImageFolder(torch.utils.data.Dataset):
     channels = 3
 
     def __init__(self, folder, split, image_size, crop="center", flip=False, seed=0):
-        root = os.path.join(folder, "train" if split == "train" else "val")
+        self.root = root = os.path.join(folder, "train" if split == "train" else "val")
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {root}; images are expected as {root}/CLASS/NAME.JPEG")
         self.class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -58,8 +58,8 @@ class ImageFolder(torch.utils.data.Dataset):
         return pixels[:, ::-1] if self.flip and random.random() < 0.5 else pixels
 
     def fingerprint(self):
-        """A text that changes when the list of files does."""
-        names = [os.path.relpath(path, os.path.dirname(self.paths[0])) for path in self.paths]
+        """A text that changes when the names or the sizes of the files do."""
+        names = [f"{os.path.relpath(path, self.root)} {os.path.getsize(path)}" for path in self.paths]
         return hashlib.sha256("\n".join([str(self.image_size), *names]).encode()).hexdigest()
 
 

@@ -10,7 +10,8 @@ import torch
 import common
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"),
+TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"), ("ema", 0.9, 0.9, "decay"),
+         ("optimizer", "adamw", "muon", "which"), ("muon_lr", 0.1, 0.1, "rate"), ("bf16", "auto", "auto", "bfloat16"),
          ("out", "a.pt", "a.pt", "checkpoint")]
 
 
@@ -35,38 +36,40 @@ def assert_one_sentence(finished, *words):
 def test_recipe_chooses_the_column(tmp_path, monkeypatch, capsys):
     """Broken: the digits would be trained with ImageNet's settings or the other way round, or it would not be said."""
     monkeypatch.chdir(tmp_path)
-    cfg, _ = common.parse(TABLE, "", [])
+    cfg, _ = common.parse(TABLE, "", "fsdd", [])
     assert (cfg.recipe, cfg.steps, cfg.flip) == ("digits", 10, False)
     assert "recipe digits: data/imagenet/train is not there" in capsys.readouterr().out
     (tmp_path / "somewhere").mkdir()
     (tmp_path / "data" / "imagenet").mkdir(parents=True)
     (tmp_path / "data" / "imagenet" / "train").symlink_to(tmp_path / "somewhere")
-    cfg, _ = common.parse(TABLE, "", [])
+    cfg, _ = common.parse(TABLE, "", "fsdd", [])
     assert (cfg.recipe, cfg.steps, cfg.flip) == ("imagenet256", 1000, True)
     assert "recipe imagenet256: data/imagenet/train is there" in capsys.readouterr().out
-    assert common.parse(TABLE, "", ["--recipe", "digits"])[0].steps == 10
+    assert common.parse(TABLE, "", "fsdd", ["--recipe", "digits"])[0].steps == 10
 
 
 def test_key_value():
     """Broken: --key value and --key=value would not both work, or give another type than the table's."""
-    cfg, _ = common.parse(TABLE, "", ["--recipe=digits", "--steps", "7", "--lr=3e-4", "--flip", "true", "--out=b.pt"])
+    cfg, _ = common.parse(TABLE, "", "fsdd", ["--recipe=digits", "--steps", "7", "--lr=3e-4", "--flip", "true", "--out=b.pt"])
     assert (cfg.steps, cfg.lr, cfg.flip, cfg.out) == (7, 3e-4, True, "b.pt")
 
 
 @pytest.mark.parametrize("argv, word", [(["--stepz", "7"], "--stepz"), (["--step", "7"], "--step"), (["--steps", "x"], "--steps"),
                                         (["--steps", "1.5"], "--steps"), (["--flip", "maybe"], "--flip"),
+                                        (["--steps=0"], "--steps"), (["--lr=-1"], "--lr"), (["--lr=nan"], "--lr"), (["--ema=1"], "--ema"),
+                                        (["--optimizer=sgd"], "--optimizer"), (["--optimizer=muon", "--muon_lr=0"], "--muon_lr"),
                                         (["--recipe", "cifar"], "--recipe")])
 def test_wrong_command_lines(argv, word, capsys):
     """Broken: a misspelt key or a value of the wrong type would be taken for something else."""
     with pytest.raises(SystemExit) as stopped:
-        common.parse(TABLE, "", argv)
+        common.parse(TABLE, "", "fsdd", argv)
     assert stopped.value.code == 2 and word in capsys.readouterr().err
 
 
 def test_help_names_every_key(capsys):
     """Broken: --help would not be the table."""
     with pytest.raises(SystemExit) as stopped:
-        common.parse(TABLE, "what it does", ["--help"])
+        common.parse(TABLE, "what it does", "fsdd", ["--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "what it does" in text and all("--" + row[0] in text for row in TABLE)
 
@@ -74,12 +77,17 @@ def test_help_names_every_key(capsys):
 def test_resume_takes_the_checkpoints_settings(tmp_path, capsys):
     """Broken: a resumed run would train with other settings than the run it goes on from."""
     path = str(tmp_path / "a.pt")
-    common.save_checkpoint({"config": {"recipe": "digits", "resume": False, "steps": 50, "lr": 0.5, "flip": True, "out": "old"},
-                            "training": {}}, path)
-    cfg, checkpoint = common.parse(TABLE, "", ["--resume", "--out", path, "--steps", "60"])
+    config = {"recipe": "digits", "resume": False, "steps": 50, "lr": 0.5, "flip": True, "ema": 0.9, "optimizer": "adamw",
+              "muon_lr": 0.1, "bf16": "off", "out": "old"}
+    common.save_checkpoint({"kind": "fsdd", "step": 50, "config": config}, path)
+    cfg, checkpoint = common.parse(TABLE, "", "fsdd", ["--resume", "--out", path, "--steps", "60"])
     assert (cfg.steps, cfg.lr, cfg.flip, cfg.out) == (60, 0.5, True, path) and checkpoint is not None
+    with pytest.raises(SystemExit):
+        common.parse(TABLE, "", "fsdd", ["--resume", "--out", path, "--steps", "49"])
+    with pytest.raises(SystemExit, match="is not a tokenizer checkpoint"):
+        common.parse(TABLE, "", "tokenizer", ["--resume", "--out", path])
     with pytest.raises(SystemExit, match="--lr 0.1 can't change with --resume"):
-        common.parse(TABLE, "", ["--resume", "--out", path, "--lr", "0.1"])
+        common.parse(TABLE, "", "fsdd", ["--resume", "--out", path, "--lr", "0.1"])
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -114,9 +122,10 @@ def test_an_epoch_sees_every_image_once():
 
 def test_random_numbers_hang_on_the_key():
     """Broken: two steps, or two seeds, would draw the same noise, or the same step other noise after a resume."""
-    draws = {key: torch.rand(4, generator=common.generator("cpu", *key)).tolist() for key in [(0, 1), (1, 0), (0, 2), (0, 0, 1)]}
-    assert len(set(map(tuple, draws.values()))) == 4
-    assert torch.rand(4, generator=common.generator("cpu", 0, 1)).tolist() == draws[0, 1]
+    draws = {key: torch.rand(4, generator=common.generator("cpu", "step", *key)).tolist() for key in [(0,), (0, 0), (0, 1), (1, 0), (0, 2), (0, 0, 1)]}
+    assert len(set(map(tuple, draws.values()))) == 6
+    assert torch.rand(4, generator=common.generator("cpu", "epoch", 0, 1)).tolist() != draws[0, 1]
+    assert torch.rand(4, generator=common.generator("cpu", "step", 0, 1)).tolist() == draws[0, 1]
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
@@ -173,7 +182,7 @@ def test_every_weight_has_one_optimizer(optimizer):
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     """Broken: a run killed while it saves would lose the checkpoint it had."""
     path = str(tmp_path / "a.pt")
-    common.save_checkpoint({"step": 1}, path)
+    common.save_checkpoint({"kind": "fsdd", "step": 1}, path)
 
     def half_a_save(checkpoint, target):
         with open(target, "wb") as file:
@@ -183,7 +192,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half_a_save)
     with pytest.raises(KeyboardInterrupt):
         common.save_checkpoint({"step": 2}, path)
-    assert common.load_checkpoint(path, "x", ("step",))["step"] == 1
+    assert common.load_checkpoint(path, "x", "fsdd")["step"] == 1
 
 
 def test_bad_checkpoints_get_a_sentence(tmp_path):
@@ -192,9 +201,9 @@ def test_bad_checkpoints_get_a_sentence(tmp_path):
     with open(broken, "wb") as file:
         file.write(b"not a checkpoint")
     torch.save({"other": 1}, foreign)
-    for path, words in ((str(tmp_path / "none.pt"), "there is no checkpoint"), (broken, "can't be read"), (foreign, "is not the")):
+    for path, words in ((str(tmp_path / "none.pt"), "there is no checkpoint"), (broken, "can't be read"), (foreign, "is not a fsdd checkpoint")):
         with pytest.raises(SystemExit, match=words) as stopped:
-            common.load_checkpoint(path, "python train_fsdd.py", ("weights",))
+            common.load_checkpoint(path, "python train_fsdd.py", "fsdd")
         assert "python train_fsdd.py" in str(stopped.value.code)
 
 
@@ -232,6 +241,6 @@ def test_pixels_to_bytes():
 def test_guidance_weights(text, numbers):
     """Broken: --guidance would be read wrongly."""
     assert common.three_numbers(text) == numbers
-    for wrong in ("", "a", "1,2", "1,2,3,4"):
+    for wrong in ("", "a", "1,2", "1,2,3,4", "nan", "-1", "1,2,inf"):
         with pytest.raises(ValueError, match="one number or three"):
             common.three_numbers(wrong)

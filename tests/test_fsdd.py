@@ -10,7 +10,7 @@ import fsdd
 from fsdd import Denoiser, discrete_gaussian, draw, forward_process, greedy_adjust, sample_noise
 
 
-def seeded(seed):
+def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
@@ -35,7 +35,7 @@ def assert_same_distribution(draws, p):
 
 def skewed_counts(B, C, M, seed):
     """Counts as adversarial as data can be: all on one code, evenly spread, heavy on few codes."""
-    tokens = torch.randint(C, (B, M), generator=seeded(seed))
+    tokens = torch.randint(C, (B, M), generator=generator(seed))
     tokens[0::3] = tokens[0::3, :1]
     tokens[1::3, : M // 2] = 0
     return fsdd.tokens_to_counts(tokens, C)
@@ -47,7 +47,7 @@ def skewed_counts(B, C, M, seed):
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 def test_noise(prior):
     """Broken: noise would not sum to M (Eq. 4), or would favour some codes."""
-    counts = sample_noise(4000, 20, 8, prior, seeded(0))
+    counts = sample_noise(4000, 20, 8, prior, generator(0))
     assert (counts.sum(1) == 8).all() and counts.min() >= 0
     assert counts.max() == 1 if prior == "distinct" else counts.max() > 1
     assert (counts.double().mean(0) - 8 / 20).abs().max() < 0.06  # five standard deviations
@@ -71,16 +71,15 @@ def test_noise_refuses():
                                          (1, 5, "multinomial"), (5, 1, "distinct")])
 def test_every_state_sums_to_M(C, M, prior):
     """Broken: the fixed-sum constraint (Eq. 3) in training."""
-    x0, x1 = skewed_counts(60, C, M, 1), sample_noise(60, C, M, prior, seeded(2))
+    x0, x1 = skewed_counts(60, C, M, 1), sample_noise(60, C, M, prior, generator(2))
     for t in (0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0):
         x = forward_process(x0, x1, torch.full((60,), t))
         assert x.dtype == torch.int64 and (x.sum(1) == M).all() and x.min() >= 0
-        assert torch.equal(x[x0 == x1].sort().values, x0[x0 == x1].sort().values) or t not in (0, 1)
 
 
 def test_ends_are_exact():
     """Broken: t = 0 would not be the data, t = 1 not the noise."""
-    x0, x1 = skewed_counts(30, 40, 16, 3), sample_noise(30, 40, 16, "multinomial", seeded(4))
+    x0, x1 = skewed_counts(30, 40, 16, 3), sample_noise(30, 40, 16, "multinomial", generator(4))
     assert torch.equal(forward_process(x0, x1, torch.zeros(30)), x0)
     assert torch.equal(forward_process(x0, x1, torch.ones(30)), x1)
     t = torch.tensor([0.0, 1.0, 0.5] * 10)  # also where the three stand in one batch
@@ -91,7 +90,7 @@ def test_ends_are_exact():
 def test_equal_ends_stay():
     """Broken: where X_1 = X_0 the std is 0 and X_t must be X_0, without a NaN on the way."""
     x0 = skewed_counts(30, 40, 16, 5)
-    assert torch.equal(forward_process(x0, x0, torch.rand(30, generator=seeded(6))), x0)
+    assert torch.equal(forward_process(x0, x0, torch.rand(30, generator=generator(6))), x0)
     x, log_prob = discrete_gaussian(x0.float(), torch.zeros(30, 40), 16, torch.rand(30, 40))
     assert torch.equal(x, x0) and (log_prob(x0) == 0).all() and (log_prob(x0 + 1) == -math.inf).all()
 
@@ -102,20 +101,19 @@ def test_forward_process_is_the_dense_formula(x0, x1, t):
     """Broken: X_t before adjusting would not follow Eq. 5-6 with the density at the integers 0..M."""
     M, n = 32, 200_000
     mean, std = torch.full((1, n), t * x1 + (1 - t) * x0), torch.full((1, n), abs(x1 - x0) / 4)
-    x, log_prob = discrete_gaussian(mean, std, M, torch.rand(1, n, generator=seeded(7)))
+    x, log_prob = discrete_gaussian(mean, std, M, torch.rand(1, n, generator=generator(7)))
     p = dense_gaussian(mean[0, 0], std[0, 0], M)
     assert_same_distribution(x[0], p)
-    k = torch.arange(M + 1)
     ours = torch.stack([log_prob(torch.full((1, n), i))[0, 0] for i in range(M + 1)])
-    assert torch.allclose(ours.double(), dense_gaussian(mean[0, 0], std[0, 0], M).log(), atol=1e-4, rtol=1e-4) or \
-        torch.allclose(ours.double().exp(), p, atol=1e-6)
-    assert k[p > 1e-6].numel() > 0
+    k = torch.arange(M + 1, dtype=torch.float64)
+    by_formula = (-((k - mean[0, 0].double()) / std[0, 0].double()) ** 2 / 2).log_softmax(0)
+    assert torch.allclose(ours.double(), by_formula, atol=1e-3, rtol=1e-4)
 
 
 def test_density_is_not_rounding():
     """Broken: the Gaussian would be rounded instead of taken at the integers. Mean .2, std .25: p(1) = .008 against .115."""
     n = 100_000
-    x, _ = discrete_gaussian(torch.full((1, n), 0.2), torch.full((1, n), 0.25), 4, torch.rand(1, n, generator=seeded(8)))
+    x, _ = discrete_gaussian(torch.full((1, n), 0.2), torch.full((1, n), 0.25), 4, torch.rand(1, n, generator=generator(8)))
     assert 0.006 < (x == 1).double().mean() < 0.010
 
 
@@ -134,7 +132,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_tensor_over_all_counts():
     """Broken: at ImageNet's size the forward process would take B x C x (M + 1) numbers."""
     B, C, M = 4, 4096, 128
-    x0, x1 = sample_noise(B, C, M, "multinomial", seeded(9)), sample_noise(B, C, M, "multinomial", seeded(10))
+    x0, x1 = sample_noise(B, C, M, "multinomial", generator(9)), sample_noise(B, C, M, "multinomial", generator(10))
     with LargestTensor() as largest:
         forward_process(x0, x1, torch.rand(B))
     assert largest.elements < B * C * (M + 1) / 10
@@ -166,7 +164,7 @@ def brute_force_adjust(x, log_p, M):
 def test_greedy_choice_is_the_best_choice():
     """Broken: a round would not take the |delta| steps that Algorithm 1 ranks highest."""
     C, M, B = 5, 6, 300
-    g = seeded(11)
+    g = generator(11)
     log_p = torch.randn(B, C, M + 1, generator=g).double().mul(2).log_softmax(2)
     x = torch.randint(M + 1, (B, C), generator=g)
     x[::4] = torch.randint(2, (len(x[::4]), C), generator=g)  # sums below M too
@@ -179,7 +177,7 @@ def test_greedy_choice_is_the_best_choice():
 @pytest.mark.parametrize("scores", ["random", "equal", "-inf", "nan", "inf", "spikes"])
 def test_any_input_comes_out_right(C, M, scores):
     """Broken: some input or some score would leave a row with a wrong sum or a negative count, or never end."""
-    g = seeded(12)
+    g = generator(12)
     rows = [torch.zeros(C), torch.full((C,), M), torch.full((C,), 10 * M), torch.full((C,), -5), torch.ones(C),
             torch.eye(C)[0] * M, torch.eye(C)[-1] * M * 100, torch.eye(C)[0] * (M - 1), torch.eye(C)[0] * M + 1]
     x = torch.stack(rows + list(torch.randint(-3, 3 * M, (20, C), generator=g))).long()
@@ -196,7 +194,7 @@ def test_any_input_comes_out_right(C, M, scores):
 def test_function_and_table_agree():
     """Broken: the same probabilities, handed in as a function or as a tensor, would adjust differently."""
     C, M = 10, 8
-    g = seeded(13)
+    g = generator(13)
     table = torch.randn(40, C, M + 1, generator=g).log_softmax(2)
     x = torch.randint(4, (40, C), generator=g)
     by_function = greedy_adjust(x, lambda k: table.gather(2, k[..., None])[..., 0], M)
@@ -218,7 +216,7 @@ def test_ties_go_to_the_likelier_code():
 def test_draw_follows_p():
     """Broken: draws would not follow the probabilities."""
     p = torch.tensor([0.5, 0.0, 0.2, 0.3], dtype=torch.float64)
-    draws = draw(p.float().expand(100_000, 4), torch.rand(100_000, generator=seeded(14)))
+    draws = draw(p.float().expand(100_000, 4), torch.rand(100_000, generator=generator(14)))
     assert_same_distribution(draws, p)
 
 
@@ -227,7 +225,7 @@ def test_draw_follows_p():
 def test_top_p_and_top_k(top_p, top_k, kept):
     """Broken: top-p would not be the smallest set of counts whose probability exceeds p, or would be empty."""
     p = torch.tensor([0.5, 0.0, 0.125, 0.375])
-    draws = draw(p.double().expand(50_000, 4), torch.rand(50_000, generator=seeded(15)), top_p, top_k)
+    draws = draw(p.double().expand(50_000, 4), torch.rand(50_000, generator=generator(15)), top_p, top_k)
     expected = torch.zeros(4, dtype=torch.float64)
     expected[kept] = p.double()[kept] / p.double()[kept].sum()
     assert_same_distribution(draws, expected)
@@ -304,7 +302,7 @@ def test_size_of_the_papers_models(width, layers, heads, released):
                                       {"adjust_from": 2.0}])
 def test_every_step_of_generation_sums_to_M(settings):
     """Broken: the fixed-sum constraint in generation."""
-    states = list(fsdd.refine(small_denoiser(), torch.arange(30) % 3, generator=seeded(20), **settings))
+    states = list(fsdd.refine(small_denoiser(), torch.arange(30) % 3, generator=generator(20), **settings))
     assert len(states) == settings.get("steps", 25) + 1
     for x in states:
         assert x.dtype == torch.int64 and (x.sum(1) == 6).all() and x.min() >= 0
@@ -327,7 +325,7 @@ class Oracle(torch.nn.Module):
 def test_generation_ends_at_what_the_denoiser_knows(steps):
     """Broken: Eq. 8-10 would not lead from noise to X_0 even with a perfect denoiser."""
     x0 = skewed_counts(30, 20, 16, 21)
-    *_, end = fsdd.refine(Oracle(x0), torch.zeros(30, dtype=torch.int64), steps=steps, generator=seeded(22))
+    *_, end = fsdd.refine(Oracle(x0), torch.zeros(30, dtype=torch.int64), steps=steps, generator=generator(22))
     assert torch.equal(end, x0)
 
 
@@ -336,7 +334,7 @@ def test_steps_follow_equation_10(monkeypatch):
     x0, seen = skewed_counts(30, 20, 16, 23).double(), []
     real = fsdd.discrete_gaussian
     monkeypatch.setattr(fsdd, "discrete_gaussian", lambda mean, std, *rest: seen.append((mean, std)) or real(mean, std, *rest))
-    states = list(fsdd.refine(Oracle(x0.long()), torch.zeros(30, dtype=torch.int64), generator=seeded(24)))
+    states = list(fsdd.refine(Oracle(x0.long()), torch.zeros(30, dtype=torch.int64), generator=generator(24)))
     for step, (mean, std) in enumerate(seen):
         s, s_next = step / 25, (step + 1) / 25
         x1 = (states[step] - s * x0) / (1 - s)
@@ -351,10 +349,10 @@ def test_guidance_of_weight_one_is_the_plain_model():
     plain = denoiser(x, torch.full((9,), 0.3), labels).softmax(2)
     assert torch.equal(fsdd.guided_probabilities(denoiser, x, 0.3, labels, 1), plain)
     assert torch.allclose(fsdd.guided_probabilities(denoiser, x, 0.3, labels, 1 + 1e-6), plain, atol=1e-5)
-    before = fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=seeded(27))
+    before = fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=generator(27))
     with torch.no_grad():
         denoiser.class_embedding.weight[3] += 1
-    assert torch.equal(before, fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=seeded(27)))
+    assert torch.equal(before, fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=generator(27)))
 
 
 @pytest.mark.parametrize("weight", [0, 3, 50])
@@ -381,5 +379,5 @@ def test_guidance_by_thirds(monkeypatch):
 def test_generation_hangs_on_the_generator_alone():
     """Broken: the same seed would not give the same images."""
     denoiser, labels = small_denoiser(), torch.arange(9) % 3
-    first, again, other = (fsdd.generate(denoiser, labels, generator=seeded(seed)) for seed in (1, 1, 2))
+    first, again, other = (fsdd.generate(denoiser, labels, generator=generator(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)

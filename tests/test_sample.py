@@ -19,8 +19,8 @@ def save_random_checkpoint(path, channels=1, num_classes=10):
     models = SetTokenizer(**tokenizer_config), Denoiser(**model_config)
     for model in models:
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-    torch.save({"model_config": model_config, "weights": models[1].state_dict(),
+            torch.nn.init.normal_(parameter, std=0.5 if model is models[0] else 0.2)
+    torch.save({"kind": "fsdd", "model_config": model_config, "weights": models[1].state_dict(),
                 "tokenizer": {"model_config": tokenizer_config, "weights": models[0].state_dict()},
                 "class_names": [f"class {i}" for i in range(num_classes)],
                 "generation": {"prior": "distinct", "steps": 4, "guidance": [2.0, 3.0, 4.0], "top_p": 0.9, "top_k": 0,
@@ -44,7 +44,7 @@ def test_same_images_for_any_number_of_processes(checkpoint, tmp_path):
     results = []
     for processes in (1, 2, 3):
         out = tmp_path / f"{processes}.npz"
-        finished = run("sample.py", "--ckpt", checkpoint, "--num=23", "--batch=5", "--bf16=off", "--out", out, folder=tmp_path,
+        finished = run("sample.py", "--ckpt", checkpoint, "--num_images=23", "--batch=5", "--bf16=off", "--out", out, folder=tmp_path,
                        processes=processes)
         assert finished.returncode == 0, finished.stderr
         results.append(arrays(out))
@@ -92,7 +92,7 @@ def test_animation_shows_every_step(checkpoint, tmp_path, monkeypatch):
         first = np.asarray(film.convert("L"), dtype=float)
         film.seek(6)
         last = np.asarray(film.convert("L"), dtype=float)
-        assert abs(last - np.asarray(page.convert("L"))).mean() < 8 < abs(last - first).mean()
+        assert abs(last - np.asarray(page.convert("L"))).mean() < abs(last - first).mean() / 2
 
 
 def test_colour_and_many_classes(tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_colour_and_many_classes(tmp_path, monkeypatch):
     (["--ckpt=none.pt"], ["no checkpoint none.pt", "python train_fsdd.py"]), (["--labels=10"], ["--labels", "from 0 to 9", "'10'"]),
     (["--labels=a"], ["--labels", "'a'"]), (["--num=0"], ["--num", "at least 1"]), (["--out=a.jpg"], ["--out", "a.jpg"]),
     (["--top_p=0"], ["top_p", "0"]), (["--top_k=-1"], ["top_k", "-1"]), (["--guidance=x"], ["guidance", "'x'"]),
-    (["--steps=0"], ["--steps"]), (["--num=20000"], ["20000", ".npz"]), (["--out=nowhere/a.png"], ["nowhere"]),
+    (["--steps=0"], ["--steps"]), (["--seed=-1"], ["--seed"]), (["--device=gpu"], ["--device", "gpu"]), (["--num=20000"], ["20000", ".npz"]), (["--out=nowhere/a.png"], ["nowhere"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, checkpoint, tmp_path):
     """Broken: a mistake on the command line would end in a traceback, or be found only after the work."""
