@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import math
 import os
 import sys
@@ -55,11 +56,19 @@ def parse(table, description, kind, argv=None):
     if given.get("resume"):
         out = given.get("out", settings["out"])
         checkpoint = load_checkpoint(out, "the same command without --resume", kind)
-        settings, why = checkpoint["config"], f"as in {out}"
+        settings, why = settings | checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
     settings = settings | given
+    check_settings(parser, table, settings, checkpoint)
+    if is_main():
+        print(f"recipe {settings['recipe']}: {why}", flush=True)
+    return SimpleNamespace(**settings), checkpoint
+
+
+def check_settings(parser, table, settings, checkpoint):
+    """End with one sentence where a setting can't be right, before any work is done."""
     for name, *values, _ in table:  # a number that is positive in both recipes has to be positive, and none may be negative
         if isinstance(values[0], (int, float)):
             least = 1 if isinstance(values[0], int) and min(values) >= 1 else 0
@@ -72,11 +81,9 @@ def parse(table, description, kind, argv=None):
                      f"with {settings['muon_lr']}")
     if checkpoint and settings["steps"] < checkpoint["step"]:
         parser.error(f"argument --steps: {settings['out']} is at step {checkpoint['step']} already, got {settings['steps']}")
-    check_bf16(settings["bf16"])
+    if settings["bf16"] not in ("auto", "on", "off"):
+        parser.error(f"argument --bf16: must be auto, on or off, got {settings['bf16']}")
     check_folder(settings["out"])
-    if is_main():
-        print(f"recipe {settings['recipe']}: {why}", flush=True)
-    return SimpleNamespace(**settings), checkpoint
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,14 +150,11 @@ def is_main():
 
 
 def end_processes():
+    """Leave the process group, after main() has returned: a DDP model that outlives it now and then aborts the process."""
+    gc.collect()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def check_bf16(bf16):
-    if bf16 not in ("auto", "on", "off"):
-        stop(f"--bf16 must be auto, on or off, got {bf16}")
 
 
 def autocast(device, bf16):
@@ -247,8 +251,8 @@ def make_optimizers(model, cfg, decay_all=False):
         muon = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2]
         in_muon = set(map(id, muon))
         matrices = [p for p in matrices if id(p) not in in_muon]
-    optimizers = [torch.optim.AdamW([{"params": matrices}, {"params": embeddings, "weight_decay": cfg.weight_decay * decay_all}], lr=cfg.lr,
-                                    betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)]
+    groups = [{"params": matrices}, {"params": embeddings, "weight_decay": cfg.weight_decay * decay_all}]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))

@@ -58,7 +58,6 @@ def main(argv=None):
         seconds = time.time() - began
         write(args.out, torch.cat(images, dim=1), labels, class_names)
         print(f"{args.out}: {len(labels)} images in {seconds:.1f} s")
-    common.end_processes()
 
 
 def parse(argv):
@@ -66,14 +65,14 @@ def parse(argv):
     parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_fsdd.py ({CKPT})")
     parser.add_argument("--out", default=OUT, help=f".png: a labelled grid, .npz: ADM's sample batch, arr_0 uint8 (N, H, W, 3) and "
                                                    f"arr_1 the labels, .gif: the set as it is refined ({OUT})")
-    parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for a grid of more than ten, ten of them)")
+    parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for pictures ten at most)")
     parser.add_argument("--num", "--num_images", type=int, default=NUM,  # torchrun takes --num for its own --numa-binding
                         help=f"images in all, spread evenly over the labels ({NUM}); under torchrun write --num_images")
     parser.add_argument("--steps", type=int, help="steps from noise to data (the checkpoint's)")
-    parser.add_argument("--guidance", help="one weight, or three for the thirds of the steps, such as 4,50,55; 1 = none (the checkpoint's)")
-    parser.add_argument("--top_p", type=float, help="draw x_0 from the likeliest counts that exceed this probability (the checkpoint's)")
+    parser.add_argument("--guidance", help="one weight, or three for the thirds of the steps; 1 = none (the checkpoint's)")
+    parser.add_argument("--top_p", type=float, help="draw x_0 from the likeliest counts beyond this probability (the checkpoint's)")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest counts, 0 = all (the checkpoint's)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"images generated together ({BATCH}); another value draws other images")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"images made together ({BATCH}); another value draws other images")
     parser.add_argument("--seed", type=int, default=SEED, help=f"another seed draws other images ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
     parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"), help=f"bfloat16 autocast of the denoiser ({BF16})")
@@ -164,3 +163,4 @@ def fill_rows(images, labels, columns):
 
 if __name__ == "__main__":
     main()
+    common.end_processes()

@@ -77,25 +77,13 @@ def main(argv=None):
     began = time.time()
     common.check_folder(cfg.tokens)
     try:
-        tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
-        tokenizer.load_state_dict(stage1["weights"])
-        M, C = tokenizer.num_tokens, tokenizer.codebook_size
-        train_set, test_set = (open_dataset(cfg.data, split, tokenizer.image_size) for split in ("train", "test"))
-        num_classes = len(train_set.class_names)
-        if test_set.class_names != train_set.class_names:
-            raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
-        if C > 2 ** 16:
-            raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C}")
-        model_config = {"codebook_size": C, "num_tokens": M, "num_classes": num_classes} | {k: getattr(cfg, k) for k in MODEL}
+        tokenizer, train_set, test_set, model_config, generation = prepare(stage1, device, cfg)
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
-        generation = {"prior": cfg.prior, "steps": cfg.sample_steps, "guidance": common.three_numbers(cfg.guidance),
-                      "top_p": cfg.top_p, "top_k": cfg.top_k, "adjust_from": cfg.adjust_from}  # arguments of fsdd.refine()
-        sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
-        check_sampling(generation)
-        rows = common.share_of_batch(cfg, len(train_set), rank, processes)
+        rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
     except ValueError as problem:
         common.stop(str(problem))
+    M, C = tokenizer.num_tokens, tokenizer.codebook_size
     tokens = encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
     if rank == 0:
         print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
@@ -132,7 +120,25 @@ def main(argv=None):
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; "
               f"loss {loss:.4f} on the sets of {len(test_set)} test images")
-    common.end_processes()
+
+
+def prepare(stage1, device, cfg):
+    """The tokenizer, the two datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't fit."""
+    tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
+    tokenizer.load_state_dict(stage1["weights"])
+    M, C = tokenizer.num_tokens, tokenizer.codebook_size
+    train_set, test_set = (open_dataset(cfg.data, split, tokenizer.image_size) for split in ("train", "test"))
+    if test_set.class_names != train_set.class_names:
+        raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
+    if C > 2 ** 16:
+        raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C}")
+    sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
+    model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names)}
+    model_config |= {name: getattr(cfg, name) for name in MODEL}
+    generation = {"prior": cfg.prior, "steps": cfg.sample_steps, "guidance": common.three_numbers(cfg.guidance),
+                  "top_p": cfg.top_p, "top_k": cfg.top_k, "adjust_from": cfg.adjust_from}
+    check_sampling(generation)
+    return tokenizer, train_set, test_set, model_config, generation
 
 
 def forward_backward(model, tokens, indices, labels, rows, random, model_config, cfg):
@@ -239,3 +245,4 @@ def draw_samples(model, tokenizer, class_names, generation, device, cfg):
 
 if __name__ == "__main__":
     main()
+    common.end_processes()

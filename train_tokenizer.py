@@ -121,7 +121,6 @@ def main(argv=None):
         print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes in use, "
               f"{distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
-    common.end_processes()
 
 
 def forward_backward(model, images, rows, random, cfg):
@@ -219,3 +218,4 @@ def draw_reconstructions(model, dataset, device, path, number=20):
 
 if __name__ == "__main__":
     main()
+    common.end_processes()

@@ -70,71 +70,84 @@ def spread(images, labels):
     return np.mean([(images[labels == c] / 127.5 - 1).std(0).square().mean().sqrt().item() for c in range(10)])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("command", nargs="?", help="run this first, and look at its time and memory too")
-    command = parser.parse_args().command
-    if command:
-        began = time.time()
-        subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
-        seconds = time.time() - began
-        check("time of the first command", f"{seconds:.0f} s", seconds <= 20 * 60, "<= 1200 s")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest process; KiB on Linux
-        check("peak memory of the first command", f"{peak:.2f} GiB", peak <= 4, "<= 4 GiB")
-    device = torch.device("cpu")
-    train, test = open_dataset("digits", "train", 28), open_dataset("digits", "test", 28)
-    denoiser, tokenizer, checkpoint = sample.load("fsdd.pt", device)
+def check_command(command):
+    """Run the README's first command; its time and memory."""
+    began = time.time()
+    subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
+    seconds = time.time() - began
+    check("time of the first command", f"{seconds:.0f} s", seconds <= 20 * 60, "<= 1200 s")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest process; KiB on Linux
+    check("peak memory of the first command", f"{peak:.2f} GiB", peak <= 4, "<= 4 GiB")
+
+
+def check_tokenizer(tokenizer, test):
+    """Reconstruction, use of the codebook, richness of the sets, order. Returns the tokens of the test digits (N, M)."""
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     check("size of the sets", f"M = {M}, C = {C}", M >= 16 and C >= 64, "M >= 16, C >= 64")
-
-    mse, in_use, _ = train_tokenizer.evaluate(tokenizer, test, device)
+    mse, in_use, _ = train_tokenizer.evaluate(tokenizer, test, torch.device("cpu"))
     check("mean squared error on test digits", f"{mse:.4f}", mse <= 0.06, "<= 0.06")
     check("codes in use on test digits", f"{in_use:.1%}", in_use >= 0.9, ">= 90 %")
-    tokens = torch.cat([tokenizer.encode(part / 127.5 - 1) for part in test.images.split(500)])
-    counts = tokens_to_counts(tokens, C)
-    rich = ((counts > 0).sum(1) >= M / 2).double().mean().item()
+    tokens = encode(tokenizer, test)
+    rich = ((tokens_to_counts(tokens, C) > 0).sum(1) >= M / 2).double().mean().item()
     check("test digits with at least M / 2 distinct codes", f"{rich:.1%}", rich > 0.5, "> 50 %")
     order = torch.rand(tokens.shape, generator=common.generator("cpu", "order", 0)).argsort(1)
     moved = (tokenizer.decode(tokens[:500]) - tokenizer.decode(tokens.gather(1, order)[:500])).abs().max().item()
     check("largest pixel change by the order of tokens", f"{moved:.1e}", moved < 1e-5, "< 1e-5")
+    return tokens
 
-    net = train_classifier(train, test)
+
+def encode(tokenizer, digits):
+    return torch.cat([tokenizer.encode(part / 127.5 - 1) for part in digits.images.split(500)])
+
+
+def check_samples(net, tokenizer, tokens, test):
+    """1000 samples by sample.py: read as what was asked for, and varied."""
     reconstructed = common.to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
     print(f"     reconstructed test digits read as their label: {share_read_as(net, reconstructed, test.labels):.2%}")
-
-    began = time.time()
-    finished = subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"],
-                              capture_output=True, text=True)
-    print("    ", finished.stdout.splitlines()[-1] if finished.returncode == 0 else finished.stderr)
+    subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"], check=True)
     with np.load("check.npz") as file:
         images, labels = torch.from_numpy(file["arr_0"])[..., 0][:, None], torch.from_numpy(file["arr_1"])
     os.remove("check.npz")
     accuracy = share_read_as(net, images, labels)
     check("samples read as the class asked for", f"{accuracy:.1%}", accuracy >= 0.92, ">= 92 %")
-    for name in ("of samples", "of reconstructed test digits"):
-        these, of = (images, labels) if name == "of samples" else (reconstructed, test.labels)
-        print(f"     spread within a class {name}: {spread(these, of):.3f}")
-    ratio = spread(images, labels) / spread(reconstructed, test.labels)
-    check("spread of samples against that of test digits", f"{ratio:.2f}", ratio >= 0.6, ">= 0.6")
+    ours, theirs = spread(images, labels), spread(reconstructed, test.labels)
+    print(f"     spread within a class: samples {ours:.3f}, reconstructed test digits {theirs:.3f}")
+    check("spread of samples against that of test digits", f"{ours / theirs:.2f}", ours / theirs >= 0.6, ">= 0.6")
     distinct = len({image.tobytes() for image in images.numpy()}) / len(images)
     check("distinct samples", f"{distinct:.1%}", distinct >= 0.95, ">= 95 %")
 
-    # Neither 100 fresh samples' sets nor test digits' sets should often be a training digit's set.
-    settings = checkpoint["generation"] | {"steps": 25, "generator": common.generator("cpu", "sample", 2)}
+
+def check_generation(denoiser, tokenizer, settings, tokens, train):
+    """Time and sums; and no more samples may be a training digit's set than test digits are by chance."""
+    M, C = tokenizer.num_tokens, tokenizer.codebook_size
+    labels = torch.arange(10).repeat_interleave(10)
     began = time.time()
-    with common.autocast(device, "auto"):
-        states = list(refine(denoiser, torch.arange(10).repeat_interleave(10), **settings))
+    with common.autocast(torch.device("cpu"), "auto"):
+        states = list(refine(denoiser, labels, **settings | {"steps": 25}, generator=common.generator("cpu", "sample", 2)))
     tokenizer.decode(counts_to_tokens(states[-1]))
     seconds = time.time() - began
     check("generation of 100 digits in 25 steps", f"{seconds:.1f} s", seconds <= 15, "<= 15 s")
     sums = all((x.sum(1) == M).all() and x.min() >= 0 for x in states)
     check("every state of generation sums to M", sums, sums, "True")
-    known = torch.cat([tokens_to_counts(tokenizer.encode(part / 127.5 - 1), C) for part in train.images.split(500)])
-    near, chance = closest(states[-1], known), closest(counts[:1000], known)
+    known = tokens_to_counts(encode(tokenizer, train), C)
+    near, chance = closest(states[-1], known), closest(tokens_to_counts(tokens[:1000], C), known)
     print(f"     L1 distance to the nearest training set of tokens: samples {near.mean():.1f}, test digits {chance.mean():.1f}")
-    copies, copies_by_chance = (near == 0).double().mean().item(), (chance == 0).double().mean().item()
-    check("samples that are a training digit's set", f"{copies:.1%}", copies <= copies_by_chance + 0.02,
-          f"<= test digits' {copies_by_chance:.1%} + 2 %")
+    copies, by_chance = ((distance == 0).double().mean().item() for distance in (near, chance))
+    check("samples that are a training digit's set", f"{copies:.1%}", copies <= by_chance + 0.02,
+          f"<= test digits' {by_chance:.1%} + 2 %")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", nargs="?", help="run this first, and look at its time and memory too")
+    command = parser.parse_args().command
+    if command:
+        check_command(command)
+    train, test = open_dataset("digits", "train", 28), open_dataset("digits", "test", 28)
+    denoiser, tokenizer, checkpoint = sample.load("fsdd.pt", torch.device("cpu"))
+    tokens = check_tokenizer(tokenizer, test)
+    check_samples(train_classifier(train, test), tokenizer, tokens, test)
+    check_generation(denoiser, tokenizer, checkpoint["generation"], tokens, train)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

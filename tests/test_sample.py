@@ -111,7 +111,11 @@ def test_colour_and_many_classes(tmp_path, monkeypatch):
     (["--ckpt=none.pt"], ["no checkpoint none.pt", "python train_fsdd.py"]), (["--labels=10"], ["--labels", "from 0 to 9", "'10'"]),
     (["--labels=a"], ["--labels", "'a'"]), (["--num=0"], ["--num", "at least 1"]), (["--out=a.jpg"], ["--out", "a.jpg"]),
     (["--top_p=0"], ["top_p", "0"]), (["--top_k=-1"], ["top_k", "-1"]), (["--guidance=x"], ["guidance", "'x'"]),
-    (["--steps=0"], ["--steps"]), (["--seed=-1"], ["--seed"]), (["--device=gpu"], ["--device", "gpu"]), (["--num=20000"], ["20000", ".npz"]), (["--out=nowhere/a.png"], ["nowhere"]),
+    (["--steps=0"], ["--steps"]),
+    (["--seed=-1"], ["--seed"]),
+    (["--device=gpu"], ["--device", "gpu"]),
+    (["--num=20000"], ["20000", ".npz"]),
+    (["--out=nowhere/a.png"], ["nowhere"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, checkpoint, tmp_path):
     """Broken: a mistake on the command line would end in a traceback, or be found only after the work."""

@@ -109,8 +109,14 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--tokenizer=none.pt"], ["no checkpoint none.pt", "python train_tokenizer.py"]), (["--prior=uniform"], ["prior", "'uniform'"]),
-    (["--guidance=1,2"], ["guidance"]), (["--top_k=-1"], ["top_k"]), (["--top_p=2"], ["top_p"]), (["--tokens=no/t.npy"], ["no folder no"]), (["--heads=3"], ["width 16", "heads 3"]), (["--batch_size=70000"], ["batch_size 70000"]),
+    (["--tokenizer=none.pt"], ["no checkpoint none.pt", "python train_tokenizer.py"]),
+    (["--prior=uniform"], ["prior", "'uniform'"]),
+    (["--guidance=1,2"], ["guidance"]),
+    (["--top_k=-1"], ["top_k"]),
+    (["--top_p=2"], ["top_p"]),
+    (["--tokens=no/t.npy"], ["no folder no"]),
+    (["--heads=3"], ["width 16", "heads 3"]),
+    (["--batch_size=70000"], ["batch_size 70000"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
     """Broken: a mistake on the command line would end in a traceback."""
