@@ -6,7 +6,7 @@
 
 Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images); from then on
 no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py needs, and all that
---resume needs), fsdd.csv (a log) and fsdd.png (samples).
+--resume needs), fsdd.csv (a log) and fsdd.png (samples). On the digits: 5 minutes on two CPU cores (README.md).
 """
 import hashlib
 import json

@@ -5,7 +5,7 @@
     python train_tokenizer.py --resume                 go on where a run was cut off
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
-(test images above their reconstructions).
+(test images above their reconstructions). On the digits: 4 minutes on two CPU cores, mean squared error 0.056 (README.md).
 """
 import math
 import time
