@@ -45,13 +45,13 @@ def main(argv=None):
     animate = args.out.endswith(".gif")
     parts = common.chunks(slice(0, len(labels)), args.batch)
     images = []  # on the main process, in order: (frames, n, ch, H, W) uint8; one frame, or all of them for an animation
-    for round in common.tqdm(range(0, len(parts), processes), disable=rank > 0):
+    for first in common.tqdm(range(0, len(parts), processes), disable=rank > 0):
         mine = None
-        if round + rank < len(parts):
-            part = parts[round + rank]
+        if first + rank < len(parts):
+            part = parts[first + rank]
             with common.autocast(device, args.bf16):
                 states = list(refine(denoiser, labels[part].to(device), **settings,
-                                     generator=common.generator(device, "sample", args.seed, round + rank)))
+                                     generator=common.generator(device, "sample", args.seed, first + rank)))
             mine = torch.stack([common.to_uint8(tokenizer.decode(counts_to_tokens(x))).cpu() for x in states[0 if animate else -1:]])
         images += [found for found in gather(mine, rank, processes) if found is not None]
     if rank == 0:

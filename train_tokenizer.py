@@ -65,8 +65,6 @@ HYPERPARAMETERS = [
 ]
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
          "decoder_layers", "commitment")  # what SetTokenizer is made from
-
-
 COLUMNS = ["step", "loss", "mse", "psnr", "quantizer", "codes_in_use", "lr"]  # of the log
 
 
