@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dual_transform import tokens_to_counts
-from tokenizer import Attention
+from tokenizer import Attention, through
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise and the forward process (Sec. 3.3.1)
@@ -183,12 +183,16 @@ class Denoiser(nn.Module):
 
     codebook_size: C.  num_tokens: M.  num_classes: labels 0..num_classes - 1; label num_classes is the null class, which
     stands for "any" in classifier-free guidance.
+    unused_rows: give the count embedding C + 1 rows, of which counts read the first M + 1: the release has them, and its
+    36.0 and 136.7 million parameters count them.
     """
 
-    def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads):
+    recompute = False  # see tokenizer.through()
+
+    def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False):
         super().__init__()
         self.codebook_size, self.num_tokens, self.num_classes = codebook_size, num_tokens, num_classes
-        self.count_embedding = nn.Embedding(num_tokens + 1, width)
+        self.count_embedding = nn.Embedding((codebook_size if unused_rows else num_tokens) + 1, width)
         self.code_embedding = nn.Parameter(torch.zeros(1, codebook_size, width))
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width)
@@ -216,8 +220,7 @@ class Denoiser(nn.Module):
         c = self.time_mlp(time_features(1 - t))
         c = c + self.class_embedding(labels).to(c.dtype)  # (B, width)
         x = (self.count_embedding(x_t) + self.code_embedding).to(c.dtype)  # (B, C, width), in bfloat16 under autocast
-        for block in self.blocks:
-            x = block(x, c)
+        x = through(self.blocks, x, c, recompute=self.recompute)
         shift, scale = self.modulation_out(c)[:, None].chunk(2, dim=2)
         return self.to_logits(self.norm_out(x) * (1 + scale) + shift)
 
