@@ -6,6 +6,7 @@ import functools
 import gc
 import math
 import os
+import signal
 import sys
 import time
 import zlib
@@ -24,8 +25,8 @@ from tqdm import tqdm
 # Command line
 
 
-MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "workers", "out", "log_every", "save_every",
-              "picture_every")  # settings that --resume may be given anew
+MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_adamw", "fused_attention", "recompute",
+              "workers", "out", "log_every", "save_every", "picture_every")  # settings that --resume may be given anew
 
 
 def parse(table, description, kind, argv=None):
@@ -81,8 +82,9 @@ def check_settings(parser, table, settings, checkpoint):
                      f"with {settings['muon_lr']}")
     if checkpoint and settings["steps"] < checkpoint["step"]:
         parser.error(f"argument --steps: {settings['out']} is at step {checkpoint['step']} already, got {settings['steps']}")
-    if settings["bf16"] not in ("auto", "on", "off"):
-        parser.error(f"argument --bf16: must be auto, on or off, got {settings['bf16']}")
+    for name in ("bf16", "fused_attention"):
+        if settings.get(name, "auto") not in ("auto", "on", "off"):
+            parser.error(f"argument --{name}: must be auto, on or off, got {settings[name]}")
     check_folder(settings["out"])
 
 
@@ -121,10 +123,10 @@ def stop(sentence):
 # Processes and devices
 
 
-def start_processes(device):
-    """Join the process group when started by torchrun. Returns (device, rank, number of processes).
+def start_processes(device, tf32=True):
+    """Join the process group when started by torchrun, on one machine or many. Returns (device, rank, number of processes).
 
-    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".  tf32: float32 products in TF32 on GPUs that have it.
     """
     try:
         torch.device("cpu" if device == "auto" else device)
@@ -134,13 +136,14 @@ def start_processes(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
         stop(f"--device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device), dist.get_rank(), dist.get_world_size()
 
 
@@ -149,12 +152,56 @@ def is_main():
     return os.environ.get("RANK", "0") == "0"
 
 
-def end_processes():
-    """Leave the process group, after main() has returned: a DDP model that outlives it now and then aborts the process."""
+def run(main):
+    """Run a script's main() and leave the process group after it: a DDP model that outlives the group may abort the process.
+
+    Ctrl-C ends it with one sentence; inside a training loop see SignalsNoted.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        stop("interrupted")
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    sys.exit(code)
+
+
+class SignalsNoted:
+    """Inside this context SIGTERM and SIGINT (Ctrl-C) do not end the process: they are noted, so that the training loop can
+    save a checkpoint first. A signal sent to one process stops all of them, after the same step.
+
+    agreed: the number of the signal that arrived() found, the same in all processes; 0 for none.
+    """
+
+    def __enter__(self):
+        self.number = self.agreed = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, frame):
+        self.number = number
+
+    def arrived(self):
+        """Ask all processes whether any of them was sent a signal; the same answer in all."""
+        number = torch.tensor(self.number)
+        if dist.is_initialized():
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        self.agreed = number.item()
+        return self.agreed > 0
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def leave(signals, cfg):
+    """Say that a signal stopped the training, whose checkpoint is written; returns the exit code."""
+    if is_main():
+        name = signal.Signals(signals.agreed).name
+        print(f"stopped by {name}; {cfg.out} holds all that was done, and --resume goes on from there", file=sys.stderr, flush=True)
+    return 128 + signals.agreed
 
 
 def autocast(device, bf16):
@@ -224,12 +271,18 @@ def loader(dataset, batch_size, rows, seed, start, steps, workers):
             epoch = step // (len(dataset) // batch_size)
             yield [(i, epoch) for i in batch_indices(len(dataset), batch_size, seed, step)[rows].tolist()]
 
-    return DataLoader(dataset, batch_sampler=items(), num_workers=workers, collate_fn=as_it_is,
+    return DataLoader(dataset, batch_sampler=items(), num_workers=workers, collate_fn=as_it_is, worker_init_fn=leave_signals,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 
 def as_it_is(batch):
     return batch
+
+
+def leave_signals(worker):
+    """A process that reads images ends with the process it works for, which Ctrl-C in a terminal reaches as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,15 +297,16 @@ def make_optimizers(model, cfg, decay_all=False):
     """
     matrices, embeddings, muon = [], [], []
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
+        for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters(recurse=False)):
             is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and parameter.ndim > 1
             (matrices if is_matrix else embeddings).append(parameter)
     if cfg.optimizer == "muon":
-        muon = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2]
+        muon = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2 and p.requires_grad]
         in_muon = set(map(id, muon))
         matrices = [p for p in matrices if id(p) not in in_muon]
     groups = [{"params": matrices}, {"params": embeddings, "weight_decay": cfg.weight_decay * decay_all}]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay,
+                                    fused=cfg.fused_adamw)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
@@ -265,9 +319,12 @@ def make_optimizers(model, cfg, decay_all=False):
     return [(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)) for optimizer in optimizers]
 
 
-def wrap(model, device, compiled):
-    """The model as the training loop calls it: compiled if asked for, averaging gradients where there are several processes."""
-    if compiled:
+def wrap(model, device, cfg):
+    """The model as the training loop calls it: with the fused attention and the recomputed activations that cfg asks for,
+    compiled if asked for, averaging gradients where there are several processes."""
+    for module in model.modules():  # those that have a use for them look at these two
+        module.fused_attention, module.recompute = cfg.fused_attention, cfg.recompute
+    if cfg.compile:
         model = torch.compile(model)
     if not dist.is_initialized():
         return model
@@ -290,14 +347,16 @@ def backward(model, loss_of, rows, size, batch_size):
 
 
 def optimizer_step(model, ema, optimizers, clip):
-    """Clip the gradients to the norm clip (0 = leave them), then one step of every optimizer, its schedule and the average."""
+    """Clip the gradients to the norm clip (0 = leave them), then one step of every optimizer, its schedule and the average
+    (ema, or None)."""
     if clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     for optimizer, scheduler in optimizers:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    ema.update_parameters(model)
+    if ema is not None:
+        ema.update_parameters(model)
 
 
 def moving_average(model, decay):
@@ -344,16 +403,15 @@ def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):
                                       "training": training}, cfg.out)
 
 
-def start_or_resume(checkpoint, cfg, model, ema, optimizers):
-    """Put a checkpoint's training state back and return its step; without one, 0.
+def keep_previous(path):
+    """A new run does not overwrite the checkpoint of the run before: that is kept as PATH.previous."""
+    if is_main() and os.path.isfile(path):
+        os.replace(path, path + ".previous")
+        print(f"{path} was there already; it is kept as {path}.previous", flush=True)
 
-    A new run does not overwrite the checkpoint of the run before: that is kept as PATH.previous.
-    """
-    if not checkpoint:
-        if is_main() and os.path.isfile(cfg.out):
-            os.replace(cfg.out, cfg.out + ".previous")
-            print(f"{cfg.out} was there already; it is kept as {cfg.out}.previous", flush=True)
-        return 0
+
+def restore(checkpoint, model, ema, optimizers):
+    """Put a checkpoint's training state back."""
     training = checkpoint["training"]
     model.load_state_dict(training["model"])
     ema.module.load_state_dict(checkpoint["weights"])
@@ -361,12 +419,11 @@ def start_or_resume(checkpoint, cfg, model, ema, optimizers):
     for (optimizer, scheduler), (optimizer_state, scheduler_state) in zip(optimizers, training["optimizers"]):
         optimizer.load_state_dict(optimizer_state)
         scheduler.load_state_dict(scheduler_state)
-    return checkpoint["step"]
 
 
-def due(done, every, cfg):
-    """Whether after so many steps something is to be done that comes every so often, and at the end."""
-    return done % every == 0 or done == cfg.steps
+def due(done, every, last):
+    """Whether after so many steps something is to be done that comes every so often, and at the last."""
+    return done % every == 0 or done == last
 
 
 def open_log(path, columns, step):
@@ -387,6 +444,35 @@ def progress_bar(start, steps):
     """A tqdm bar over training steps, of the main process only; where nobody watches it prints a line now and then."""
     watched = sys.stderr.isatty()
     return tqdm(total=steps, initial=start, disable=not is_main(), mininterval=0.5 if watched else 20, dynamic_ncols=watched)
+
+
+def load_published(path, what, address, build):
+    """A network for use as it is, in evaluation mode and without gradients, with the weights of a published file.
+
+    build: the file's dict of tensors -> a network of its sizes, whose tensors have the same names.
+    ValueError says where to get a missing file, or what is wrong with another one.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{what} is needed at {path} and is not there; get it from {address}")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        network = build(weights)
+    except Exception as problem:  # torch.load fails in many ways on another file, and so do sizes that are not there
+        raise ValueError(f"{path} can't be read as {what} ({type(problem).__name__}: {problem}); get it from {address}") from None
+    check_tensors(weights, network.state_dict(), path)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
+
+
+def check_tensors(found, wanted, path):
+    """ValueError where the tensors found in a file are not those that are wanted (dicts by name), with the first differences."""
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is unexpected" for name in found if name not in wanted]
+    wrong += [f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}" for name in wanted
+              if name in found and found[name].shape != wanted[name].shape]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} does not hold the tensors that are needed: {', '.join(wrong[:3])}{more}")
 
 
 def show(progress, cfg, text):

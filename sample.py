@@ -162,5 +162,4 @@ def fill_rows(images, labels, columns):
 
 
 if __name__ == "__main__":
-    main()
-    common.end_processes()
+    common.run(main)

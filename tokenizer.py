@@ -22,6 +22,8 @@ from dual_transform import check_integers, refuse_where
 class Attention(nn.Module):
     """Multi-head self-attention without a mask, (B, L, width) -> (B, L, width)."""
 
+    fused_attention = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for long sequences
+
     def __init__(self, width, heads):
         super().__init__()
         if width % heads:
@@ -33,7 +35,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, L, width = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
-        if x.is_cuda or L > 256:
+        if self.fused_attention == "on" or self.fused_attention == "auto" and (x.is_cuda or L > 256):
             x = F.scaled_dot_product_attention(q, k, v)
         else:  # the same, written out: for short sequences in bfloat16 on a CPU it is several times faster than the fused kernel
             x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -257,6 +259,7 @@ class VQGAN(nn.Module):
 
     def __init__(self, width=128, dim=256, num_codes=1024):
         super().__init__()
+        self.width, self.dim = width, dim
         self.encoder = VQGANEncoder(width, dim)
         self.decoder = VQGANDecoder(width, dim)
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(num_codes, dim)})

@@ -23,6 +23,11 @@ from fsdd import Denoiser, fsdd_loss, generate, sample_noise
 from sample import check_sampling
 from tokenizer import SetTokenizer
 
+MODELS = {  # width, layers, heads of the denoiser
+    "digits": (128, 4, 4),
+    "S": (384, 12, 6),   # 36.0 million parameters with the paper's C = 4096, M = 128
+    "B": (768, 12, 12),  # 136.7 million
+}
 HYPERPARAMETERS = [
     # name               digits          imagenet256      meaning
     ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "checkpoint of stage 1"),
@@ -30,9 +35,11 @@ HYPERPARAMETERS = [
     ("flip",             False,          True,            "learn from mirrored images too"),
     # noise and denoiser
     ("prior",            "multinomial",  "multinomial",   "X_1: multinomial (the paper) or distinct (the authors' release)"),
-    ("width",            128,            384,             "width of the denoiser"),
-    ("layers",           4,              12,              "blocks of the denoiser"),
-    ("heads",            4,              6,               "attention heads"),
+    ("model",            "digits",       "S",             "size of the denoiser: digits, S or B, see MODELS"),
+    ("width",            0,              0,               "its width, 0 = the model's"),
+    ("layers",           0,              0,               "its blocks, 0 = the model's"),
+    ("heads",            0,              0,               "its attention heads, 0 = the model's"),
+    ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as in the paper's number of parameters"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
     ("steps",            1200,           1000000,         "optimizer steps"),
@@ -57,7 +64,11 @@ HYPERPARAMETERS = [
     ("seed",             0,              0,               "all random draws hang on it"),
     ("device",           "auto",         "auto",          "auto, cpu, cuda"),
     ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where the processor is fast at it"),
+    ("tf32",             True,           True,            "float32 products in TF32, on GPUs that have it"),
     ("compile",          False,          True,            "torch.compile"),
+    ("fused_adamw",      True,           True,            "PyTorch's fused AdamW"),
+    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on a GPU or for long sequences"),
+    ("recompute",        False,          False,           "activation checkpointing: less memory, a third more time"),
     # what is written
     ("out",              "fsdd.pt",      "fsdd.pt",       "the checkpoint; the log and the picture stand beside it"),
     ("tokens",           "tokens.npy",   "tokens.npy",    "the encoded training set"),
@@ -65,7 +76,6 @@ HYPERPARAMETERS = [
     ("save_every",       500,            5000,            "steps between checkpoints"),
     ("picture_every",    500,            5000,            "steps between pictures"),
 ]
-MODEL = ("width", "layers", "heads")  # what Denoiser is made from, beside the tokenizer's M and C
 COLUMNS = ["step", "loss", "lr"]  # of the log
 
 
@@ -73,7 +83,7 @@ def main(argv=None):
     cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, "fsdd", argv)
     stage1 = checkpoint["tokenizer"] if checkpoint else common.load_checkpoint(
         cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
-    device, rank, processes = common.start_processes(cfg.device)
+    device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
     began = time.time()
     common.check_folder(cfg.tokens)
     try:
@@ -88,35 +98,13 @@ def main(argv=None):
     if rank == 0:
         print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
               f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
-    ema = common.moving_average(model, cfg.ema)
-    optimizers = common.make_optimizers(model, cfg, decay_all=True)
-    start = common.start_or_resume(checkpoint, cfg, model, ema, optimizers)
-    parallel = common.wrap(model, device, cfg.compile)
-    log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
-    progress = common.progress_bar(start, cfg.steps)
-
-    for step in range(start, cfg.steps):
-        random = common.generator(device, "step", cfg.seed, step)
-        indices = common.batch_indices(len(train_set), cfg.batch_size, cfg.seed, step)[rows]
-        loss = forward_backward(parallel, tokens, indices, train_set.labels, rows, random, model_config, cfg)
-        lr = optimizers[0][1].get_last_lr()[0]
-        common.optimizer_step(model, ema, optimizers, cfg.clip)
-
-        done = step + 1
-        progress.update()
-        if common.due(done, cfg.log_every, cfg):
-            loss = common.sum_over_processes(loss).item()
-            log([done, loss, lr])
-            common.show(progress, cfg, f"loss {loss:.4f}")
-        if common.due(done, cfg.picture_every, cfg):
-            draw_samples(ema.module, tokenizer, train_set.class_names, generation, device, cfg)
-        if common.due(done, cfg.save_every, cfg):
-            common.save_training({"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names,
-                                  "generation": generation,
-                                  "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}},
-                                 done, cfg, model, ema, optimizers)
-    progress.close()
-    loss = evaluate(ema.module, tokenizer, test_set, device, rank, processes, cfg)
+    header = {"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names, "generation": generation,
+              "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}}
+    with common.SignalsNoted() as signals:
+        averaged = train(model, tokenizer, tokens, train_set.labels, rows, checkpoint, header, cfg, signals)
+    if signals.agreed:
+        return common.leave(signals, cfg)
+    loss = evaluate(averaged, tokenizer, test_set, device, rank, processes, cfg)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; "
               f"loss {loss:.4f} on the sets of {len(test_set)} test images")
@@ -132,13 +120,54 @@ def prepare(stage1, device, cfg):
         raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
     if C > 2 ** 16:
         raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C}")
+    if cfg.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
     sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
     model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names)}
-    model_config |= {name: getattr(cfg, name) for name in MODEL}
+    width, layers, heads = MODELS[cfg.model]
+    model_config |= {"width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,
+                     "unused_rows": cfg.unused_rows}
     generation = {"prior": cfg.prior, "steps": cfg.sample_steps, "guidance": common.three_numbers(cfg.guidance),
                   "top_p": cfg.top_p, "top_k": cfg.top_k, "adjust_from": cfg.adjust_from}
     check_sampling(generation)
     return tokenizer, train_set, test_set, model_config, generation
+
+
+def train(model, tokenizer, tokens, labels, rows, checkpoint, header, cfg, signals):
+    """The training loop, to the last step or to a signal. Returns the model with its averaged weights."""
+    device = next(model.parameters()).device
+    ema = common.moving_average(model, cfg.ema)
+    optimizers = common.make_optimizers(model, cfg, decay_all=True)
+    if checkpoint:
+        common.restore(checkpoint, model, ema, optimizers)
+    else:
+        common.keep_previous(cfg.out)
+    start = checkpoint["step"] if checkpoint else 0
+    parallel = common.wrap(model, device, cfg)
+    log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
+    progress = common.progress_bar(start, cfg.steps)
+
+    for step in range(start, cfg.steps):
+        random = common.generator(device, "step", cfg.seed, step)
+        indices = common.batch_indices(len(labels), cfg.batch_size, cfg.seed, step)[rows]
+        loss = forward_backward(parallel, tokens, indices, labels, rows, random, header["model_config"], cfg)
+        lr = optimizers[0][1].get_last_lr()[0]
+        common.optimizer_step(model, ema, optimizers, cfg.clip)
+
+        done = step + 1
+        progress.update()
+        if common.due(done, cfg.log_every, cfg.steps):
+            loss = common.sum_over_processes(loss).item()
+            log([done, loss, lr])
+            common.show(progress, cfg, f"loss {loss:.4f}")
+        if common.due(done, cfg.picture_every, cfg.steps):
+            draw_samples(ema.module, tokenizer, header, device, cfg)
+        if signals.arrived() or common.due(done, cfg.save_every, cfg.steps):
+            common.save_training(header, done, cfg, model, ema, optimizers)
+        if signals.agreed:
+            break
+    progress.close()
+    return ema.module
 
 
 def forward_backward(model, tokens, indices, labels, rows, random, model_config, cfg):
@@ -232,17 +261,17 @@ def evaluate(model, tokenizer, dataset, device, rank, processes, cfg, batch_size
     return common.sum_over_processes(total).item() / len(dataset)
 
 
-def draw_samples(model, tokenizer, class_names, generation, device, cfg):
+def draw_samples(model, tokenizer, header, device, cfg):
     """A grid of samples, a row for each of up to ten classes."""
     if common.is_main():
+        class_names = header["class_names"]
         classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
         with common.autocast(device, cfg.bf16):
-            counts = generate(model, classes.repeat_interleave(10).to(device), **generation,
+            counts = generate(model, classes.repeat_interleave(10).to(device), **header["generation"],
                               generator=common.generator(device, "sample", cfg.seed))
         images = common.to_uint8(tokenizer.decode(counts_to_tokens(counts)))
         common.grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
 
 
 if __name__ == "__main__":
-    main()
-    common.end_processes()
+    common.run(main)

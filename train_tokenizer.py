@@ -4,19 +4,28 @@
     torchrun --nproc_per_node=8 train_tokenizer.py     eight processes, the same training
     python train_tokenizer.py --resume                 go on where a run was cut off
 
+Two phases, as in TiTok (arXiv 2406.07550), the second by itself when the first ends:
+
+    proxy codes   the whole tokenizer learns to predict the codes that MaskGIT-VQGAN gives the image
+    pixels        encoder and codebook are frozen; the decoders learn the pixels: squared error, perceptual and adversarial loss
+
+With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step; the digits do that.
+
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
 (test images above their reconstructions). On the digits: 4 minutes on two CPU cores, mean squared error 0.056 (README.md).
 """
 import math
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import common
 from data import open_dataset
 from dual_transform import tokens_to_counts
-from tokenizer import SetTokenizer
+from tokenizer import VQGAN, SetTokenizer
 
 HYPERPARAMETERS = [
     # name               digits         imagenet256       meaning
@@ -32,21 +41,36 @@ HYPERPARAMETERS = [
     ("heads",            4,             12,               "attention heads"),
     ("encoder_layers",   2,             12,               "blocks of the encoder"),
     ("decoder_layers",   3,             12,               "blocks of the decoder"),
-    # the loss: mean squared error of the pixels in [-1, 1] + quantizer + uniformity
+    # published networks, files in PyTorch's format; "" = none
+    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN: gives the proxy codes, its decoder draws"),
+    ("convnext",         "",            "convnext_small-0c510722.pth", "ConvNeXt-S of torchvision, for the perceptual loss"),
+    # phase 1, proxy codes: cross-entropy + quantizer
+    ("proxy_steps",      0,             500000,           "steps of this phase, 0 = pixels from the first step"),
+    ("proxy_warmup",     0,             10000,            "steps of linear warm-up"),
+    ("proxy_beta2",      0.99,          0.99,             "second beta of adamw"),
+    # phase 2, pixels: squared error, perceptual, adversarial; after no phase 1 quantizer and uniformity too
+    ("squared",          1.0,           0.25,             "weight of the mean squared error; pixels span 2, in TiTok 1, hence 1/4"),
+    ("perceptual",       0.0,           0.1,              "weight of the squared difference of ConvNeXt's logits"),
+    ("adversarial",      0.0,           0.01,             "weight of the discriminator's judgement"),
+    ("adversarial_from", 0,             20000,            "step of this phase at which the discriminator comes in"),
+    ("discriminator",    128,           128,              "width of the discriminator's first layer, a multiple of 32"),
+    ("lecam",            0.001,         0.001,            "weight of the LeCam regularization of the discriminator"),
+    ("lecam_ema",        0.999,         0.999,            "decay of the moving averages it needs"),
+    # the set's own losses
     ("commitment",       0.25,          0.25,             "pull of latents to their codes, against that of codes to latents"),
     ("uniformity",       0.25,          0.0,              "weight of the loss that spreads an image's latents out (not in the paper)"),
     ("revive_after",     20,            0,                "steps without use after which a code is put on a latent, 0 = never"),
     ("revive_until",     0.8,           0.8,              "share of the training after which codes are left alone"),
     # optimization
-    ("steps",            1800,          1000000,          "optimizer steps"),
+    ("steps",            1800,          1000000,          "optimizer steps of both phases together"),
     ("batch_size",       128,           256,              "images a step, over all processes"),
     ("device_batch",     128,           32,               "images a process takes at once; more are accumulated"),
     ("optimizer",        "muon",        "adamw",          "adamw, or muon for the blocks' matrices and adamw for the rest"),
     ("lr",               2e-3,          1e-4,             "peak learning rate of adamw"),
-    ("muon_lr",          1e-2,           1e-3,             "peak learning rate of muon"),
-    ("lr_end",           0.01,          0.1,              "learning rate at the end, as a share of the peak (cosine)"),
-    ("warmup",           50,            10000,            "steps of linear warm-up"),
-    ("beta2",            0.99,          0.99,             "second beta of adamw"),
+    ("muon_lr",          1e-2,          1e-3,             "peak learning rate of muon"),
+    ("lr_end",           0.01,          0.1,              "learning rate at a phase's end, as a share of the peak (cosine)"),
+    ("warmup",           50,            5000,             "steps of linear warm-up (phase 2)"),
+    ("beta2",            0.99,          0.999,            "second beta of adamw (phase 2)"),
     ("weight_decay",     1e-4,          1e-4,             "on matrices; none on norms, biases and embeddings"),
     ("clip",             1.0,           1.0,              "largest norm of the gradient"),
     ("ema",              0.99,          0.999,            "decay of the moving average of the weights"),
@@ -55,7 +79,11 @@ HYPERPARAMETERS = [
     ("seed",             0,             0,                "all random draws hang on it"),
     ("device",           "auto",        "auto",           "auto, cpu, cuda"),
     ("bf16",             "auto",        "auto",           "bfloat16 autocast: on, off, auto = where the processor is fast at it"),
+    ("tf32",             True,          True,             "float32 products in TF32, on GPUs that have it"),
     ("compile",          False,         True,             "torch.compile"),
+    ("fused_adamw",      True,          True,             "PyTorch's fused AdamW"),
+    ("fused_attention",  "auto",        "auto",           "flash attention: on, off, auto = on a GPU or for long sequences"),
+    ("recompute",        False,         False,            "activation checkpointing: less memory, a third more time"),
     ("workers",          0,             8,                "processes that read images, for each training process"),
     # what is written
     ("out",              "tokenizer.pt", "tokenizer.pt",  "the checkpoint; the log and the picture stand beside it"),
@@ -65,82 +93,206 @@ HYPERPARAMETERS = [
 ]
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
          "decoder_layers", "commitment")  # what SetTokenizer is made from
-COLUMNS = ["step", "loss", "mse", "psnr", "quantizer", "codes_in_use", "lr"]  # of the log
+LOSSES = ("loss", "mse", "proxy", "perceptual", "adversarial", "discriminator", "quantizer")
+COLUMNS = ["step", *LOSSES, "psnr", "codes_in_use", "lr"]  # of the log; empty where a phase does not have it
+VQGAN_AT = "https://huggingface.co/fun-research/TiTok/resolve/main/maskgit-vqgan-imagenet-f16-256.bin"
+CONVNEXT_AT = "https://download.pytorch.org/models/convnext_small-0c510722.pth"
 
 
 def main(argv=None):
     cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, "tokenizer", argv)
-    device, rank, processes = common.start_processes(cfg.device)
+    device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
     began = time.time()
     try:
         train_set = open_dataset(cfg.data, "train", cfg.image_size, "random", cfg.flip, cfg.seed)
         test_set = open_dataset(cfg.data, "test", cfg.image_size)
-        torch.manual_seed(cfg.seed)
-        model_config = {"channels": train_set.channels} | {name: getattr(cfg, name) for name in MODEL}
-        model = SetTokenizer(**model_config).to(device)
+        model, model_config, networks = prepare(cfg, checkpoint, train_set.channels, device)
         rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
     except ValueError as problem:
         common.stop(str(problem))
-    ema = common.moving_average(model, cfg.ema)
-    optimizers = common.make_optimizers(model, cfg)
-    idle = torch.zeros(cfg.codebook_size, dtype=torch.int64, device=device)  # steps since each code was last used
-    start = common.start_or_resume(checkpoint, cfg, model, ema, optimizers)
-    if checkpoint:
-        idle.copy_(checkpoint["training"]["idle"])
-    parallel = common.wrap(model, device, cfg.compile)
+    header = {"kind": "tokenizer", "model_config": model_config, "class_names": train_set.class_names}
+    if not checkpoint:
+        common.keep_previous(cfg.out)
+    start = checkpoint["step"] if checkpoint else 0
     log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
-    batches = common.loader(train_set, cfg.batch_size, rows, cfg.seed, start, cfg.steps, cfg.workers)
-    progress = common.progress_bar(start, cfg.steps)
-
-    for step, (images, _) in zip(range(start, cfg.steps), batches):
-        images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
-        random = common.generator(device, "step", cfg.seed, step)
-        losses, tokens, latents = forward_backward(parallel, images, rows, random, cfg)
-        lr = optimizers[0][1].get_last_lr()[0]
-        common.optimizer_step(model, ema, optimizers, cfg.clip)
-        in_use = count_use(idle, tokens)
-        if cfg.revive_after and step < cfg.revive_until * cfg.steps:
-            revive([model.quantizer.codebook, ema.module.quantizer.codebook], idle, latents, rows, random, cfg)
-
-        done = step + 1
-        progress.update()
-        if common.due(done, cfg.log_every, cfg):
-            loss, mse, quantizer = common.sum_over_processes(losses).tolist()
-            log([done, loss, mse, psnr(mse), quantizer, in_use, lr])
-            common.show(progress, cfg, f"loss {loss:.4f}, PSNR {psnr(mse):.2f} dB, codes in use {in_use:.0%}")
-        if common.due(done, cfg.picture_every, cfg):
-            draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
-        if common.due(done, cfg.save_every, cfg):
-            common.save_training({"kind": "tokenizer", "model_config": model_config, "class_names": train_set.class_names},
-                                 done, cfg, model, ema, optimizers, idle=idle)
-    progress.close()
-    mse, in_use, distinct = evaluate(ema.module, test_set, device, rank, processes)
+    with common.SignalsNoted() as signals:
+        for proxy, first, last in ((True, 0, cfg.proxy_steps), (False, cfg.proxy_steps, cfg.steps)):
+            if max(start, first) < last and not signals.agreed:
+                phase = begin_phase(model, checkpoint, cfg, proxy, first, last, device)
+                train(phase, networks, train_set, test_set, rows, max(start, first), header, cfg, log, signals)
+                model = phase.ema.module  # the pixel phase starts from the averaged weights, and those are evaluated
+    if signals.agreed:
+        return common.leave(signals, cfg)
+    mse, in_use, distinct = evaluate(model, test_set, device, rank, processes)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes in use, "
               f"{distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
 
 
-def forward_backward(model, images, rows, random, cfg):
+def prepare(cfg, checkpoint, channels, device):
+    """The tokenizer, on the device with the checkpoint's averaged weights if there is one, what it is made from, and the
+    published networks. ValueError where the settings do not fit."""
+    if cfg.proxy_steps > cfg.steps:
+        raise ValueError(f"proxy_steps {cfg.proxy_steps} is more than all steps, {cfg.steps}")
+    if cfg.proxy_steps and not cfg.vqgan:
+        raise ValueError("the proxy codes need MaskGIT-VQGAN: give its file as --vqgan, or --proxy_steps 0 to do without")
+    if cfg.perceptual and not cfg.convnext:
+        raise ValueError("the perceptual loss needs ConvNeXt-S: give its file as --convnext, or --perceptual 0 to do without")
+    networks = SimpleNamespace(vqgan=None, convnext=None)
+    if cfg.vqgan and (not checkpoint or checkpoint["step"] < cfg.proxy_steps):
+        networks.vqgan = common.load_published(cfg.vqgan, "MaskGIT-VQGAN", VQGAN_AT, vqgan_of).to(device)
+    if cfg.perceptual and cfg.proxy_steps < cfg.steps:
+        networks.convnext = common.load_published(cfg.convnext, "ConvNeXt-S", CONVNEXT_AT, convnext_of).to(device)
+    if checkpoint:
+        model_config = checkpoint["model_config"]
+    else:
+        model_config = {"channels": channels} | {name: getattr(cfg, name) for name in MODEL}
+        if cfg.vqgan:
+            model_config |= {"vqgan_width": networks.vqgan.width, "vqgan_dim": networks.vqgan.dim}
+    torch.manual_seed(cfg.seed)
+    model = SetTokenizer(**model_config)
+    if checkpoint:
+        model.load_state_dict(checkpoint["weights"])
+    elif cfg.vqgan:
+        model.pixel_decoder.load_state_dict(networks.vqgan.decoder.state_dict())
+    return model.to(device), model_config, networks
+
+
+def begin_phase(model, checkpoint, cfg, proxy, first, last, device):
+    """All that changes in training, for the steps first..last - 1: from the weights of model, or from a checkpoint of this phase."""
+    phase = SimpleNamespace(model=model, proxy=proxy, first=first, last=last)
+    model.requires_grad_(True)
+    model.pixel_decoder.requires_grad_(not proxy)
+    if first:  # the set is learned: what makes the tokens stays as it is
+        model.encoder.requires_grad_(False)
+        model.quantizer.requires_grad_(False)
+    schedule = {"steps": last - first}
+    if proxy:
+        schedule |= {"warmup": cfg.proxy_warmup, "beta2": cfg.proxy_beta2}
+    phase.ema = common.moving_average(model, cfg.ema)
+    phase.optimizers = common.make_optimizers(model, SimpleNamespace(**vars(cfg) | schedule))
+    phase.idle = torch.zeros(cfg.codebook_size, dtype=torch.int64, device=device)  # steps since each code was last used
+    phase.discriminator, phase.lecam, phase.discriminator_optimizers = None, torch.zeros(2, device=device), []
+    if cfg.adversarial and not proxy:
+        torch.manual_seed(cfg.seed)
+        phase.discriminator = Discriminator(cfg.discriminator).to(device)
+        schedule["steps"] = max(1, last - first - cfg.adversarial_from)
+        phase.discriminator_optimizers = common.make_optimizers(phase.discriminator, SimpleNamespace(**vars(cfg) | schedule))
+    if checkpoint and checkpoint["step"] > first:
+        training = checkpoint["training"]
+        common.restore(checkpoint, model, phase.ema, phase.optimizers + phase.discriminator_optimizers)
+        phase.idle.copy_(training["idle"])
+        phase.lecam.copy_(training["lecam"])
+        if phase.discriminator:
+            phase.discriminator.load_state_dict(training["discriminator"])
+    return phase
+
+
+def train(phase, networks, train_set, test_set, rows, start, header, cfg, log, signals):
+    """The training loop of a phase, from step start to its last or to a signal."""
+    model, device, ema = phase.model, phase.idle.device, phase.ema
+    parallel = common.wrap(model, device, cfg)
+    judge = common.wrap(phase.discriminator, device, cfg) if phase.discriminator else None
+    batches = common.loader(train_set, cfg.batch_size, rows, cfg.seed, start, phase.last, cfg.workers)
+    progress = common.progress_bar(start, phase.last)
+
+    for step, (images, _) in zip(range(start, phase.last), batches):
+        images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
+        random = common.generator(device, "step", cfg.seed, step)
+        adversary = phase.discriminator if step - phase.first >= cfg.adversarial_from else None
+        losses, tokens, latents, drawn = forward_backward(parallel, images, rows, random, cfg, networks, phase.proxy, adversary)
+        lr = phase.optimizers[0][1].get_last_lr()[0]
+        common.optimizer_step(model, ema, phase.optimizers, cfg.clip)
+        if adversary:
+            losses["discriminator"] = judge_backward(judge, images, drawn, phase.lecam, rows, cfg)
+            common.optimizer_step(adversary, None, phase.discriminator_optimizers, cfg.clip)
+        in_use = count_use(phase.idle, tokens)
+        if cfg.revive_after and not phase.first and step < cfg.revive_until * cfg.steps:
+            revive([model.quantizer.codebook, ema.module.quantizer.codebook], phase.idle, latents, rows, random, cfg)
+
+        done = step + 1
+        progress.update()
+        if common.due(done, cfg.log_every, phase.last):
+            losses = {name: common.sum_over_processes(value).item() for name, value in losses.items()}
+            quality = psnr(losses["mse"]) if "mse" in losses else ""
+            log([done, *(losses.get(name, "") for name in LOSSES), quality, in_use, lr])
+            text = f"proxy codes: cross-entropy {losses['proxy']:.3f}" if phase.proxy else f"PSNR {quality:.2f} dB"
+            common.show(progress, cfg, f"loss {losses['loss']:.4f}, {text}, codes in use {in_use:.0%}")
+        if common.due(done, cfg.picture_every, phase.last):
+            draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
+        if signals.arrived() or common.due(done, cfg.save_every, phase.last):
+            judged = phase.discriminator.state_dict() if phase.discriminator else None
+            common.save_training(header, done, cfg, model, ema, phase.optimizers + phase.discriminator_optimizers,
+                                 idle=phase.idle, lecam=phase.lecam, discriminator=judged)
+        if signals.agreed:
+            break
+    progress.close()
+
+
+def forward_backward(model, images, rows, random, cfg, networks, proxy, adversary):
     """Gradients of the loss over the global batch, of which this process holds images (rows, ch, H, W) in [-1, 1].
 
-    Returns this process's part of the mean loss, squared error and quantizer loss (3,), its tokens and latents.
+    Returns this process's part of the mean of each loss, its tokens, latents and reconstructions (in the proxy phase None).
     """
     uniform = torch.rand(cfg.batch_size, cfg.num_tokens, generator=random, device=images.device)[rows]  # the shuffle
-    losses, all_tokens, all_latents = torch.zeros(3, device=images.device), [], []
+    weights = {"mse": cfg.squared, "proxy": 1, "perceptual": cfg.perceptual, "adversarial": cfg.adversarial, "quantizer": 1}
+    losses, all_tokens, all_latents, all_drawn = {}, [], [], []
 
     def loss_of(part):
         with common.autocast(images.device, cfg.bf16):
-            reconstructions, tokens, latents, quantizer = model(images[part], uniform[part])
-        mse = F.mse_loss(reconstructions.float(), images[part])
-        loss = mse + quantizer + cfg.uniformity * uniformity(latents)
-        losses.add_(torch.stack([loss, mse, quantizer]).detach() * len(tokens) / cfg.batch_size)
+            drawn, tokens, latents, quantizer = model(images[part], uniform[part], proxy)
+        if proxy:  # the VQGAN's codes of the image against the map that the decoder would have it draw
+            parts = {"proxy": F.cross_entropy(networks.vqgan.logits(drawn), networks.vqgan.encode(images[part]))}
+        else:
+            parts = pixel_losses(drawn.float(), images[part], networks.convnext, adversary)
+            if adversary:
+                all_drawn.append(drawn.detach().float())
+        parts["quantizer"] = quantizer
+        loss = sum(weights[name] * value for name, value in parts.items()) + cfg.uniformity * uniformity(latents)
+        for name, value in ({"loss": loss} | parts).items():
+            losses[name] = losses.get(name, 0) + value.detach() * len(tokens) / cfg.batch_size
         all_tokens.append(tokens)
         all_latents.append(latents.detach())
         return loss
 
     common.backward(model, loss_of, rows, cfg.device_batch, cfg.batch_size)
-    return losses, torch.cat(all_tokens), torch.cat(all_latents)
+    return losses, torch.cat(all_tokens), torch.cat(all_latents), torch.cat(all_drawn) if all_drawn else None
+
+
+def pixel_losses(drawn, images, convnext, adversary):
+    """How far reconstructions (B, ch, H, W) are from images, as pixels, as a classifier and as a discriminator sees it."""
+    losses = {"mse": F.mse_loss(drawn, images)}
+    if convnext:
+        losses["perceptual"] = F.mse_loss(convnext.see(drawn), convnext.see(images))
+    if adversary:  # its weights are detached: this loss trains the tokenizer, judge_backward() the discriminator
+        weights = {name: weight.detach() for name, weight in adversary.named_parameters()}
+        losses["adversarial"] = -torch.func.functional_call(adversary, weights, (drawn,)).mean()
+    return losses
+
+
+def judge_backward(judge, images, drawn, lecam, rows, cfg):
+    """Gradients of the discriminator's loss over the global batch: hinge loss and LeCam regularization (arXiv 2104.03310).
+
+    images, drawn: this process's real images and their reconstructions.  lecam: (2,), the moving averages of the logits of
+    real and drawn images, updated here. Returns this process's part of the mean loss.
+    """
+    total, means = torch.zeros((), device=images.device), torch.zeros(2, device=images.device)
+
+    def loss_of(part):
+        real, fake = judge(torch.cat([images[part], drawn[part]])).flatten(1).chunk(2)  # (B, 256) each
+        hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        # TiTok takes the mean of a device's logits before it squares; an image's does not hang on the number of devices
+        reach = F.relu(real.mean(1) - lecam[1]).square().mean() + F.relu(lecam[0] - fake.mean(1)).square().mean()
+        loss = hinge + cfg.lecam * reach
+        share = len(real) / cfg.batch_size
+        total.add_(loss.detach() * share)
+        means.add_(torch.stack([real.mean(), fake.mean()]).detach() * share)
+        return loss
+
+    common.backward(judge, loss_of, rows, cfg.device_batch, cfg.batch_size)
+    lecam.lerp_(common.sum_over_processes(means), 1 - cfg.lecam_ema)
+    return total
 
 
 def uniformity(latents):
@@ -214,6 +366,102 @@ def draw_reconstructions(model, dataset, device, path, number=20):
         common.grid(pairs, 10, ["image", "decoded"] * (len(pairs) // 20)).save(path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks that only this training needs
+
+
+def vqgan_of(weights):
+    """A VQGAN of the sizes that the tensors of its published file have."""
+    num_codes, dim = weights["quantize.embedding.weight"].shape
+    return VQGAN(len(weights["encoder.conv_in.weight"]), dim, num_codes)
+
+
+def convnext_of(weights):
+    """A ConvNeXt of the sizes that the tensors of its published file have."""
+    depths = [len({name.split(".")[2] for name in weights if name.startswith(f"features.{i}.") and "layer_scale" in name})
+              for i in (1, 3, 5, 7)]
+    widths = [len(weights[f"features.{i}.0.layer_scale"]) for i in (1, 3, 5, 7)]
+    return ConvNeXt(widths, depths, len(weights["classifier.2.bias"]))
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt (arXiv 2201.03545) with torchvision's names of tensors: images (B, 3, 224, 224), normalized -> logits (B, classes).
+
+    widths, depths: of the four stages; those of ConvNeXt-S if left out.
+    """
+
+    def __init__(self, widths=(96, 192, 384, 768), depths=(3, 3, 27, 3), num_classes=1000):
+        super().__init__()
+        self.features = nn.Sequential(nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6)))
+        for i, (width, depth) in enumerate(zip(widths, depths)):
+            if i:
+                self.features.append(nn.Sequential(ChannelNorm(widths[i - 1], eps=1e-6),
+                                                   nn.Conv2d(widths[i - 1], width, 2, stride=2)))
+            self.features.append(nn.Sequential(*[ConvNeXtBlock(width) for _ in range(depth)]))
+        self.classifier = nn.Sequential(ChannelNorm(widths[-1], eps=1e-6), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3), keepdim=True))
+
+    def see(self, images):
+        """images (B, ch, H, W) in [-1, 1] -> logits, at the size and with the mean and spread that the network was trained on."""
+        x = F.interpolate((images.expand(-1, 3, -1, -1) + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return self((x - mean) / std)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7 x 7 convolution, norm and an MLP for each place, (B, width, h, w) -> the same shape."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-6))
+        self.block = nn.ModuleDict({"0": nn.Conv2d(width, width, 7, padding=3, groups=width), "2": nn.LayerNorm(width, eps=1e-6),
+                                    "3": nn.Linear(width, 4 * width), "5": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        y = self.block["2"](self.block["0"](x).movedim(1, -1))  # (B, h, w, width)
+        y = self.block["5"](F.gelu(self.block["3"](y)))
+        return x + self.layer_scale * y.movedim(-1, 1)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, channels, h, w)."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Discriminator(nn.Module):
+    """Tells images from reconstructions by their patches: (B, ch, H, W) in [-1, 1] -> logits (B, 1, 16, 16). TiTok's.
+
+    width: of the first layer, a multiple of 32.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        if width % 32:
+            raise ValueError(f"the discriminator's width must be a multiple of 32, got {width}")
+        self.conv_in = nn.Conv2d(3, width, 5, padding=2)
+        widths = [width, width, 2 * width, 4 * width]
+        self.convs = nn.ModuleList([nn.Conv2d(before, after, 3, padding=1) for before, after in zip(widths, widths[1:])])
+        self.norms = nn.ModuleList([nn.GroupNorm(32, after) for after in widths[1:]])
+        self.to_logits = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1),
+                                       nn.Conv2d(widths[-1], 1, 5, padding=2))
+
+    def forward(self, images):
+        x = F.leaky_relu(self.conv_in((images.expand(-1, 3, -1, -1) + 1) / 2), 0.1)
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.leaky_relu(norm(halve(conv(x))), 0.1)
+        return self.to_logits(F.adaptive_max_pool2d(x, 16))
+
+
+def halve(x):
+    """Blur with (1, 3, 3, 1) in both directions and take every second place, (B, channels, h, w) -> (B, channels, h/2, w/2)."""
+    kernel = x.new_tensor([1, 3, 3, 1]) / 8
+    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
 if __name__ == "__main__":
-    main()
-    common.end_processes()
+    common.run(main)

@@ -144,7 +144,7 @@ def test_accumulated_gradients_are_the_whole_batchs(size):
 
 
 def settings(**changes):
-    return SimpleNamespace(**dict(optimizer="adamw", lr=1.0, muon_lr=0.1, lr_end=0.1, warmup=10, steps=110, beta2=0.99,
+    return SimpleNamespace(**dict(optimizer="adamw", fused_adamw=True, lr=1.0, muon_lr=0.1, lr_end=0.1, warmup=10, steps=110, beta2=0.99,
                                   weight_decay=0.5) | changes)
 
 

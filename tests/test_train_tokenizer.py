@@ -22,7 +22,7 @@ TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--d
 
 def read_log(path):
     with open(path, newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def kill_in_the_middle(script, arguments, folder, log, processes):
