@@ -139,6 +139,8 @@ def prepare(cfg, checkpoint, channels, device):
         raise ValueError("the proxy codes need MaskGIT-VQGAN: give its file as --vqgan, or --proxy_steps 0 to do without")
     if cfg.perceptual and not cfg.convnext:
         raise ValueError("the perceptual loss needs ConvNeXt-S: give its file as --convnext, or --perceptual 0 to do without")
+    if cfg.adversarial and cfg.discriminator % 32:
+        raise ValueError(f"discriminator must be a multiple of 32, got {cfg.discriminator}")
     networks = SimpleNamespace(vqgan=None, convnext=None)
     if cfg.vqgan and (not checkpoint or checkpoint["step"] < cfg.proxy_steps):
         networks.vqgan = common.load_published(cfg.vqgan, "MaskGIT-VQGAN", VQGAN_AT, vqgan_of).to(device)
@@ -440,8 +442,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        if width % 32:
-            raise ValueError(f"the discriminator's width must be a multiple of 32, got {width}")
         self.conv_in = nn.Conv2d(3, width, 5, padding=2)
         widths = [width, width, 2 * width, 4 * width]
         self.convs = nn.ModuleList([nn.Conv2d(before, after, 3, padding=1) for before, after in zip(widths, widths[1:])])

@@ -25,25 +25,26 @@ def read_log(path):
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def kill_in_the_middle(script, arguments, folder, log, processes):
-    """Start a script and send SIGKILL to it and its children once its log has some rows beyond the first checkpoint."""
+def kill_in_the_middle(script, arguments, folder, log, processes, rows=5, sent=signal.SIGKILL):
+    """Start a script and end it once its log has so many rows: by SIGKILL to it and its children, by another signal to one of
+    the training processes. Returns its exit code and what it printed as errors."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    process = subprocess.Popen([sys.executable, *start, os.path.join(ROOT, script), *arguments], cwd=folder,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *start, os.path.join(ROOT, script), *arguments], cwd=folder, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.time() + 90
     while time.time() < until and process.poll() is None:
-        if os.path.exists(log) and len(open(log).readlines()) > 5:
+        if os.path.exists(log) and len(open(log).readlines()) > rows:
             break
         time.sleep(0.005)
     children = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
-    doomed = {process.pid}  # torchrun's workers are in sessions of their own, so they are found by their parents
-    for _ in range(5):
-        doomed |= {int(pid) for pid, parent in zip(children[::2], children[1::2]) if int(parent) in doomed}
-    for pid in doomed:
+    family = [process.pid]  # torchrun's workers are in sessions of their own, so they are found by their parents
+    for parent in family:
+        family += [int(pid) for pid, its_parent in zip(children[::2], children[1::2]) if int(its_parent) == parent]
+    for pid in family if sent == signal.SIGKILL else family[processes > 1:][:1]:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+            os.kill(pid, sent)
+    errors = process.communicate(timeout=60)[1]
+    return process.returncode, errors
 
 
 def assert_same_checkpoint(path, other):
