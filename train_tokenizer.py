@@ -361,11 +361,13 @@ def evaluate(model, dataset, device, rank=0, processes=1, batch_size=250):
 def draw_reconstructions(model, dataset, device, path, number=20):
     """Test images, every second row their reconstructions from the tokens."""
     if common.is_main():
+        columns = min(10, len(dataset))
+        number = min(number, len(dataset)) // columns * columns
         spread = range(0, len(dataset), max(1, len(dataset) // number))
         images = dataset.__getitems__([(i, 0) for i in spread][:number])[0].to(device)
         pairs = torch.stack([images, common.to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
-        pairs = pairs.unflatten(1, (-1, 10)).transpose(0, 1).flatten(0, 2)  # rows of 10: images, reconstructions, images, ...
-        common.grid(pairs, 10, ["image", "decoded"] * (len(pairs) // 20)).save(path)
+        pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, images, ...
+        common.grid(pairs, columns, ["image", "decoded"] * (number // columns)).save(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 import common
 import train_fsdd
 from data import open_dataset
+from fsdd import Denoiser
 from tests.test_common import assert_one_sentence, run
 from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
 from tests.test_train_tokenizer import assert_same_checkpoint, kill_in_the_middle, read_log
@@ -116,6 +117,7 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, tmp_path):
     (["--top_p=2"], ["top_p"]),
     (["--tokens=no/t.npy"], ["no folder no"]),
     (["--heads=3"], ["width 16", "heads 3"]),
+    (["--model=L"], ["--model", "digits, S, B"]),
     (["--batch_size=70000"], ["batch_size 70000"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
@@ -128,3 +130,13 @@ def test_broken_tokenizer_gets_one_sentence(tmp_path):
     """Broken: stage 2 on something that is no tokenizer would end in a traceback."""
     common.save_checkpoint({"something": 1}, str(tmp_path / "tokenizer.pt"))
     assert_one_sentence(run("train_fsdd.py", *TINY, folder=tmp_path), "tokenizer.pt is not a tokenizer checkpoint")
+
+
+@pytest.mark.parametrize("name, millions", [("S", 36.0), ("B", 136.7)])
+def test_models_by_name(name, millions):
+    """Broken: --model S or B would not be the paper's denoiser."""
+    width, layers, heads = train_fsdd.MODELS[name]
+    with torch.device("meta"):
+        model = Denoiser(4096, 128, 1000, width, layers, heads, unused_rows=True)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == millions
+    assert width // heads == 64

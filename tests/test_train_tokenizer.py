@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import train_tokenizer
@@ -153,3 +154,105 @@ def test_mistakes_get_one_sentence(arguments, words, tmp_path):
     (tmp_path / "tokenizer.pt").write_bytes(b"precious")
     assert_one_sentence(run("train_tokenizer.py", *TINY, *arguments, folder=tmp_path), *words)
     assert (tmp_path / "tokenizer.pt").read_bytes() == b"precious"
+
+
+# --- the losses of the paper's recipe ----------------------------------------------------------------------------------
+
+
+def random_convnext():
+    model = train_tokenizer.ConvNeXt((4, 6, 8, 8), (1, 2, 1, 1), 10)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.randn(weight.shape) * (weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.3) + (weight.ndim == 1))
+            if "layer_scale" in name:
+                weight.fill_(0.7)
+    return model
+
+
+def test_convnext_is_torchvisions():
+    """Broken: the perceptual loss would not look through the published ConvNeXt-S."""
+    with torch.device("meta"):
+        small = train_tokenizer.ConvNeXt()
+    assert len(small.state_dict()) == 344 and sum(weight.numel() for weight in small.parameters()) == 50223688
+    assert small.state_dict()["features.5.26.block.3.weight"].shape == (1536, 384)
+    model = random_convnext()
+    assert str(train_tokenizer.convnext_of(model.state_dict())) == str(model)
+    w = model.state_dict()
+
+    def norm(x, name):  # over the channels of (B, channels, h, w)
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return x * w[name + ".weight"][:, None, None] + w[name + ".bias"][:, None, None]
+
+    def each_place(x, name):  # a linear layer as a convolution of 1 x 1
+        return F.conv2d(x, w[name + ".weight"][:, :, None, None], w[name + ".bias"])
+
+    images = torch.rand(2, 1, 300, 180) * 2 - 1
+    x = F.interpolate(images.repeat(1, 3, 1, 1) / 2 + 0.5, (224, 224), mode="bilinear", antialias=True)
+    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    with torch.no_grad():
+        x = norm(F.conv2d(x, w["features.0.0.weight"], w["features.0.0.bias"], stride=4), "features.0.1")
+        for stage, depth in ((1, 1), (3, 2), (5, 1), (7, 1)):
+            if stage > 1:
+                x = norm(x, f"features.{stage - 1}.0")
+                x = F.conv2d(x, w[f"features.{stage - 1}.1.weight"], w[f"features.{stage - 1}.1.bias"], stride=2)
+            for i in range(depth):
+                name = f"features.{stage}.{i}."
+                y = F.conv2d(x, w[name + "block.0.weight"], w[name + "block.0.bias"], padding=3, groups=x.shape[1])
+                y = each_place(F.gelu(each_place(norm(y, name + "block.2"), name + "block.3")), name + "block.5")
+                x = x + w[name + "layer_scale"] * y
+        x = norm(x.mean((2, 3), keepdim=True), "classifier.0")
+        assert torch.allclose(model.see(images), each_place(x, "classifier.2")[:, :, 0, 0], atol=1e-4)
+
+
+def test_blur():
+    """Broken: the discriminator's downsampling would alias, shift or change the brightness."""
+    ones = torch.ones(1, 2, 8, 8)
+    assert torch.allclose(train_tokenizer.halve(ones)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
+    point = torch.zeros(1, 1, 8, 8)
+    point[0, 0, 3, 4] = 64
+    weight = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    for row in range(4):
+        for column in range(4):  # place i reads pixels 2 i - 1 .. 2 i + 2
+            expected = sum(weight[i] * weight[j] * (2 * row - 1 + i == 3) * (2 * column - 1 + j == 4)
+                           for i in range(4) for j in range(4))
+            assert train_tokenizer.halve(point)[0, 0, row, column] == expected
+
+
+def test_hinge_and_lecam():
+    """Broken: the discriminator would learn another loss, or its moving averages would not be those of the global batch."""
+    cfg = SimpleNamespace(batch_size=6, device_batch=4, lecam=0.5, lecam_ema=0.9)
+    images, drawn = torch.randn(6, 1, 2, 2, requires_grad=True), torch.randn(6, 1, 2, 2)
+    lecam = torch.tensor([0.3, -0.4])
+    loss = train_tokenizer.judge_backward(lambda x: x, images, drawn, lecam, slice(0, 6), cfg)
+    real, fake = images.detach(), drawn
+    expected = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
+    expected += 0.5 * ((real.mean((1, 2, 3)) + 0.4).clamp(min=0) ** 2 + (0.3 - fake.mean((1, 2, 3))).clamp(min=0) ** 2).mean()
+    assert torch.allclose(loss, expected, atol=1e-6)
+    assert torch.allclose(lecam, torch.stack([0.27 + 0.1 * real.mean(), -0.36 + 0.1 * fake.mean()]), atol=1e-6)
+
+
+@pytest.mark.parametrize("proxy", [True, False])
+def test_accumulated_gradients_are_the_batchs(proxy):
+    """Broken: the gradient would hang on how many images a device takes at once."""
+    model = train_tokenizer.SetTokenizer(32, 3, 16, 6, 12, 4, 32, 2, 1, 1, vqgan_width=32, vqgan_dim=8)
+    adversary, images = train_tokenizer.Discriminator(32), torch.rand(5, 3, 32, 32) * 2 - 1
+    networks = SimpleNamespace(vqgan=train_tokenizer.VQGAN(32, 8, 16), convnext=random_convnext())
+    cfg = SimpleNamespace(batch_size=5, num_tokens=6, squared=0.25, perceptual=0.1, adversarial=0.01, uniformity=0.1, bf16="off",
+                          lecam=0.001, lecam_ema=0.999)
+    gradients, losses = [], []
+    for cfg.device_batch in (5, 2, 1):
+        model.zero_grad(), adversary.zero_grad()
+        random = common.generator("cpu", "step", 0)
+        found, _, _, drawn = train_tokenizer.forward_backward(model, images, slice(0, 5), random, cfg, networks, proxy,
+                                                              None if proxy else adversary)
+        assert all(weight.grad is None for weight in adversary.parameters())  # this loss is not the discriminator's
+        if not proxy:
+            found["discriminator"] = train_tokenizer.judge_backward(adversary, images, drawn, torch.zeros(2), slice(0, 5), cfg)
+        gradients.append([p.grad.clone() for p in [*model.parameters(), *adversary.parameters()] if p.grad is not None])
+        losses.append(found)
+    assert set(losses[0]) == ({"loss", "proxy", "quantizer"} if proxy else set(train_tokenizer.LOSSES) - {"proxy"})
+    for i in (1, 2):
+        assert all(torch.allclose(losses[0][name], losses[i][name], atol=1e-5) for name in losses[0])
+        assert len(gradients[0]) == len(gradients[i]) > 40
+        for whole, parts in zip(gradients[0], gradients[i]):
+            assert torch.allclose(whole, parts, atol=1e-5 + 1e-3 * whole.abs().max())

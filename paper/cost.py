@@ -1,0 +1,148 @@
+"""What the paper's training costs: parameters, FLOPs, memory and hours, as a Markdown table (Sec. 4.1).
+
+    python -m paper.cost
+
+FLOPs are counted by torch.utils.flop_counter over the very functions that train, run on tensors without data, so it takes a
+minute and little memory; a multiplication and an addition are two. Memory is weights, gradients, AdamW's two moments and the
+moving average in float32, and what the backward pass keeps. Hours follow from the FLOPs and the share of the peak below, which
+is an assumption: nothing here was timed on a GPU.
+"""
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import train_fsdd
+import train_tokenizer
+from fsdd import Denoiser
+from tokenizer import VQGAN, SetTokenizer
+
+BATCH = 32                # images on a GPU at once
+GPUS = 8                  # H100 SXM
+BF16, TF32 = 989e12, 495e12  # dense peak of one, FLOP/s: the models run in bfloat16, the networks that judge them in TF32
+UTILIZATION = 0.35        # assumed share of that peak
+STAGE1_IMAGES = 500_000 * 256    # that each of its phases sees
+STAGE2_IMAGES = 200 * 1_281_167  # 200 epochs of ImageNet
+
+
+def main():
+    print(f"| | parameters, trained | GFLOPs an image, forward | training | GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n"
+          "|---|---|---|---|---|---|")
+    row("stage 1, proxy codes", *tokenizer_cost(proxy=True), STAGE1_IMAGES)
+    row("stage 1, pixels", *tokenizer_cost(proxy=False), STAGE1_IMAGES)
+    for name in ("S", "B"):
+        row(f"stage 2, {name}", *denoiser_cost(name), STAGE2_IMAGES)
+
+
+def row(name, trained, frozen, forward, training, judging, fixed_bytes, image_bytes, images):
+    """One line of the table. trained, frozen: numbers of parameters.  forward, training: FLOPs an image of the model, of which
+    judging is what the networks that judge it add.  fixed_bytes, image_bytes: kept for the backward pass, at all and an image."""
+    seconds = images * (training / BF16 + judging / TF32) / UTILIZATION / GPUS
+    memory = 20 * trained + 4 * frozen + fixed_bytes + BATCH * image_bytes
+    print(f"| {name} | {trained / 1e6:.1f} M | {forward / 1e9:.0f} | {(training + judging) / 1e9:.0f} | {memory / 2 ** 30:.1f} "
+          f"| {seconds / 3600:.0f} |", flush=True)
+
+
+def settings(table, **changes):
+    """The column imagenet256 of a script's table, with changes."""
+    return SimpleNamespace(**{row[0]: row[2] for row in table} | {"bf16": "on", "compile": False} | changes)
+
+
+def drop_data(network):
+    """Replace the weights by tensors that have a shape and no data; call it inside of a FakeTensorMode."""
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(weight.shape), weight.requires_grad))
+
+
+def flops(step):
+    """FLOPs of a function. Attention must be written out for it: the fused kernel of a CPU is not counted."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def kept_bytes(model, step):
+    """Bytes that a function keeps for its backward pass, beside the weights."""
+    kept, weights = {}, {weight.untyped_storage()._cdata for weight in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # the tensor is held, so that no other gets its storage's number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
+
+
+def cost(model, cfg, forward, step):
+    """(FLOPs of forward(), of forward() and its backward pass, of step(1); bytes kept at all, and an image).
+
+    forward: the model on one image -> a tensor.  step: number of images -> a training step, losses and backward pass included.
+    """
+    cfg.fused_attention = "off"
+    common.wrap(model, torch.device("cpu"), cfg)
+    with torch.no_grad():
+        one_way = flops(forward)
+    numbers = one_way, flops(lambda: forward().sum().backward()), flops(lambda: step(1))
+    cfg.fused_attention = "on"
+    common.wrap(model, torch.device("cpu"), cfg)
+    one, two = kept_bytes(model, lambda: step(1)), kept_bytes(model, lambda: step(2))
+    return *numbers, 2 * one - two, two - one
+
+
+def tokenizer_cost(proxy):
+    """The arguments of row() for a phase of stage 1."""
+    cfg = settings(train_tokenizer.HYPERPARAMETERS, adversarial_from=0)
+    networks = SimpleNamespace(vqgan=VQGAN().requires_grad_(False), convnext=train_tokenizer.ConvNeXt().requires_grad_(False))
+    model = SetTokenizer(channels=3, vqgan_width=128, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
+    first, last = (0, cfg.proxy_steps) if proxy else (cfg.proxy_steps, cfg.steps)
+    phase = train_tokenizer.begin_phase(model, None, cfg, proxy, first, last, torch.device("cpu"))
+    with FakeTensorMode():
+        for network in filter(None, (model, networks.vqgan, networks.convnext, phase.discriminator)):
+            drop_data(network)
+        lecam = torch.zeros(2)
+
+        def step(number):
+            cfg.batch_size, images = number, torch.zeros(number, 3, cfg.image_size, cfg.image_size)
+            drawn = train_tokenizer.forward_backward(model, images, slice(0, number), None, cfg, networks, proxy,
+                                                     phase.discriminator)[-1]
+            if not proxy:
+                train_tokenizer.judge_backward(phase.discriminator, images, drawn, lecam, slice(0, number), cfg)
+
+        image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
+        forward, training, both, fixed, each = cost(model, cfg, lambda: model(image, proxy=proxy)[0], step)
+    parts = [model, networks.vqgan] if proxy else [model, networks.convnext, phase.discriminator]
+    weights = [weight for part in parts for weight in part.parameters()]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    frozen = sum(weight.numel() for weight in weights) - trained
+    return trained, frozen, forward, training, both - training, fixed, each
+
+
+def denoiser_cost(name):
+    """The arguments of row() for a model of stage 2."""
+    cfg = settings(train_fsdd.HYPERPARAMETERS)
+    width, layers, heads = train_fsdd.MODELS[name]
+    model = Denoiser(4096, 128, 1000, width, layers, heads, unused_rows=cfg.unused_rows)
+    with FakeTensorMode():
+        drop_data(model)
+
+        def logits(number):
+            with common.autocast(torch.device("cpu"), cfg.bf16):
+                counts, labels = torch.zeros(number, 4096, dtype=torch.int64), torch.zeros(number, dtype=torch.int64)
+                return model(counts, torch.zeros(number), labels)
+
+        def step(number):
+            x0 = torch.zeros(number * 4096, dtype=torch.int64)
+            F.cross_entropy(logits(number).float().flatten(0, 1), x0).backward()
+
+        forward, training, both, fixed, each = cost(model, cfg, lambda: logits(1), step)
+    return sum(p.numel() for p in model.parameters()), 0, forward, training, both - training, fixed, each
+
+
+if __name__ == "__main__":
+    main()

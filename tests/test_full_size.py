@@ -1,0 +1,68 @@
+"""The recipe imagenet256 at its full size takes real training steps on a CPU: pytest --slow -s tests/test_full_size.py
+
+Two images, random weights in the formats of the published files, steps few enough for a CPU; everything else as the recipe has it.
+"""
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_tokenizer
+from tests.test_common import run
+from tests.test_train_tokenizer import read_log
+from tokenizer import VQGAN
+
+SHORT = ["--recipe=imagenet256", "--data=images", "--batch_size=2", "--device_batch=1", "--flip=false", "--compile=false",
+         "--workers=0", "--log_every=1", "--save_every=1000", "--picture_every=1000"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two smooth random images for training, which a crop leaves as they are, one to test with, and the published networks."""
+    folder, random = tmp_path_factory.mktemp("full_size"), np.random.default_rng(0)
+    for name in ("train/n01/a.png", "train/n01/b.png", "val/n01/c.png"):
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((256, 256), Image.BICUBIC)
+        image.save(folder / "images" / name)
+    torch.manual_seed(0)
+    vqgan, convnext = VQGAN(), train_tokenizer.ConvNeXt()
+    with torch.no_grad():
+        vqgan.encoder.conv_out.weight *= 20  # so that images have several codes
+        for name, weight in convnext.named_parameters():
+            if "layer_scale" in name:
+                weight.fill_(0.1)
+    torch.save(vqgan.state_dict(), folder / "maskgit-vqgan-imagenet-f16-256.bin")
+    torch.save(convnext.state_dict(), folder / "convnext_small-0c510722.pth")
+    return folder
+
+
+def train(folder, *arguments):
+    began = time.time()
+    finished = run(*arguments, folder=folder)
+    assert finished.returncode == 0, finished.stderr
+    print("\n", *arguments, f"\n{time.time() - began:.0f} s\n", finished.stdout)
+
+
+def test_stage_1(folder):
+    """Broken: the full-size tokenizer, VQGAN, ConvNeXt-S and discriminator would not train together, or not learn."""
+    train(folder, "train_tokenizer.py", *SHORT, "--steps=20", "--proxy_steps=10", "--warmup=1", "--proxy_warmup=1",
+          "--adversarial_from=5")
+    log = read_log(folder / "tokenizer.csv")
+    for row in log:
+        print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    assert log[9]["proxy"] < log[0]["proxy"] and log[19]["mse"] < log[10]["mse"] and log[19]["perceptual"] < log[10]["perceptual"]
+    assert log[19]["discriminator"] < log[15]["discriminator"]
+
+
+@pytest.mark.parametrize("model", ["S", "B"])
+def test_stage_2(model, folder):
+    """Broken: the full-size denoiser would not train on 4096 codes, or not learn."""
+    train(folder, "train_fsdd.py", *SHORT, f"--model={model}", "--batch_size=1", "--steps=10", "--sample_steps=1",
+          "--guidance=1", f"--out={model}.pt")
+    log = read_log(folder / f"{model}.csv")
+    print(", ".join(f"step {row['step']:.0f}: loss {row['loss']:.4f}" for row in log))
+    assert log[-1]["loss"] < log[0]["loss"]
