@@ -13,7 +13,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         deselected = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(deselected)
+        config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
 
 
