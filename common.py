@@ -4,6 +4,7 @@ import contextlib
 import csv
 import functools
 import gc
+import json
 import math
 import os
 import sys
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from data import open_dataset
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -187,6 +190,27 @@ def wait_for_all():
         dist.barrier()
 
 
+def from_all_processes(thing):
+    """What every process hands in, anything that pickle takes: a list in the order of the processes, the same in all of them."""
+    things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def together(work, *args, **settings):
+    """work(...) in every process. Where it fails in one, all raise a ValueError, so that none is left waiting for another."""
+    result, problem = None, ""
+    try:
+        result = work(*args, **settings)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problem = next(filter(None, from_all_processes(problem)), "")
+    if problem:
+        raise ValueError(problem)
+    return result
+
+
 def share(total, rank, processes):
     """This process's part of total rows: a slice; the slices of all processes cover them in order, without overlap."""
     return slice(total * rank // processes, total * (rank + 1) // processes)
@@ -224,12 +248,78 @@ def loader(dataset, batch_size, rows, seed, start, steps, workers):
             epoch = step // (len(dataset) // batch_size)
             yield [(i, epoch) for i in batch_indices(len(dataset), batch_size, seed, step)[rows].tolist()]
 
-    return DataLoader(dataset, batch_sampler=items(), num_workers=workers, collate_fn=as_it_is,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    return read_ahead(dataset, items(), workers)
+
+
+def in_order(dataset, parts, workers):
+    """Batches for a list of slices of a dataset, one after the other."""
+    return read_ahead(dataset, ([(i, 0) for i in range(part.start, part.stop)] for part in parts), workers)
+
+
+def read_ahead(dataset, batches, workers):
+    """What the dataset gives for lists of its items, read ahead by worker processes (0 = in this one, when it is needed).
+
+    An image that can't be read any more ends the run with one sentence: the last checkpoint stands.
+    """
+    try:
+        yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
+                              pin_memory=torch.cuda.is_available())
+    except ValueError as problem:
+        stop(str(problem).strip().splitlines()[-1].removeprefix("ValueError: "))  # a worker puts its traceback in front
 
 
 def as_it_is(batch):
     return batch
+
+
+def open_datasets(cfg, image_size, **training):
+    """The training set, with open_dataset()'s further arguments in training, and the test set, the same for all processes.
+
+    Image files that can't be read are left out of both (drop_unreadable()). ValueError where that is no good.
+    """
+    train_set = together(open_dataset, cfg.data, "train", image_size, **training)
+    test_set = together(open_dataset, cfg.data, "test", image_size)
+    for dataset in (train_set, test_set) if cfg.data != "digits" else ():
+        if len(set(from_all_processes((dataset.fingerprint(), *dataset.class_names)))) > 1:
+            raise ValueError(f"the images in {dataset.root} are not the same on all machines; each needs the same files")
+        drop_unreadable(dataset, os.path.join(os.path.dirname(cfg.out), "images.json"), cfg.workers)
+    return train_set, test_set
+
+
+def drop_unreadable(dataset, note_path, workers):
+    """Leave out the image files that can't be read, so that every epoch and every share of it has the same images.
+
+    All processes read all files once, together. What they find is noted in a JSON file, for each split, and holds for as
+    long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
+    """
+    split, made_from = os.path.basename(dataset.root), dataset.fingerprint()
+    known = from_all_processes(read_json(note_path).get(split) if is_main() else None)[0]
+    if not known or known["made_from"] != made_from:
+        known = {"made_from": made_from, "unreadable": check_images(dataset, workers)}
+        if is_main():
+            write_json(read_json(note_path) | {split: known}, note_path)
+    elif known["unreadable"] and is_main():
+        print(f"{len(known['unreadable'])} images in {dataset.root} can't be read and are left out; {note_path} says which", flush=True)
+    dataset.drop(list(known["unreadable"]))
+
+
+def check_images(dataset, workers, batch_size=64):
+    """Those of a dataset's files that can't be read, {name: reason}. The main process names them; ValueError if too many."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, len(dataset), processes)
+    batches = DataLoader(mine, batch_size, num_workers=workers, collate_fn=dataset.unreadable)
+    found = {}
+    for some in tqdm(batches, desc=f"checking {dataset.root}", disable=not is_main(), mininterval=5):
+        found |= some
+    found = dict(sorted(item for some in from_all_processes(found) for item in some.items()))
+    if is_main():
+        for name in list(found)[:1000]:
+            print(f"{os.path.join(dataset.root, name)} can't be read and is left out ({found[name]})")
+        print(f"{len(dataset)} images in {dataset.root}, {len(found)} of them can't be read", flush=True)
+    if len(found) > 0.01 * len(dataset):
+        raise ValueError(f"{len(found)} of the {len(dataset)} images in {dataset.root} can't be read, which is more than 1 %; "
+                         f"the first is {next(iter(found))} ({next(iter(found.values()))})")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +423,23 @@ def load_checkpoint(path, made_by, kind):
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         stop(f"{path} is not a {kind} checkpoint, which is needed here; make it with: {made_by}")
     return checkpoint
+
+
+def write_json(content, path):
+    """Write a JSON file so that a kill at any moment leaves the old file or the new one, whole."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def read_json(path):
+    """The dict in a JSON file; {} where there is no such file or none that can be read."""
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        content = {}
+    return content if isinstance(content, dict) else {}
 
 
 def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):

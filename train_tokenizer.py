@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 import common
-from data import open_dataset
 from dual_transform import tokens_to_counts
 from tokenizer import SetTokenizer
 
@@ -73,8 +72,7 @@ def main(argv=None):
     device, rank, processes = common.start_processes(cfg.device)
     began = time.time()
     try:
-        train_set = open_dataset(cfg.data, "train", cfg.image_size, "random", cfg.flip, cfg.seed)
-        test_set = open_dataset(cfg.data, "test", cfg.image_size)
+        train_set, test_set = common.open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
         torch.manual_seed(cfg.seed)
         model_config = {"channels": train_set.channels} | {name: getattr(cfg, name) for name in MODEL}
         model = SetTokenizer(**model_config).to(device)
@@ -114,7 +112,7 @@ def main(argv=None):
             common.save_training({"kind": "tokenizer", "model_config": model_config, "class_names": train_set.class_names},
                                  done, cfg, model, ema, optimizers, idle=idle)
     progress.close()
-    mse, in_use, distinct = evaluate(ema.module, test_set, device, rank, processes)
+    mse, in_use, distinct = evaluate(ema.module, test_set, device, rank, processes, cfg.workers)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes in use, "
@@ -188,12 +186,13 @@ def psnr(mse):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, rank=0, processes=1, batch_size=250):
+def evaluate(model, dataset, device, rank=0, processes=1, workers=0, batch_size=250):
     """Mean squared error over a dataset, the share of codes in use, and the mean number of distinct codes in a set."""
     C = model.codebook_size
     squared, distinct, use = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, C))
-    for part in common.chunks(common.share(len(dataset), rank, processes), batch_size):
-        images = dataset.__getitems__([(i, 0) for i in range(part.start, part.stop)])[0].to(device) / 127.5 - 1
+    parts = common.chunks(common.share(len(dataset), rank, processes), batch_size)
+    for images, _ in common.in_order(dataset, parts, workers):
+        images = images.to(device) / 127.5 - 1
         tokens = model.encode(images)
         squared += (model.decode(tokens) - images).square().mean((1, 2, 3)).sum()
         counts = tokens_to_counts(tokens, C)
