@@ -299,7 +299,8 @@ def drop_unreadable(dataset, note_path, workers):
         if is_main():
             write_json(read_json(note_path) | {split: known}, note_path)
     elif known["unreadable"] and is_main():
-        print(f"{len(known['unreadable'])} images in {dataset.root} can't be read and are left out; {note_path} says which", flush=True)
+        print(f"{len(known['unreadable'])} of {len(dataset)} images in {dataset.root} can't be read and are left out; "
+              f"{note_path} names them", flush=True)
     dataset.drop(list(known["unreadable"]))
 
 
@@ -315,7 +316,7 @@ def check_images(dataset, workers, batch_size=64):
     if is_main():
         for name in list(found)[:1000]:
             print(f"{os.path.join(dataset.root, name)} can't be read and is left out ({found[name]})")
-        print(f"{len(dataset)} images in {dataset.root}, {len(found)} of them can't be read", flush=True)
+        print(f"{len(found)} of {len(dataset)} images in {dataset.root} can't be read", flush=True)
     if len(found) > 0.01 * len(dataset):
         raise ValueError(f"{len(found)} of the {len(dataset)} images in {dataset.root} can't be read, which is more than 1 %; "
                          f"the first is {next(iter(found))} ({next(iter(found.values()))})")

@@ -102,7 +102,8 @@ def to_rgb(image):
     """An RGB image from one of any mode."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_crop(image, size):

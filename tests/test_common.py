@@ -1,5 +1,6 @@
 """What the scripts share: the command line, the same batches for any number of processes, checkpoints that survive."""
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 import common
+from data.image_folder import ImageFolder
+from tests.image_folder import make_image_folder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"), ("ema", 0.9, 0.9, "decay"),
@@ -138,6 +141,88 @@ def test_accumulated_gradients_are_the_whole_batchs(size):
     model.zero_grad()
     common.backward(model, lambda part: model(x[part]).square().mean(), slice(0, 10), size, 10)
     assert torch.allclose(model.weight.grad, whole, atol=1e-6)
+
+
+# --- unreadable images -----------------------------------------------------------------------------------------------
+
+
+def test_unreadable_images_are_left_out_once(tmp_path, monkeypatch, capsys):
+    """Broken: a truncated file would end the training or go unnoticed, or every run would read all files again."""
+    make_image_folder(tmp_path, 300)
+    cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=2)
+    train_set, test_set = common.open_datasets(cfg, 24, crop="random")
+    said = capsys.readouterr().out
+    assert len(train_set) == len(train_set.labels) == 300 and len(test_set) == 75 and b"d0/cut.jpg" not in train_set.names
+    assert train_set.crop == "random" and test_set.crop == "center"
+    assert "train/d0/cut.jpg can't be read and is left out (OSError: image file is truncated" in said
+    assert f"1 of 301 images in {train_set.root} can't be read" in said and f"0 of 75 images in {test_set.root}" in said
+
+    checked = []
+    unreadable = ImageFolder.unreadable
+    monkeypatch.setattr(ImageFolder, "unreadable", lambda self, indices: checked.extend(indices) or unreadable(self, indices))
+    cfg.workers = 0
+    assert len(common.open_datasets(cfg, 16)[0]) == 300 and not checked
+    assert "1 of 301 images" in (said := capsys.readouterr().out) and "images.json names them" in said
+    (tmp_path / "train" / "d1" / "new.jpg").write_bytes(open(train_set.path(0), "rb").read())
+    assert len(common.open_datasets(cfg, 24)[0]) == 301 and sorted(checked) == list(range(302))  # of the split that changed
+    os.truncate(train_set.path(1), 100)
+    assert len(common.open_datasets(cfg, 24)[0]) == 300 and len(checked) == 604
+    (tmp_path / "images.json").write_text('{"train": {"made')
+    assert len(common.open_datasets(cfg, 24)[0]) == 300 and len(checked) == 604 + 302 + 75
+
+
+@pytest.mark.parametrize("number, broken, stops", [(100, 1, False), (99, 1, True), (200, 2, False), (200, 3, True), (2, 2, True)])
+def test_too_many_unreadable_images(number, broken, stops, tmp_path):
+    """Broken: a data set with more than 1 % of broken files would be trained on, or one with fewer refused."""
+    make_image_folder(tmp_path, 4)  # for val/
+    for i in range(number):
+        os.makedirs(tmp_path / "few" / "train" / "d0", exist_ok=True)
+        (tmp_path / "few" / "train" / "d0" / f"{i}.jpg").write_bytes(b"" if i < broken else (tmp_path / "train/d1/00001.JPEG").read_bytes())
+    (tmp_path / "few" / "val").symlink_to(tmp_path / "val")
+    cfg = SimpleNamespace(data=str(tmp_path / "few"), out=str(tmp_path / "a.pt"), workers=0)
+    (tmp_path / "val" / "d1").mkdir()
+    if not stops:
+        assert len(common.open_datasets(cfg, 24)[0]) == number - broken
+        return
+    for _ in range(2):  # and the second run does not take it as checked
+        with pytest.raises(ValueError, match=f"{broken} of the {number} images in .*train can't be read, which is more than 1 %; the first is d0/0.jpg"):
+            common.open_datasets(cfg, 24)
+
+
+THREE_PROCESSES = """
+import os, sys
+sys.path.insert(0, %r)
+from types import SimpleNamespace
+import common
+from data import open_dataset
+
+_, rank, processes = common.start_processes("cpu")
+cfg = SimpleNamespace(data="images", out="a.pt", workers=rank %% 2)
+train_set, test_set = common.open_datasets(cfg, 24, crop="random", flip=True, seed=3)
+print("sees", len(train_set), len(test_set), train_set.fingerprint())
+for data in ("images", "nowhere", "other"):
+    cfg.data = data if rank == 1 else "images"
+    try:
+        common.open_datasets(cfg, 24)
+    except ValueError as problem:
+        print("stops:", problem)
+common.end_processes()
+"""
+
+
+def test_processes_check_together(tmp_path):
+    """Broken: processes would train on different images, or wait forever for one that has stopped."""
+    make_image_folder(tmp_path / "images", 120)
+    make_image_folder(tmp_path / "other", 110)
+    (tmp_path / "three.py").write_text(THREE_PROCESSES % ROOT)
+    finished = run(tmp_path / "three.py", folder=tmp_path, processes=3)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("cut.jpg can't be read and is left out") == 1
+    assert finished.stdout.count("1 of 121 images in images/train can't be read\n") == 1
+    assert len(re.findall("sees 120 30 [0-9a-f]{64}\n", finished.stdout)) == 3
+    assert finished.stdout.count("stops: there is no folder nowhere/train") == 3
+    assert len(re.findall("stops: the images in .*train are not the same on all machines", finished.stdout)) == 3
+    assert common.read_json(str(tmp_path / "images.json"))["train"]["unreadable"].keys() == {"d0/cut.jpg"}
 
 
 # --- optimization ----------------------------------------------------------------------------------------------------

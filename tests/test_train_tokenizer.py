@@ -26,14 +26,19 @@ def read_log(path):
 
 
 def kill_in_the_middle(script, arguments, folder, log, processes):
-    """Start a script and send SIGKILL to it and its children once its log has some rows beyond the first checkpoint."""
+    """Start a script and kill it once its log has some rows beyond the first checkpoint."""
+    kill_when(lambda: os.path.exists(log) and len(open(log).readlines()) > 5, script, arguments, folder, processes)
+
+
+def kill_when(ready, script, arguments, folder, processes):
+    """Start a script and send SIGKILL to it and its children once ready() holds."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     process = subprocess.Popen([sys.executable, *start, os.path.join(ROOT, script), *arguments], cwd=folder,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     until = time.time() + 90
     while time.time() < until and process.poll() is None:
-        if os.path.exists(log) and len(open(log).readlines()) > 5:
+        if ready():
             break
         time.sleep(0.005)
     children = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
