@@ -261,11 +261,24 @@ def read_ahead(dataset, batches, workers):
 
     An image that can't be read any more ends the run with one sentence: the last checkpoint stands.
     """
-    try:
-        yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
-                              pin_memory=torch.cuda.is_available())
-    except ValueError as problem:
-        stop(str(problem).strip().splitlines()[-1].removeprefix("ValueError: "))  # a worker puts its traceback in front
+    for batch in DataLoader(OrSentence(dataset), batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
+                            pin_memory=torch.cuda.is_available()):
+        if isinstance(batch, str):
+            stop(batch)
+        yield batch
+
+
+class OrSentence(torch.utils.data.Dataset):
+    """Batches of a dataset, or the sentence that says why there is none: an exception would come with a worker's traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, items):
+        try:
+            return self.dataset.__getitems__(items)
+        except ValueError as problem:
+            return str(problem)
 
 
 def as_it_is(batch):
@@ -299,8 +312,8 @@ def drop_unreadable(dataset, note_path, workers):
         if is_main():
             write_json(read_json(note_path) | {split: known}, note_path)
     elif known["unreadable"] and is_main():
-        print(f"{len(known['unreadable'])} of {len(dataset)} images in {dataset.root} can't be read and are left out; "
-              f"{note_path} names them", flush=True)
+        print(f"{len(known['unreadable'])} of {len(dataset)} images in {dataset.root} could not be read when they were checked; "
+              f"training goes without them ({note_path})", flush=True)
     dataset.drop(list(known["unreadable"]))
 
 
@@ -313,13 +326,13 @@ def check_images(dataset, workers, batch_size=64):
     for some in tqdm(batches, desc=f"checking {dataset.root}", disable=not is_main(), mininterval=5):
         found |= some
     found = dict(sorted(item for some in from_all_processes(found) for item in some.items()))
-    if is_main():
-        for name in list(found)[:1000]:
-            print(f"{os.path.join(dataset.root, name)} can't be read and is left out ({found[name]})")
-        print(f"{len(found)} of {len(dataset)} images in {dataset.root} can't be read", flush=True)
+    for name in list(found)[:1000] if is_main() else ():
+        print(f"{os.path.join(dataset.root, name)} can't be read ({found[name]})", flush=True)
     if len(found) > 0.01 * len(dataset):
         raise ValueError(f"{len(found)} of the {len(dataset)} images in {dataset.root} can't be read, which is more than 1 %; "
                          f"the first is {next(iter(found))} ({next(iter(found.values()))})")
+    if is_main():
+        print(f"{len(found)} of {len(dataset)} images in {dataset.root} can't be read; training goes without them", flush=True)
     return found
 
 

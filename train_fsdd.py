@@ -126,11 +126,11 @@ def prepare(stage1, device, cfg):
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
+    if C > 2 ** 16:
+        raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C} codes")
     train_set, test_set = common.open_datasets(cfg, tokenizer.image_size)
     if test_set.class_names != train_set.class_names:
         raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
-    if C > 2 ** 16:
-        raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C}")
     sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
     model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names)}
     model_config |= {name: getattr(cfg, name) for name in MODEL}
@@ -207,11 +207,9 @@ def encode(tokenizer, dataset, shape, note, device, rank, processes, cfg, part_s
     done = 0
     if rank == 0:
         found = common.read_json(note_path)
-        done = found.pop("done", 0) if os.path.isfile(path) else 0
-        if found != note:
-            done = 0
+        done = found.get("done", 0) if os.path.isfile(path) and found | note == found else 0
         if not done:
-            common.write_json(note | {"done": 0}, note_path)  # first, so that at no moment an empty file stands beside a full note
+            common.write_json(note | {"done": 0}, note_path)  # first, lest a kill leave a new file beside an old note
             np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=shape)
         tokens = np.load(path, mmap_mode="r+")
     done = common.from_all_processes(done)[0]
@@ -236,7 +234,7 @@ def encode(tokenizer, dataset, shape, note, device, rank, processes, cfg, part_s
 def check_shared(path, note_path, note):
     """ValueError where this process does not see a file that the main process wrote, with its note."""
     if not os.path.isfile(path) or common.read_json(note_path) != note:
-        raise ValueError(f"not every machine sees {path} as the first one wrote it; --tokens must lie in a folder that they share")
+        raise ValueError(f"not every machine sees {path} as the first one wrote it; --tokens must lie in a folder they share")
 
 
 @torch.no_grad()

@@ -54,7 +54,8 @@ class ImageFolder(torch.utils.data.Dataset):
         random = np.random.default_rng((self.seed, epoch, index))
         try:
             with Image.open(self.path(index)) as file:
-                image = center_crop(file, self.image_size) if self.crop == "center" else random_crop(file, self.image_size, random)
+                size = self.image_size
+                image = center_crop(file, size) if self.crop == "center" else random_crop(file, size, random)
         except Exception as problem:  # broken files make Pillow raise exceptions of many kinds
             raise ValueError(f"{self.path(index)} can't be read ({reason(problem)})") from None
         pixels = np.asarray(image)

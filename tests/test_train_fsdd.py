@@ -98,13 +98,14 @@ def test_a_killed_encoding_goes_on(stage1, tmp_path, monkeypatch):
     read = []
     getitems = Digits.__getitems__
     monkeypatch.setattr(Digits, "__getitems__", lambda self, items: read.append(items[0][0]) or getitems(self, items))
-    monkeypatch.setattr(train_fsdd, "evaluate", lambda *args: 0.0)
+    monkeypatch.setattr(train_fsdd, "evaluate", lambda *args: 0.0)  # what comes after the encoding
+    monkeypatch.setattr(train_fsdd, "draw_samples", lambda *args: None)
     train_fsdd.main(options)  # by one process
     assert read == list(range(done, 60000, 250))
     resumed = (tmp_path / "tokens.npy").read_bytes()
     assert sorted(name for name in os.listdir() if "tokens" in name) == ["tokens.json", "tokens.npy"]
     os.remove("tokens.npy")
-    common.write_json(common.read_json("tokens.json") | {"done": 0}, "tokens.npy.tmp.json")  # as if killed at the very beginning
+    common.write_json(common.read_json("tokens.json") | {"done": 0}, "tokens.npy.tmp.json")  # as if killed at once
     train_fsdd.main(options)
     assert len(read) == 240 + (60000 - done) // 250 and (tmp_path / "tokens.npy").read_bytes() == resumed
 
@@ -129,7 +130,7 @@ def test_a_note_of_another_encoding_is_not_used(tmp_path, monkeypatch):
         common.write_json({"made_from": "a", "shape": [2, 100, 4]} | {change: [1]} | {"done": 100}, "tokens.npy.tmp.json")
         assert np.array_equal(encode(), tokens)
     common.write_json({}, "tokens.json")
-    with pytest.raises(ValueError, match="tokens.npy .* a folder that they share"):
+    with pytest.raises(ValueError, match="tokens.npy .* a folder they share"):
         train_fsdd.check_shared("tokens.npy", "tokens.json", {"made_from": "a"})
 
 
@@ -171,6 +172,18 @@ def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
     """Broken: a mistake on the command line would end in a traceback."""
     assert_one_sentence(run("train_fsdd.py", *TINY, *stage1, *arguments, folder=tmp_path), *words)
     assert os.listdir(tmp_path) == []
+
+
+def test_too_many_codes_get_one_sentence():
+    """Broken: codes beyond 65535 would wrap around in the token file."""
+    sizes = dict(channels=1, image_size=28, num_tokens=4, code_dim=2, patch_size=7, width=16, heads=2, encoder_layers=1,
+                 decoder_layers=1, commitment=0.25)
+    cfg = SimpleNamespace(data="nowhere", out="a.pt", workers=0)
+    for C, words in ((2 ** 16, "no folder nowhere"), (2 ** 16 + 1, "up to 65535, the tokenizer has 65537")):
+        model_config = sizes | {"codebook_size": C}
+        stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
+        with pytest.raises(ValueError, match=words):
+            train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
 
 
 def test_broken_tokenizer_gets_one_sentence(tmp_path):
