@@ -195,7 +195,6 @@ import os, sys
 sys.path.insert(0, %r)
 from types import SimpleNamespace
 import common
-from data import open_dataset
 
 _, rank, processes = common.start_processes("cpu")
 cfg = SimpleNamespace(data="images", out="a.pt", workers=rank %% 2)
