@@ -2,8 +2,8 @@
 import argparse
 import contextlib
 import csv
-import functools
 import gc
+import json
 import math
 import os
 import signal
@@ -18,7 +18,6 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +233,27 @@ def wait_for_all():
         dist.barrier()
 
 
+def from_all_processes(thing):
+    """What every process hands in, anything that pickle takes: a list in the order of the processes, the same in all of them."""
+    things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def together(work, *args, **settings):
+    """work(...) in every process. Where it fails in one, all raise a ValueError, so that none is left waiting for another."""
+    result, problem = None, ""
+    try:
+        result = work(*args, **settings)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    problem = next(filter(None, from_all_processes(problem)), "")
+    if problem:
+        raise ValueError(problem)
+    return result
+
+
 def share(total, rank, processes):
     """This process's part of total rows: a slice; the slices of all processes cover them in order, without overlap."""
     return slice(total * rank // processes, total * (rank + 1) // processes)
@@ -250,39 +270,6 @@ def share_of_batch(cfg, num_images, rank, processes):
 def chunks(rows, size):
     """Cut a slice into slices of at most size rows: the micro-batches of gradient accumulation."""
     return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_images, seed, epoch):
-    """The order of all images in an epoch, (num_images,) int64, drawn from (seed, epoch)."""
-    return torch.randperm(num_images, generator=generator("cpu", "epoch", seed, epoch))
-
-
-def batch_indices(num_images, batch_size, seed, step):
-    """The images in the global batch of a step, (batch_size,) int64: the same for any number of processes."""
-    epoch, i = divmod(step, num_images // batch_size)  # the few images that fill no batch sit out this epoch
-    return epoch_order(num_images, seed, epoch)[i * batch_size:(i + 1) * batch_size]
-
-
-def loader(dataset, batch_size, rows, seed, start, steps, workers):
-    """Batches for the steps start..steps - 1: this process's rows of the global batch, as the dataset gives them."""
-    def items():
-        for step in range(start, steps):
-            epoch = step // (len(dataset) // batch_size)
-            yield [(i, epoch) for i in batch_indices(len(dataset), batch_size, seed, step)[rows].tolist()]
-
-    return DataLoader(dataset, batch_sampler=items(), num_workers=workers, collate_fn=as_it_is, worker_init_fn=leave_signals,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
-
-
-def as_it_is(batch):
-    return batch
-
-
-def leave_signals(worker):
-    """A process that reads images ends with the process it works for, which Ctrl-C in a terminal reaches as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,6 +379,23 @@ def load_checkpoint(path, made_by, kind):
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         stop(f"{path} is not a {kind} checkpoint, which is needed here; make it with: {made_by}")
     return checkpoint
+
+
+def write_json(content, path):
+    """Write a JSON file so that a kill at any moment leaves the old file or the new one, whole."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def read_json(path):
+    """The dict in a JSON file; {} where there is no such file or none that can be read."""
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except (OSError, ValueError):
+        content = {}
+    return content if isinstance(content, dict) else {}
 
 
 def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):

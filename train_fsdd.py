@@ -9,7 +9,6 @@ no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: 
 --resume needs), fsdd.csv (a log) and fsdd.png (samples). On the digits: 5 minutes on two CPU cores (README.md).
 """
 import hashlib
-import json
 import os
 import time
 
@@ -17,10 +16,10 @@ import numpy as np
 import torch
 
 import common
-from data import open_dataset
+from data.reading import batch_indices, in_order, open_datasets
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, sample_noise
-from sample import check_sampling
+from sample import check_sampling, gather
 from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
@@ -69,6 +68,7 @@ HYPERPARAMETERS = [
     ("fused_adamw",      True,           True,            "PyTorch's fused AdamW"),
     ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on a GPU or for long sequences"),
     ("recompute",        False,          False,           "activation checkpointing: less memory, a third more time"),
+    ("workers",          0,              8,               "processes that read images, for each training process"),
     # what is written
     ("out",              "fsdd.pt",      "fsdd.pt",       "the checkpoint; the log and the picture stand beside it"),
     ("tokens",           "tokens.npy",   "tokens.npy",    "the encoded training set"),
@@ -91,10 +91,10 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
         rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
+        tokens = encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
         common.stop(str(problem))
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
-    tokens = encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
     if rank == 0:
         print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
               f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
@@ -115,11 +115,11 @@ def prepare(stage1, device, cfg):
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
-    train_set, test_set = (open_dataset(cfg.data, split, tokenizer.image_size) for split in ("train", "test"))
+    if C > 2 ** 16:
+        raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C} codes")
+    train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if test_set.class_names != train_set.class_names:
         raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
-    if C > 2 ** 16:
-        raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C}")
     if cfg.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
     sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
@@ -149,7 +149,7 @@ def train(model, tokenizer, tokens, labels, rows, checkpoint, header, cfg, signa
 
     for step in range(start, cfg.steps):
         random = common.generator(device, "step", cfg.seed, step)
-        indices = common.batch_indices(len(labels), cfg.batch_size, cfg.seed, step)[rows]
+        indices = batch_indices(len(labels), cfg.batch_size, cfg.seed, step)[rows]
         loss = forward_backward(parallel, tokens, indices, labels, rows, random, header["model_config"], cfg)
         lr = optimizers[0][1].get_last_lr()[0]
         common.optimizer_step(model, ema, optimizers, cfg.clip)
@@ -202,55 +202,78 @@ def encode_training_set(tokenizer, dataset, device, rank, processes, cfg):
     """The tokens of every training image, and of its mirror image where cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
 
     The file at cfg.tokens is used again if it was made with the same tokenizer weights from the same images; what it was
-    made from stands beside it in a .json file. All processes encode their share.
+    made from stands beside it in a .json file. All processes encode, the main process writes, and a run that is cut off
+    here goes on where it was. ValueError where another process can't see the file.
     """
-    made_from = hashlib.sha256(dataset.fingerprint().encode())
+    made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
     for name, weight in tokenizer.state_dict().items():
         made_from.update(name.encode() + weight.cpu().numpy().tobytes())
     shape = (2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens)
     note = {"made_from": made_from.hexdigest(), "shape": list(shape)}
-    note_path = common.beside(cfg.tokens, ".json")
-    if os.path.isfile(cfg.tokens) and os.path.isfile(note_path) and read_json(note_path) == note:
+    path, note_path = cfg.tokens, common.beside(cfg.tokens, ".json")
+    if common.from_all_processes(os.path.isfile(path) and common.read_json(note_path) == note)[0]:
         if rank == 0:
-            print(f"{cfg.tokens} holds the tokens of these images by this tokenizer; used again", flush=True)
-        return np.load(cfg.tokens, mmap_mode="r")
+            print(f"{path} holds the tokens of these images by this tokenizer; used again", flush=True)
+    else:
+        encode(tokenizer, dataset, shape, note, device, rank, processes, cfg)
+        if rank == 0:
+            if os.path.exists(note_path):
+                os.remove(note_path)  # first, so that at no moment these tokens stand beside another's note
+            os.replace(path + ".tmp", path)
+            common.write_json(note, note_path)
+            os.remove(path + ".tmp.json")
+        common.wait_for_all()
+    common.together(check_shared, path, note_path, note)
+    return np.load(path, mmap_mode="r")
 
-    part_path = cfg.tokens + ".tmp"
+
+def encode(tokenizer, dataset, shape, note, device, rank, processes, cfg, part_size=250):
+    """Write the tokens to cfg.tokens.tmp, and beside it how many images are done; goes on from there if the note is the same.
+
+    Each turn every process encodes a part of the images and the main process writes what all have found. The parts are the
+    same for any number of processes and wherever a run was cut off, and so are the tokens.
+    """
+    path, note_path = cfg.tokens + ".tmp", cfg.tokens + ".tmp.json"
+    done = 0
     if rank == 0:
-        np.lib.format.open_memmap(part_path, mode="w+", dtype=np.uint16, shape=shape)
-    common.wait_for_all()
-    tokens = np.load(part_path, mmap_mode="r+")
-    parts = common.chunks(common.share(len(dataset), rank, processes), 250)
-    for part in common.tqdm(parts, desc="encoding the training set", disable=rank > 0, mininterval=5):
-        images = dataset.__getitems__([(i, 0) for i in range(part.start, part.stop)])[0].to(device) / 127.5 - 1
-        with common.autocast(device, cfg.bf16):
-            for version in range(shape[0]):
-                tokens[version, part] = tokenizer.encode(images if version == 0 else images.flip(3)).cpu().numpy()
-    tokens.flush()
-    common.wait_for_all()
-    if rank == 0:
-        if os.path.exists(note_path):
-            os.remove(note_path)  # first, so that at no moment these tokens stand beside another's note
-        os.replace(part_path, cfg.tokens)
-        with open(note_path + ".tmp", "w") as file:
-            json.dump(note, file)
-        os.replace(note_path + ".tmp", note_path)
-    common.wait_for_all()
-    return np.load(cfg.tokens, mmap_mode="r")
+        found = common.read_json(note_path)
+        done = found.get("done", 0) if os.path.isfile(path) and found | note == found else 0
+        if not done:
+            common.write_json(note | {"done": 0}, note_path)  # first, lest a kill leave a new file beside an old note
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=shape)
+        tokens = np.load(path, mmap_mode="r+")
+    done = common.from_all_processes(done)[0]
+    common.together(check_shared, path, note_path, note | {"done": done})
+    parts = common.chunks(slice(done, len(dataset)), part_size)
+    batches = in_order(dataset, parts[rank::processes], cfg.workers)
+    for turn in common.tqdm(range(0, len(parts), processes), desc="encoding the training set", disable=rank > 0, mininterval=5):
+        mine = None
+        if turn + rank < len(parts):
+            images = next(batches)[0].to(device) / 127.5 - 1  # (n, ch, H, W) in [-1, 1]
+            with common.autocast(device, cfg.bf16):
+                mine = torch.stack([tokenizer.encode(images if version == 0 else images.flip(3)) for version in range(shape[0])])
+            mine = mine.cpu().numpy().astype(np.uint16)  # (1 or 2, n, M)
+        for part, found in zip(parts[turn:], gather(mine, rank, processes)):
+            tokens[:, part] = found
+        last = turn + processes >= len(parts)
+        if rank == 0 and (last or turn // processes % 20 == 19):
+            tokens.flush()
+            common.write_json(note | {"done": parts[min(turn + processes, len(parts)) - 1].stop}, note_path)
 
 
-def read_json(path):
-    with open(path) as file:
-        return json.load(file)
+def check_shared(path, note_path, note):
+    """ValueError where this process does not see a file that the main process wrote, with its note."""
+    if not os.path.isfile(path) or common.read_json(note_path) != note:
+        raise ValueError(f"not every machine sees {path} as the first one wrote it; --tokens must lie in a folder they share")
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, dataset, device, rank, processes, cfg, batch_size=250):
+def evaluate(model, tokenizer, dataset, device, rank, processes, cfg):
     """The loss on a dataset, one time t and one noise vector an image, the same at every call."""
     C, M = model.codebook_size, model.num_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for part in common.chunks(slice(0, len(dataset)), batch_size)[rank::processes]:
-        images, labels = dataset.__getitems__([(i, 0) for i in range(part.start, part.stop)])
+    parts = common.chunks(slice(0, len(dataset)), cfg.device_batch)[rank::processes]
+    for part, (images, labels) in zip(parts, in_order(dataset, parts, cfg.workers)):
         random = common.generator(device, "test", cfg.seed, part.start)
         t = 1 - torch.rand(len(images), generator=random, device=device)
         x1 = sample_noise(len(images), C, M, cfg.prior, random, device)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-from data import open_dataset
+from data.reading import in_order, loader, open_datasets, read_ahead
 from dual_transform import tokens_to_counts
 from tokenizer import VQGAN, SetTokenizer
 
@@ -104,9 +104,9 @@ def main(argv=None):
     device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
     began = time.time()
     try:
-        train_set = open_dataset(cfg.data, "train", cfg.image_size, "random", cfg.flip, cfg.seed)
-        test_set = open_dataset(cfg.data, "test", cfg.image_size)
-        model, model_config, networks = prepare(cfg, checkpoint, train_set.channels, device)
+        networks = load_networks(cfg, checkpoint, device)
+        train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
+        model, model_config = make_model(cfg, checkpoint, train_set.channels, networks.vqgan, device)
         rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
     except ValueError as problem:
         common.stop(str(problem))
@@ -123,16 +123,15 @@ def main(argv=None):
                 model = phase.ema.module  # the pixel phase starts from the averaged weights, and those are evaluated
     if signals.agreed:
         return common.leave(signals, cfg)
-    mse, in_use, distinct = evaluate(model, test_set, device, rank, processes)
+    mse, in_use, distinct = evaluate(model, test_set, device, rank, processes, cfg.workers, cfg.device_batch)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes in use, "
               f"{distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
 
 
-def prepare(cfg, checkpoint, channels, device):
-    """The tokenizer, on the device with the checkpoint's averaged weights if there is one, what it is made from, and the
-    published networks. ValueError where the settings do not fit."""
+def load_networks(cfg, checkpoint, device):
+    """The published networks that the training needs from here on. ValueError where the settings do not fit."""
     if cfg.proxy_steps > cfg.steps:
         raise ValueError(f"proxy_steps {cfg.proxy_steps} is more than all steps, {cfg.steps}")
     if cfg.proxy_steps and not cfg.vqgan:
@@ -146,19 +145,25 @@ def prepare(cfg, checkpoint, channels, device):
         networks.vqgan = common.load_published(cfg.vqgan, "MaskGIT-VQGAN", VQGAN_AT, vqgan_of).to(device)
     if cfg.perceptual and cfg.proxy_steps < cfg.steps:
         networks.convnext = common.load_published(cfg.convnext, "ConvNeXt-S", CONVNEXT_AT, convnext_of).to(device)
+    return networks
+
+
+def make_model(cfg, checkpoint, channels, vqgan, device):
+    """The tokenizer, with the checkpoint's averaged weights if there is one, and what it is made from. ValueError where that
+    does not fit."""
     if checkpoint:
         model_config = checkpoint["model_config"]
     else:
         model_config = {"channels": channels} | {name: getattr(cfg, name) for name in MODEL}
-        if cfg.vqgan:
-            model_config |= {"vqgan_width": networks.vqgan.width, "vqgan_dim": networks.vqgan.dim}
+        if vqgan:
+            model_config |= {"vqgan_width": vqgan.width, "vqgan_dim": vqgan.dim}
     torch.manual_seed(cfg.seed)
     model = SetTokenizer(**model_config)
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
-    elif cfg.vqgan:
-        model.pixel_decoder.load_state_dict(networks.vqgan.decoder.state_dict())
-    return model.to(device), model_config, networks
+    elif vqgan:
+        model.pixel_decoder.load_state_dict(vqgan.decoder.state_dict())
+    return model.to(device), model_config
 
 
 def begin_phase(model, checkpoint, cfg, proxy, first, last, device):
@@ -196,7 +201,7 @@ def train(phase, networks, train_set, test_set, rows, start, header, cfg, log, s
     model, device, ema = phase.model, phase.idle.device, phase.ema
     parallel = common.wrap(model, device, cfg)
     judge = common.wrap(phase.discriminator, device, cfg) if phase.discriminator else None
-    batches = common.loader(train_set, cfg.batch_size, rows, cfg.seed, start, phase.last, cfg.workers)
+    batches = loader(train_set, cfg.batch_size, rows, cfg.seed, start, phase.last, cfg.workers)
     progress = common.progress_bar(start, phase.last)
 
     for step, (images, _) in zip(range(start, phase.last), batches):
@@ -342,12 +347,13 @@ def psnr(mse):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, rank=0, processes=1, batch_size=250):
+def evaluate(model, dataset, device, rank=0, processes=1, workers=0, batch_size=128):
     """Mean squared error over a dataset, the share of codes in use, and the mean number of distinct codes in a set."""
     C = model.codebook_size
     squared, distinct, use = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, C))
-    for part in common.chunks(common.share(len(dataset), rank, processes), batch_size):
-        images = dataset.__getitems__([(i, 0) for i in range(part.start, part.stop)])[0].to(device) / 127.5 - 1
+    parts = common.chunks(common.share(len(dataset), rank, processes), batch_size)
+    for images, _ in in_order(dataset, parts, workers):
+        images = images.to(device) / 127.5 - 1
         tokens = model.encode(images)
         squared += (model.decode(tokens) - images).square().mean((1, 2, 3)).sum()
         counts = tokens_to_counts(tokens, C)
@@ -364,7 +370,7 @@ def draw_reconstructions(model, dataset, device, path, number=20):
         columns = min(10, len(dataset))
         number = min(number, len(dataset)) // columns * columns
         spread = range(0, len(dataset), max(1, len(dataset) // number))
-        images = dataset.__getitems__([(i, 0) for i in spread][:number])[0].to(device)
+        images = next(read_ahead(dataset, [[(i, 0) for i in spread][:number]], workers=0))[0].to(device)
         pairs = torch.stack([images, common.to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
         pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, images, ...
         common.grid(pairs, columns, ["image", "decoded"] * (number // columns)).save(path)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
+import common
+from data import reading  # noqa: E402
 import sample  # noqa: E402
 import train_tokenizer  # noqa: E402
 from data import open_dataset  # noqa: E402
@@ -41,7 +42,7 @@ def train_classifier(train, test, epochs=4, batch=200):
     steps = epochs * len(train) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
-        i = common.batch_indices(len(train), batch, 0, step)
+        i = reading.batch_indices(len(train), batch, 0, step)
         loss = F.cross_entropy(net(train.images[i] / 127.5 - 1), train.labels[i])
         optimizer.zero_grad()
         loss.backward()

@@ -28,7 +28,7 @@ def make_image_folder(path, number=300, classes=10):
             coloured_digit(digit, random).convert(mode).save(os.path.join(place, f"{i:05}.{suffix}"))
     cut = os.path.join(path, "train", "d0", "cut.jpg")
     coloured_digit(digit, random).save(cut, "JPEG")
-    os.truncate(cut, os.path.getsize(cut) * 2 // 3)
+    os.truncate(cut, os.path.getsize(cut) * 9 // 10)
     for name, content in (("._00000.JPEG", b"\0\5\x16\7"), ("notes.txt", b"no image")):
         with open(os.path.join(path, "train", "d0", name), "wb") as file:
             file.write(content)

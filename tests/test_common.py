@@ -108,18 +108,6 @@ def test_shares_cover_the_batch(total):
             assert all(piece.stop - piece.start <= 3 for piece in pieces)
 
 
-def test_an_epoch_sees_every_image_once():
-    """Broken: images would repeat within an epoch, or every epoch would have the same order."""
-    N, B = 103, 10
-    steps = [common.batch_indices(N, B, seed=5, step=step) for step in range(30)]
-    epochs = [torch.cat(steps[i:i + 10]) for i in (0, 10, 20)]
-    for epoch in epochs:
-        assert len(epoch.unique()) == 100 and epoch.min() >= 0 and epoch.max() < N
-    assert not torch.equal(epochs[0], epochs[1])
-    assert torch.equal(steps[13], common.batch_indices(N, B, seed=5, step=13))  # no hidden state
-    assert not torch.equal(steps[13], common.batch_indices(N, B, seed=6, step=13))
-
-
 def test_random_numbers_hang_on_the_key():
     """Broken: two steps, or two seeds, would draw the same noise, or the same step other noise after a resume."""
     draws = {key: torch.rand(4, generator=common.generator("cpu", "step", *key)).tolist() for key in [(0,), (0, 0), (0, 1), (1, 0), (0, 2), (0, 0, 1)]}

@@ -1,5 +1,6 @@
 """Stage 2 as it is run: the encoded training set, resumed runs, any number of processes, clear errors."""
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 import common
 import train_fsdd
 from data import open_dataset
+from data.digits import Digits
 from fsdd import Denoiser
+from tests.image_folder import make_image_folder
 from tests.test_common import assert_one_sentence, run
 from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
-from tests.test_train_tokenizer import assert_same_checkpoint, kill_in_the_middle, read_log
+from tests.test_train_tokenizer import assert_same_checkpoint, kill_in_the_middle, kill_when, read_log
 from tokenizer import SetTokenizer
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--layers=1", "--batch_size=12", "--device_batch=5", "--steps=60",
@@ -85,6 +88,53 @@ def test_tokens_are_encoded_once(stage1, tmp_path):
         assert torch.equal(model.encode(images), torch.from_numpy(flipped[version, [0, 30001, 59999]].astype(np.int64)))
 
 
+def test_a_killed_encoding_goes_on(stage1, tmp_path, monkeypatch):
+    """Broken: a kill would lose the tokens found so far, or leave some that an unbroken run would not have found."""
+    options = [*TINY, stage1[0], "--tokens=tokens.npy", "--steps=1"]
+    note = str(tmp_path / "tokens.npy.tmp.json")
+    kill_when(lambda: common.read_json(note).get("done", 0) > 0, "train_fsdd.py", options, tmp_path, processes=2)
+    done = common.read_json(note)["done"]
+    assert 0 < done < 60000 and not (tmp_path / "tokens.npy").exists()
+    monkeypatch.chdir(tmp_path)
+    read = []
+    getitems = Digits.__getitems__
+    monkeypatch.setattr(Digits, "__getitems__", lambda self, items: read.append(items[0][0]) or getitems(self, items))
+    monkeypatch.setattr(train_fsdd, "evaluate", lambda *args: 0.0)  # what comes after the encoding
+    monkeypatch.setattr(train_fsdd, "draw_samples", lambda *args: None)
+    train_fsdd.main(options)  # by one process
+    assert read == list(range(done, 60000, 250))
+    resumed = (tmp_path / "tokens.npy").read_bytes()
+    assert sorted(name for name in os.listdir() if "tokens" in name) == ["tokens.json", "tokens.npy"]
+    os.remove("tokens.npy")
+    common.write_json(common.read_json("tokens.json") | {"done": 0}, "tokens.npy.tmp.json")  # as if killed at once
+    train_fsdd.main(options)
+    assert len(read) == 240 + (60000 - done) // 250 and (tmp_path / "tokens.npy").read_bytes() == resumed
+
+
+def test_a_note_of_another_encoding_is_not_used(tmp_path, monkeypatch):
+    """Broken: tokens of other images, or by another tokenizer, would be taken as the beginning of these."""
+    monkeypatch.chdir(tmp_path)
+    make_image_folder("images", 100)
+    dataset = open_dataset("images", "train", 24)
+    dataset.drop(["d0/cut.jpg"])
+    model = SetTokenizer(channels=3, image_size=24, num_tokens=4, codebook_size=16, code_dim=4, patch_size=8, width=16, heads=2,
+                         encoder_layers=1, decoder_layers=1, commitment=0.25).eval()
+    cfg = SimpleNamespace(tokens="tokens.npy", flip=True, workers=0, bf16="off")
+    encode = lambda: train_fsdd.encode_training_set(model, dataset, torch.device("cpu"), 0, 1, cfg)  # noqa: E731
+    tokens = np.array(encode())
+    images = dataset.__getitems__([(i, 0) for i in range(100)])[0] / 127.5 - 1
+    for version, x in enumerate((images, images.flip(3))):
+        assert np.array_equal(tokens[version], model.encode(x).numpy())
+    for change in ("made_from", "shape"):
+        os.remove("tokens.json")
+        np.lib.format.open_memmap("tokens.npy.tmp", mode="w+", dtype=np.uint16, shape=(2, 100, 4))
+        common.write_json({"made_from": "a", "shape": [2, 100, 4]} | {change: [1]} | {"done": 100}, "tokens.npy.tmp.json")
+        assert np.array_equal(encode(), tokens)
+    common.write_json({}, "tokens.json")
+    with pytest.raises(ValueError, match="tokens.npy .* a folder they share"):
+        train_fsdd.check_shared("tokens.npy", "tokens.json", {"made_from": "a"})
+
+
 def test_training_reads_no_image(stage1, tmp_path, monkeypatch):
     """Broken: after the encoding, stage 2 would still touch images."""
     monkeypatch.chdir(tmp_path)
@@ -124,6 +174,18 @@ def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
     """Broken: a mistake on the command line would end in a traceback."""
     assert_one_sentence(run("train_fsdd.py", *TINY, *stage1, *arguments, folder=tmp_path), *words)
     assert os.listdir(tmp_path) == []
+
+
+def test_too_many_codes_get_one_sentence():
+    """Broken: codes beyond 65535 would wrap around in the token file."""
+    sizes = dict(channels=1, image_size=28, num_tokens=4, code_dim=2, patch_size=7, width=16, heads=2, encoder_layers=1,
+                 decoder_layers=1, commitment=0.25)
+    cfg = SimpleNamespace(data="nowhere", out="a.pt", workers=0)
+    for C, words in ((2 ** 16, "no folder nowhere"), (2 ** 16 + 1, "up to 65535, the tokenizer has 65537")):
+        model_config = sizes | {"codebook_size": C}
+        stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
+        with pytest.raises(ValueError, match=words):
+            train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
 
 
 def test_broken_tokenizer_gets_one_sentence(tmp_path):

@@ -27,14 +27,19 @@ def read_log(path):
 
 
 def kill_in_the_middle(script, arguments, folder, log, processes, rows=5, sent=signal.SIGKILL):
-    """Start a script and end it once its log has so many rows: by SIGKILL to it and its children, by another signal to one of
-    the training processes. Returns its exit code and what it printed as errors."""
+    """Start a script and end it once its log has so many rows, see kill_when()."""
+    return kill_when(lambda: os.path.exists(log) and len(open(log).readlines()) > rows, script, arguments, folder, processes, sent)
+
+
+def kill_when(ready, script, arguments, folder, processes, sent=signal.SIGKILL):
+    """Start a script and end it once ready() holds: by SIGKILL to it and its children, by another signal to one of the training
+    processes. Returns its exit code and what it printed as errors."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     process = subprocess.Popen([sys.executable, *start, os.path.join(ROOT, script), *arguments], cwd=folder, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     until = time.time() + 90
     while time.time() < until and process.poll() is None:
-        if os.path.exists(log) and len(open(log).readlines()) > rows:
+        if ready():
             break
         time.sleep(0.005)
     children = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()

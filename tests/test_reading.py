@@ -1,0 +1,148 @@
+"""Batches of images: every image once an epoch, the same for all processes, and files that can't be read left out."""
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+from data import open_dataset, reading
+from data.image_folder import ImageFolder
+from tests.image_folder import make_image_folder
+from tests.test_common import ROOT, run
+
+
+def test_an_epoch_sees_every_image_once():
+    """Broken: images would repeat within an epoch, or every epoch would have the same order."""
+    N, B = 103, 10
+    steps = [reading.batch_indices(N, B, seed=5, step=step) for step in range(30)]
+    epochs = [torch.cat(steps[i:i + 10]) for i in (0, 10, 20)]
+    for epoch in epochs:
+        assert len(epoch.unique()) == 100 and epoch.min() >= 0 and epoch.max() < N
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(steps[13], reading.batch_indices(N, B, seed=5, step=13))  # no hidden state
+    assert not torch.equal(steps[13], reading.batch_indices(N, B, seed=6, step=13))
+
+
+def test_an_epoch_of_a_folder(tmp_path):
+    """Broken: an image would be seen twice in an epoch or not at all, or crops hang on the number of processes or workers."""
+    make_image_folder(tmp_path, 100)
+    cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=0)
+    dataset, _ = reading.open_datasets(cfg, 24, crop="random", flip=True, seed=3)
+    assert len(dataset) == 100
+    B, steps = 20, 10  # two epochs
+    seen = {}
+    for processes, workers in ((1, 0), (1, 2), (2, 0), (3, 1)):
+        shares = [common.share(B, rank, processes) for rank in range(processes)]
+        batches = zip(*(reading.loader(dataset, B, rows, 3, 0, steps, workers) for rows in shares))
+        seen[processes, workers] = [torch.cat([images for images, _ in batch]) for batch in batches]
+        assert len(seen[processes, workers]) == steps
+    for batches in seen.values():
+        assert all(map(torch.equal, batches, seen[1, 0]))
+    resumed = list(reading.loader(dataset, B, slice(0, B), 3, 7, steps, 1))
+    assert all(torch.equal(images, batch) for (images, _), batch in zip(resumed, seen[1, 0][7:], strict=True))
+    for epoch in range(2):
+        found = sorted(image.numpy().tobytes() for batch in seen[1, 0][5 * epoch:5 * epoch + 5] for image in batch)
+        assert found == sorted(dataset.read(i, epoch).transpose(2, 0, 1).tobytes() for i in range(100)) and len(set(found)) == 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_lost_during_training(workers, tmp_path):
+    """Broken: a disk error after the check would end in a traceback, or go unnoticed."""
+    make_image_folder(tmp_path, 100)
+    dataset = open_dataset(str(tmp_path), "train", 24)
+    dataset.drop(["d0/cut.jpg"])
+    os.truncate(dataset.path(30), 5)
+    parts = common.chunks(slice(0, len(dataset)), 20)
+    batches = reading.in_order(dataset, parts[:2], workers)
+    assert torch.equal(next(batches)[0], dataset.__getitems__([(i, 0) for i in range(20)])[0])
+    with pytest.raises(SystemExit) as stopped:
+        next(batches)
+    assert stopped.value.code.startswith(f"error: {dataset.path(30)} can't be read (") and "\n" not in stopped.value.code
+
+
+def test_unreadable_images_are_left_out_once(tmp_path, monkeypatch, capsys):
+    """Broken: a truncated file would end the training or go unnoticed, or every run would read all files again."""
+    make_image_folder(tmp_path, 300)
+    cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=2)
+    train_set, test_set = reading.open_datasets(cfg, 24, crop="random")
+    said = capsys.readouterr().out
+    assert len(train_set) == len(train_set.labels) == 300 and len(test_set) == 75 and b"d0/cut.jpg" not in train_set.names
+    assert train_set.crop == "random" and test_set.crop == "center"
+    assert "train/d0/cut.jpg can't be read (OSError: image file is truncated" in said
+    assert f"1 of 301 images in {train_set.root} can't be read" in said and f"0 of 75 images in {test_set.root}" in said
+
+    checked = []
+    unreadable = ImageFolder.unreadable
+    monkeypatch.setattr(ImageFolder, "unreadable", lambda self, indices: checked.extend(indices) or unreadable(self, indices))
+    cfg.workers = 0
+    assert len(reading.open_datasets(cfg, 16)[0]) == 300 and not checked
+    assert "1 of 301 images" in (said := capsys.readouterr().out) and "images.json" in said
+    (tmp_path / "train" / "d1" / "new.jpg").write_bytes(open(train_set.path(0), "rb").read())
+    assert len(reading.open_datasets(cfg, 24)[0]) == 301 and sorted(checked) == list(range(302))  # of the split that changed
+    os.truncate(train_set.path(1), 100)
+    assert len(reading.open_datasets(cfg, 24)[0]) == 300 and len(checked) == 604
+    (tmp_path / "images.json").write_text('{"train": {"made')
+    assert len(reading.open_datasets(cfg, 24)[0]) == 300 and len(checked) == 604 + 302 + 75
+
+
+@pytest.mark.parametrize("number, broken, stops", [(100, 1, False), (99, 1, True), (200, 2, False), (200, 3, True), (2, 2, True)])
+def test_too_many_unreadable_images(number, broken, stops, tmp_path):
+    """Broken: a data set with more than 1 % of broken files would be trained on, or one with fewer refused."""
+    make_image_folder(tmp_path, 4)  # for val/
+    for i in range(number):
+        os.makedirs(tmp_path / "few" / "train" / "d0", exist_ok=True)
+        content = b"" if i < broken else (tmp_path / "train" / "d1" / "00001.JPEG").read_bytes()
+        (tmp_path / "few" / "train" / "d0" / f"{i}.jpg").write_bytes(content)
+    (tmp_path / "few" / "val").symlink_to(tmp_path / "val")
+    cfg = SimpleNamespace(data=str(tmp_path / "few"), out=str(tmp_path / "a.pt"), workers=0)
+    (tmp_path / "val" / "d1").mkdir()
+    if not stops:
+        assert len(reading.open_datasets(cfg, 24)[0]) == number - broken
+        return
+    words = f"{broken} of the {number} images in .*train can't be read, which is more than 1 %; the first is d0/0.jpg"
+    for _ in range(2):  # and the second run does not take it as checked
+        with pytest.raises(ValueError, match=words):
+            reading.open_datasets(cfg, 24)
+
+
+THREE_PROCESSES = """
+import os, sys
+import torch.distributed as dist
+sys.path.insert(0, %r)
+from types import SimpleNamespace
+import common
+from data import reading
+
+_, rank, processes = common.start_processes("cpu")
+cfg = SimpleNamespace(data="images", out="a.pt", workers=rank %% 2)
+train_set, test_set = reading.open_datasets(cfg, 24, crop="random", flip=True, seed=3)
+said = open(f"{rank}.txt", "w")
+print("sees", len(train_set), len(test_set), train_set.fingerprint(), file=said)
+for data in ("images", "nowhere", "other"):
+    cfg.data = data if rank == 1 else "images"
+    try:
+        reading.open_datasets(cfg, 24)
+    except ValueError as problem:
+        print("stops:", problem, file=said)
+said.close()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_processes_check_together(tmp_path):
+    """Broken: processes would train on different images, or wait forever for one that has stopped."""
+    make_image_folder(tmp_path / "images", 120)
+    make_image_folder(tmp_path / "other", 110)
+    (tmp_path / "three.py").write_text(THREE_PROCESSES % ROOT)
+    finished = run(tmp_path / "three.py", folder=tmp_path, processes=3)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("cut.jpg can't be read (") == 1
+    assert finished.stdout.count("1 of 121 images in images/train can't be read;") == 1
+    said = [(tmp_path / f"{rank}.txt").read_text().splitlines() for rank in range(3)]
+    assert said[0][0].startswith("sees 120 30 ") and said[0][0] == said[1][0] == said[2][0]
+    for lines in said:
+        assert lines[1].startswith("stops: there is no folder nowhere/train") and len(lines) == 3
+        assert lines[2].endswith("train are not the same on all machines; each needs the same files")
+    assert common.read_json(str(tmp_path / "images.json"))["train"]["unreadable"].keys() == {"d0/cut.jpg"}
