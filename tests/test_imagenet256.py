@@ -71,9 +71,9 @@ def test_the_whole_training(whole):
         assert picture.mode == "RGB" and picture.height >= 320 and len(picture.getcolors(2 ** 16)) > 50
 
 
-def stop_in_the_middle(script, arguments, folder, log, rows, sent, steps):
-    """Stop two processes by a signal, and look whether their checkpoint lies within the steps and has lost no step it need not."""
-    code, errors = kill_in_the_middle(script, arguments, folder, folder / log, 2, rows, sent)
+def stop_in_the_middle(script, arguments, folder, log, rows, sent, to_one, steps):
+    """Stop a training of two processes by a signal, to all or to one of them; look whether its checkpoint lies within the steps."""
+    code, errors = kill_in_the_middle(script, arguments, folder, folder / log, 2, rows, sent=sent, to_one=to_one)
     step = torch.load(folder / log.replace("csv", "pt"), weights_only=True)["step"]
     assert step in steps and code != 0
     if sent != signal.SIGKILL:  # the checkpoint comes first, so it holds every step in the log
@@ -82,16 +82,16 @@ def stop_in_the_middle(script, arguments, folder, log, rows, sent, steps):
 
 def test_stopped_in_every_phase_and_resumed(files, whole, tmp_path):
     """Broken: after a kill or a signal in the proxy phase, the pixel phase or stage 2, --resume would not give the very numbers
-    of the unbroken run; or a signal would lose steps, or leave the other process hanging."""
+    of the unbroken run; or a signal would lose steps; or the loss of one process would leave the other one hanging."""
     folder = place(files, tmp_path / "stopped")
-    stop_in_the_middle("train_tokenizer.py", STAGE1, folder, "tokenizer.csv", 4, signal.SIGKILL, range(3, 16))
-    stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 9, signal.SIGTERM, range(9, 16))
-    stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 25, signal.SIGKILL, range(18, 32))
+    stop_in_the_middle("train_tokenizer.py", STAGE1, folder, "tokenizer.csv", 4, signal.SIGKILL, False, range(3, 16))
+    stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 9, signal.SIGTERM, True, range(9, 16))
+    stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 25, signal.SIGKILL, True, range(18, 32))
     assert run("train_tokenizer.py", "--resume", folder=folder, processes=2).returncode == 0
     assert read_log(whole / "tokenizer.csv") == read_log(folder / "tokenizer.csv")
     assert_same_checkpoint(whole / "tokenizer.pt", folder / "tokenizer.pt")
-    stop_in_the_middle("train_fsdd.py", STAGE2, folder, "fsdd.csv", 4, signal.SIGKILL, range(3, 20))
-    stop_in_the_middle("train_fsdd.py", ["--resume"], folder, "fsdd.csv", 9, signal.SIGINT, range(9, 20))
+    stop_in_the_middle("train_fsdd.py", STAGE2, folder, "fsdd.csv", 4, signal.SIGKILL, False, range(3, 20))
+    stop_in_the_middle("train_fsdd.py", ["--resume"], folder, "fsdd.csv", 9, signal.SIGINT, True, range(9, 20))
     assert run("train_fsdd.py", "--resume", folder=folder, processes=2).returncode == 0
     assert read_log(whole / "fsdd.csv") == read_log(folder / "fsdd.csv")
     assert_same_checkpoint(whole / "fsdd.pt", folder / "fsdd.pt")

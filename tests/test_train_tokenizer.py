@@ -26,14 +26,14 @@ def read_log(path):
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def kill_in_the_middle(script, arguments, folder, log, processes, rows=5, sent=signal.SIGKILL):
+def kill_in_the_middle(script, arguments, folder, log, processes, rows=5, **how):
     """Start a script and end it once its log has so many rows, see kill_when()."""
-    return kill_when(lambda: os.path.exists(log) and len(open(log).readlines()) > rows, script, arguments, folder, processes, sent)
+    return kill_when(lambda: os.path.exists(log) and len(open(log).readlines()) > rows, script, arguments, folder, processes, **how)
 
 
-def kill_when(ready, script, arguments, folder, processes, sent=signal.SIGKILL):
-    """Start a script and end it once ready() holds: by SIGKILL to it and its children, by another signal to one of the training
-    processes. Returns its exit code and what it printed as errors."""
+def kill_when(ready, script, arguments, folder, processes, sent=signal.SIGKILL, to_one=False):
+    """Start a script and, once ready() holds, send a signal to it and its children, or to_one of the training processes.
+    Returns its exit code and what it printed as errors."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     process = subprocess.Popen([sys.executable, *start, os.path.join(ROOT, script), *arguments], cwd=folder, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -46,7 +46,7 @@ def kill_when(ready, script, arguments, folder, processes, sent=signal.SIGKILL):
     family = [process.pid]  # torchrun's workers are in sessions of their own, so they are found by their parents
     for parent in family:
         family += [int(pid) for pid, its_parent in zip(children[::2], children[1::2]) if int(its_parent) == parent]
-    for pid in family if sent == signal.SIGKILL else family[processes > 1:][:1]:
+    for pid in [family[processes > 1]] if to_one else family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, sent)
     errors = process.communicate(timeout=60)[1]
