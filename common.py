@@ -56,6 +56,8 @@ def parse(table, description, kind, argv=None):
     if given.get("resume"):
         out = given.get("out", settings["out"])
         checkpoint = load_checkpoint(out, "the same command without --resume", kind)
+        if "config" not in checkpoint:
+            stop(f"{out} holds weights without a training to go on from (imported weights have none); leave out --resume")
         settings, why = settings | checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
@@ -322,6 +324,13 @@ def save_checkpoint(checkpoint, path):
     os.replace(path + ".tmp", path)
 
 
+def keep_previous(path):
+    """Put a checkpoint that stands at path out of the way, to PATH.previous."""
+    if os.path.isfile(path):
+        os.replace(path, path + ".previous")
+        print(f"{path} was there already; it is kept as {path}.previous", flush=True)
+
+
 def load_checkpoint(path, made_by, kind):
     """Read a checkpoint; one sentence and the exit code 1 where there is none, or it is not of the kind that is needed."""
     if not os.path.isfile(path):
@@ -350,9 +359,8 @@ def start_or_resume(checkpoint, cfg, model, ema, optimizers):
     A new run does not overwrite the checkpoint of the run before: that is kept as PATH.previous.
     """
     if not checkpoint:
-        if is_main() and os.path.isfile(cfg.out):
-            os.replace(cfg.out, cfg.out + ".previous")
-            print(f"{cfg.out} was there already; it is kept as {cfg.out}.previous", flush=True)
+        if is_main():
+            keep_previous(cfg.out)
         return 0
     training = checkpoint["training"]
     model.load_state_dict(training["model"])
@@ -410,16 +418,20 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid(images, columns, row_labels=None):
-    """A PIL image of uint8 images (N, ch, H, W) in rows of columns; row_labels: a text in front of each row."""
+def grid(images, columns, row_labels=None, column_labels=None):
+    """A PIL image of uint8 images (N, ch, H, W) in rows of columns; row_labels: a text in front of each row, column_labels: one
+    above each column."""
     N, _, H, W = images.shape
     rows = -(-N // columns)
     scale = max(1, 56 // H)  # digits would be tiny
     margin = 0 if row_labels is None else 12 + max(7 * len(text) for text in row_labels)
-    page = Image.new("RGB", (margin + columns * W * scale, rows * H * scale), "white")
+    top = 0 if column_labels is None else 18
+    page = Image.new("RGB", (margin + columns * W * scale, top + rows * H * scale), "white")
     for i, image in enumerate(images.cpu().numpy()):
         picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).resize((W * scale, H * scale), 0)
-        page.paste(picture, (margin + i % columns * W * scale, i // columns * H * scale))
+        page.paste(picture, (margin + i % columns * W * scale, top + i // columns * H * scale))
     for row, text in enumerate(row_labels or []):
-        ImageDraw.Draw(page).text((6, (row + 0.5) * H * scale - 6), text, fill="black")
+        ImageDraw.Draw(page).text((6, top + (row + 0.5) * H * scale - 6), text, fill="black")
+    for column, text in enumerate(column_labels or []):
+        ImageDraw.Draw(page).text((margin + column * W * scale + 2, 3), text, fill="black")
     return page
