@@ -91,19 +91,20 @@ def main(argv=None):
             check_pair(tokenizer_config, model_config, args)
     except ValueError as problem:
         common.stop(str(problem))
-    write({"kind": "tokenizer"} | tokenizer, args.tokenizer_out, "{image_size} x {image_size} pixels <-> {num_tokens} tokens out of "
-          "{codebook_size} codes".format(**tokenizer_config))
+    write({"kind": "tokenizer"} | tokenizer, args.tokenizer_out,
+          "{image_size} x {image_size} pixels <-> {num_tokens} tokens out of {codebook_size} codes".format(**tokenizer_config))
     if args.fsdd:
         names = [str(label) for label in range(model_config["num_classes"])]  # the release knows its classes by number
         write({"kind": "fsdd", "model_config": model_config, "weights": weights, "class_names": names, "generation": GENERATION,
-               "tokenizer": tokenizer}, args.out, "{num_classes} classes, {layers} blocks of width {width}".format(**model_config))
+               "tokenizer": tokenizer}, args.out,
+              "{num_classes} classes, {layers} blocks of width {width}".format(**model_config))
 
 
 def parse(argv):
     parser = common.Parser(prog="python -m paper.import_released_weights", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="set_tokenizer_128_4096.pth")
-    parser.add_argument("--fsdd", metavar="FILE", help="fsdd_small_128_4096.pth or fsdd_base_128_4096.pth (none: the tokenizer only)")
+    parser.add_argument("--fsdd", metavar="FILE", help="fsdd_small_128_4096.pth or fsdd_base_128_4096.pth; none: tokenizer only")
     parser.add_argument("--out", default="fsdd.pt", help="the checkpoint that sample.py takes (fsdd.pt)")
     parser.add_argument("--tokenizer_out", help="the tokenizer by itself (tokenizer.pt, beside --out)")
     args = parser.parse_args(argv)
@@ -152,8 +153,8 @@ def read(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load fails in many ways
-        raise ValueError(f"{path} can't be read as published weights ({type(problem).__name__}): it is damaged, no file of PyTorch's, "
-                         f"or holds more than tensors, plain values and an argparse.Namespace")
+        raise ValueError(f"{path} can't be read as published weights ({type(problem).__name__}): it is damaged, no file of "
+                         f"PyTorch's, or holds more than tensors, plain values and an argparse.Namespace")
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__} and not a dict of tensors, as the published files do")
     return found
@@ -173,7 +174,7 @@ def read_sizes(tensors, path, **where):
 def heads(width, path):
     """Attention heads of a transformer of this width."""
     if not width or width % HEAD_WIDTH:
-        raise ValueError(f"{path}: the width {width} is not a multiple of {HEAD_WIDTH}, the width of the release's attention heads")
+        raise ValueError(f"{path} has width {width}, which is not a multiple of {HEAD_WIDTH}, the release's width of a head")
     return width // HEAD_WIDTH
 
 
@@ -204,8 +205,8 @@ def convert(tensors, model_class, config, names, path):
 def released_name(ours, shape, names):
     """Our name and shape of a tensor -> the release's, by the table names."""
     for pattern, released, axes in names:
-        found = re.fullmatch(re.sub(r"\\{(\w+)\\}", lambda part: f"(?P<{part[1]}>{STANDS_FOR[part[1]]})", re.escape(pattern)), ours)
-        if found:
+        pattern = re.sub(r"\\{(\w+)\\}", lambda part: f"(?P<{part[1]}>{STANDS_FOR[part[1]]})", re.escape(pattern))
+        if found := re.fullmatch(pattern, ours):
             before, after = axes.split("*")
             return released.format(**found.groupdict()), (1,) * before.count("1") + tuple(shape) + (1,) * after.count("1")
     raise KeyError(f"the table has no row for {ours}")
@@ -227,8 +228,8 @@ def check_pair(tokenizer_config, model_config, args):
     """ValueError where the denoiser was not made for this tokenizer's sets."""
     theirs, ours = ((config["num_tokens"], config["codebook_size"]) for config in (tokenizer_config, model_config))
     if theirs != ours:
-        raise ValueError(f"{args.fsdd} makes sets of {ours[0]} tokens out of {ours[1]} codes, {args.tokenizer} takes {theirs[0]} out of "
-                         f"{theirs[1]}: they don't belong together")
+        raise ValueError(f"{args.fsdd} makes sets of {ours[0]} tokens out of {ours[1]} codes, {args.tokenizer} takes {theirs[0]} "
+                         f"out of {theirs[1]}: they don't belong together")
 
 
 def write(checkpoint, path, what):

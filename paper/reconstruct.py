@@ -30,7 +30,7 @@ COLUMNS = ("image", "as encoded", "reversed", "shuffled", "ascending", "descendi
 def main(argv=None):
     args = parse(argv)
     device, _, _ = common.start_processes(args.device)
-    checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py, or python -m paper.import_released_weights", "tokenizer")
+    checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     tokenizer = SetTokenizer(**checkpoint["model_config"])
     tokenizer.load_state_dict(checkpoint["weights"])
     tokenizer.to(device).eval()
@@ -78,10 +78,10 @@ def five_orders(tokens, shuffle):
 
 
 def read_images(places, num, size, channels):
-    """The first num images in files and folders -> (N, ch, size, size) uint8; ValueError where there is none or one can't be read."""
+    """The first num images in files and folders -> (N, ch, size, size) uint8; ValueError where one can't be read."""
     if places == ["digits"]:
         if (size, channels) != (28, 1):
-            raise ValueError(f"the digits are 28 pixels wide and grey, the tokenizer's images are {size} wide with {channels} channels")
+            raise ValueError(f"the digits are 28 pixels wide and grey, the tokenizer's images {size} with {channels} channels")
         return Digits("test").images[:num]
     paths = [path for place in places for path in image_paths(place)]
     return torch.from_numpy(np.stack([read_image(path, size, channels) for path in paths[:num]])).permute(0, 3, 1, 2)
