@@ -108,8 +108,8 @@ def fsdd_list(width, layers, num_tokens, codebook_size, num_classes):
 # --- weights made by a rule ------------------------------------------------------------------------------------------
 
 
-SMALL = ("latent_tokens", "mask_token", "encoder.class_embedding", "decoder.class_embedding", "positional_embedding", "patch_embed",
-         "decoder_embed", "ln_pre", "ffn.2", "pos_embed", "x_embedder")  # what goes into a norm: at this size its eps is felt
+SMALL = ("latent_tokens", "mask_token", "encoder.class_embedding", "decoder.class_embedding", "positional_embedding",
+         "patch_embed", "decoder_embed", "ln_pre", "ffn.2", "pos_embed", "x_embedder")  # what a norm reads: its eps is felt
 
 
 def make(shapes):
