@@ -15,8 +15,8 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-import common
 import sample
 from dual_transform import tokens_to_counts
 from fsdd import Denoiser
@@ -365,13 +365,13 @@ def test_sampling_and_training_go_on_from_it(imported, tmp_path):
     finished = run("sample.py", "--ckpt", folder / "fsdd.pt", "--labels", "7,29", "--num", "4", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "prior distinct, steps 25, guidance [4.0, 50.0, 55.0], top_p 0.8" in finished.stdout
-    with common.Image.open(tmp_path / "samples.png") as page:
+    with Image.open(tmp_path / "samples.png") as page:
         assert page.size[1] == 2 * 48
     for i, split in enumerate(["train", "val"] * 2):  # two classes of two images each
         place = tmp_path / "images" / split / str(i // 2)
         place.mkdir(parents=True)
         for name in "ab":
-            common.Image.fromarray(torch.randint(256, (60, 70, 3), dtype=torch.uint8).numpy()).save(place / f"{name}.png")
+            Image.fromarray(torch.randint(256, (60, 70, 3), dtype=torch.uint8).numpy()).save(place / f"{name}.png")
     finished = run("train_fsdd.py", "--recipe=imagenet256", "--data", tmp_path / "images", "--tokenizer", folder / "tokenizer.pt",
                    "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64", "--heads=1", "--layers=1", "--compile=false",
                    "--prior=distinct", folder=tmp_path)
