@@ -56,6 +56,8 @@ def parse(table, description, kind, argv=None):
     if given.get("resume"):
         out = given.get("out", settings["out"])
         checkpoint = load_checkpoint(out, "the same command without --resume", kind)
+        if "config" not in checkpoint:
+            stop(f"{out} holds weights without a training to go on from (imported weights have none); leave out --resume")
         settings, why = settings | checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
@@ -463,20 +465,32 @@ def load_published(path, what, address, build):
         network = build(weights)
     except Exception as problem:  # torch.load fails in many ways on another file, and so do sizes that are not there
         raise ValueError(f"{path} can't be read as {what} ({type(problem).__name__}: {problem}); get it from {address}") from None
-    check_tensors(weights, network.state_dict(), path)
+    check_tensors(weights, {name: weight.shape for name, weight in network.state_dict().items()}, path)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
 
-def check_tensors(found, wanted, path):
-    """ValueError where the tensors found in a file are not those that are wanted (dicts by name), with the first differences."""
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{name} is unexpected" for name in found if name not in wanted]
-    wrong += [f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}" for name in wanted
-              if name in found and found[name].shape != wanted[name].shape]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path} does not hold the tensors that are needed: {', '.join(wrong[:3])}{more}")
+def check_tensors(found, shapes, path):
+    """ValueError where what a file holds is not the float32 tensors that are needed. found, shapes: dicts by name."""
+    missing = [name for name in shapes if name not in found]
+    unexpected = [name for name in found if name not in shapes]
+    wrong = [f"{name} ({kind_of(found[name])} in place of float32 {tuple(shape)})" for name, shape in shapes.items()
+             if name in found and kind_of(found[name]) != f"float32 {tuple(shape)}"]
+    if missing or unexpected or wrong:
+        raise ValueError(f"{path} is not the file that is needed: missing {listed(missing)}; unexpected {listed(unexpected)}; "
+                         f"of the wrong shape or type {listed(wrong)}")
+
+
+def kind_of(value):
+    """A tensor's type and shape as text."""
+    return f"{str(value.dtype)[6:]} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+
+
+def listed(names):
+    """The first three of some names as text, and how many there are beside them."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "nothing") + more
 
 
 def show(progress, cfg, text):
@@ -500,16 +514,20 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid(images, columns, row_labels=None):
-    """A PIL image of uint8 images (N, ch, H, W) in rows of columns; row_labels: a text in front of each row."""
+def grid(images, columns, row_labels=None, column_labels=None):
+    """A PIL image of uint8 images (N, ch, H, W) in rows of columns; row_labels: a text in front of each row, column_labels: one
+    above each column."""
     N, _, H, W = images.shape
     rows = -(-N // columns)
     scale = max(1, 56 // H)  # digits would be tiny
     margin = 0 if row_labels is None else 12 + max(7 * len(text) for text in row_labels)
-    page = Image.new("RGB", (margin + columns * W * scale, rows * H * scale), "white")
+    top = 0 if column_labels is None else 18
+    page = Image.new("RGB", (margin + columns * W * scale, top + rows * H * scale), "white")
     for i, image in enumerate(images.cpu().numpy()):
         picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).resize((W * scale, H * scale), 0)
-        page.paste(picture, (margin + i % columns * W * scale, i // columns * H * scale))
+        page.paste(picture, (margin + i % columns * W * scale, top + i // columns * H * scale))
     for row, text in enumerate(row_labels or []):
-        ImageDraw.Draw(page).text((6, (row + 0.5) * H * scale - 6), text, fill="black")
+        ImageDraw.Draw(page).text((6, top + (row + 0.5) * H * scale - 6), text, fill="black")
+    for column, text in enumerate(column_labels or []):
+        ImageDraw.Draw(page).text((margin + column * W * scale + 2, 3), text, fill="black")
     return page

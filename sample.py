@@ -52,7 +52,7 @@ def main(argv=None):
             with common.autocast(device, args.bf16):
                 states = list(refine(denoiser, labels[part].to(device), **settings,
                                      generator=common.generator(device, "sample", args.seed, first + rank)))
-            mine = torch.stack([common.to_uint8(tokenizer.decode(counts_to_tokens(x))).cpu() for x in states[0 if animate else -1:]])
+            mine = torch.stack([decode(tokenizer, x) for x in states[0 if animate else -1:]])
         images += [found for found in gather(mine, rank, processes) if found is not None]
     if rank == 0:
         seconds = time.time() - began
@@ -128,6 +128,12 @@ def check_sampling(settings):
         raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
     if settings["top_k"] < 0:
         raise ValueError(f"top_k must be 0 or more, got {settings['top_k']}")
+
+
+def decode(tokenizer, counts):
+    """Counts (n, C) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at once, as MaskGIT-VQGAN needs memory."""
+    at_once = max(1, 2 ** 20 // tokenizer.image_size ** 2)
+    return torch.cat([common.to_uint8(tokenizer.decode(part)).cpu() for part in counts_to_tokens(counts).split(at_once)])
 
 
 def gather(images, rank, processes):
