@@ -45,12 +45,12 @@ NEIGHBOURS = 3           # k of precision and recall
 NEIGHBOUR_IMAGES = 50000  # images of a side, evenly picked, that count for precision and recall; their features stay in memory
 CLASSIFIER = "digits_classifier.pt"  # the trained classifier of the digits; stands beside the checkpoint
 CLASSIFIER_EPOCHS = 4
-INCEPTION_URLS = (  # one network under two names, byte for byte the same: the hash in both is that of the content
+INCEPTION_URLS = (  # one network, the same tensors by the same names, published twice; either file will do
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
-NEEDS = ("this takes two files: Inception's weights, which are downloaded or given by --inception, and the reference --ref: for gFID "
-         "ADM's VIRTUAL_imagenet256_labeled.npz (github.com/openai/guided-diffusion, evaluations), statistics that --save_stats "
-         "wrote, a sample batch .npz or a folder of images")
+NEEDS = ("this takes two files: Inception's weights, which are downloaded or given by --inception, and a reference, --ref: for "
+         "gFID on ImageNet ADM's VIRTUAL_imagenet256_labeled.npz (github.com/openai/guided-diffusion, evaluations), else "
+         "statistics that --save_stats wrote, an .npz of images or a folder of them")
 
 
 def main(argv=None):
@@ -81,14 +81,14 @@ def main(argv=None):
 
 def parse(argv):
     parser = common.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="fsdd.pt: generates and measures; tokenizer.pt: reconstructs the validation images and measures")
-    parser.add_argument("--images", help="in place of --ckpt: a folder of images, or an .npz sample batch, arr_0 uint8 (N, H, W, 3)")
-    parser.add_argument("--ref", help="what to compare with: a folder, a sample batch, or an .npz of statistics mu and sigma "
+    parser.add_argument("--ckpt", help="fsdd.pt: generates images and measures them; tokenizer.pt: reconstructs images")
+    parser.add_argument("--images", help="in place of --ckpt: a folder of images, or an .npz of them, arr_0 uint8 (N, H, W, 3)")
+    parser.add_argument("--ref", help="what to compare with: a folder, an .npz of images, or an .npz of statistics mu and sigma "
                                       "(tokenizer.pt: the images themselves; the digits' fsdd.pt: the training digits)")
     parser.add_argument("--data", help="digits, or a folder that holds train/ and val/ (what the checkpoint was trained on)")
     parser.add_argument("--num", "--num_images", type=int, help=f"images to generate ({NUM}, of the digits {NUM_DIGITS}) or to "
                                                                 "reconstruct (all); under torchrun write --num_images")
-    parser.add_argument("--image_size", type=int, help="crop the images of folders to this many pixels, from the centre as ADM does")
+    parser.add_argument("--image_size", type=int, help="crop the images of folders to so many pixels, as ADM does")
     parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
     parser.add_argument("--save_stats", help="write mu and sigma of the measured images to this .npz, for --ref")
     parser.add_argument("--json", help="write the results to this file")
@@ -126,7 +126,7 @@ def compare(net, images, found, reference, against, device):
         precision, recall = precision_recall(found.features.to(device), against.features.to(device))
         results |= {prefix + "precision": precision, prefix + "recall": recall}
     if found.read_as_label is not None:
-        results |= {"read_as_label": found.read_as_label, "test_digits_read_as_label": net.accuracy}
+        results |= {"read_as_label": found.read_as_label, "test_digits_read_as_label": net.accuracy.item()}
     return results
 
 
@@ -312,8 +312,8 @@ def check_reference(reference, net):
     if reference and reference.statistics:
         dims, made_in = len(reference.statistics[0]), getattr(reference, "made_in", None)
         if dims != net.dims or made_in not in (None, net.name):
-            raise ValueError(f"{reference.name} holds statistics of {dims} features{f' of {made_in}' if made_in else ''}, which can't "
-                             f"be compared with the {net.dims} features of {net.name}")
+            raise ValueError(f"{reference.name} holds statistics of {dims} features ({made_in or 'it is not said which'}), which "
+                             f"can't be compared with the {net.dims} of {net.name}")
 
 
 def save_statistics(path, found, net):
@@ -469,9 +469,11 @@ def full_precision():
     """float32 as it is, without TF32: a published number must not hang on the GPU."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @full_precision()
@@ -492,7 +494,7 @@ def precision_recall(features, reference, k=NEIGHBOURS):
         return torch.cat([(rows <= radii).any(1) for rows in distances(points, others)]).double().mean().item()
 
     if min(len(features), len(reference)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images on both sides, got {len(features)} and {len(reference)}")
+        raise ValueError(f"precision and recall need more than {k} images a side, got {len(features)} and {len(reference)}")
     return share_within(features, reference), share_within(reference, features)
 
 
@@ -567,7 +569,7 @@ class Block(nn.Module):
         for branch in branches:
             channels = in_channels
             for step in branch:
-                if step in POOLS.keys():
+                if isinstance(step, str):
                     continue
                 side_by_side = step if isinstance(step, list) else [step]
                 for name, *shape in side_by_side:
@@ -589,8 +591,9 @@ class Block(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """The network that FID is defined by: images (B, 3, H, W) uint8 -> features (B, 2048), logits (B, 1008); grey ones become RGB.
+    """The network that FID is defined by: images (B, 3, H, W) uint8 -> features (B, 2048), logits (B, 1008).
 
+    Grey images (B, 1, H, W) are taken as RGB of three equal channels. ValueError for another shape or dtype.
     weights: tensors by the names of the published file; left out, random ones (and load_state_dict() takes the file's too).
     Always in eval mode. Differs from torchvision's in the pools and in 1008 classes.
     """
@@ -621,7 +624,7 @@ class InceptionV3(nn.Module):
             self.load(weights)
 
     def load(self, weights):
-        """Take a published file's tensors, and make the network fast: batch norm goes into the convolutions, channels come last."""
+        """Take a published file's tensors; then, for speed, batch norm goes into the convolutions, and channels come last."""
         wrong = self.load_state_dict(weights, strict=False)
         wrong = [name for name in wrong.missing_keys + wrong.unexpected_keys if not name.endswith("num_batches_tracked")]
         if wrong:
@@ -678,15 +681,16 @@ def inception(args, device, rank):
     try:
         return InceptionV3(weights).to(device)
     except (ValueError, RuntimeError, TypeError) as problem:  # RuntimeError is load_state_dict()'s, for a wrong shape
-        raise ValueError(f"{path or 'the downloaded file'} does not hold Inception's weights ({str(problem).splitlines()[-1].strip()}); "
-                         f"--inception takes the one at {INCEPTION_URLS[0]}")
+        raise ValueError(f"{path or 'the downloaded file'} does not hold Inception's weights "
+                         f"({str(problem).splitlines()[-1].strip()}); --inception takes the one at {INCEPTION_URLS[0]}")
 
 
 def torch_load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
-        raise ValueError(f"{path} can't be read as weights ({type(problem).__name__}); --inception takes the file at {INCEPTION_URLS[0]}")
+        raise ValueError(f"{path} can't be read as weights ({type(problem).__name__}); --inception takes the file at "
+                         f"{INCEPTION_URLS[0]}")
 
 
 def download():
@@ -698,8 +702,8 @@ def download():
         return torch.hub.load_state_dict_from_url(cached[path], map_location="cpu", check_hash=True, weights_only=True,
                                                   progress=common.is_main())
     except Exception as problem:  # no network, no room, another hash, a damaged file
-        raise ValueError(f"Inception's weights could not be had from {cached[path]} ({problem}); bring that file here by other means "
-                         f"and put it at {path}, or name it by --inception")
+        raise ValueError(f"Inception's weights could not be had from {cached[path]} ({problem}); bring that file here by other "
+                         f"means and put it at {path}, or name it by --inception")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -717,6 +721,8 @@ class DigitsClassifier(nn.Module):
                                   nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                                   nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * 49, 128), nn.ReLU())
         self.head = nn.Linear(128, 10)
+        self.register_buffer("accuracy", torch.zeros((), dtype=torch.float64))  # share of the test digits that it reads
+        self.eval()
 
     def forward(self, images):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2:] != (28, 28):
@@ -732,19 +738,19 @@ class DigitsClassifier(nn.Module):
 
 
 def digits_classifier(args, device, rank):
-    """The classifier, trained at its first use (a minute on two CPU cores) and kept beside the checkpoint, the same in all processes."""
+    """The classifier, the same in all processes; trained at its first use (a minute on two cores), kept beside the checkpoint."""
     path = os.path.join(os.path.dirname(args.ckpt or ""), CLASSIFIER)
     net = DigitsClassifier()
     if rank == 0 and not load_classifier(net, path):
         print(f"training the classifier that digits FID is measured in, once; it is kept as {path}", flush=True)
         net = train_classifier(open_dataset("digits", "train", 28))
+        test = open_dataset("digits", "test", 28)
+        net.accuracy.fill_(share_read_as(net, test.images, test.labels))
         common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
-    net.to(device).eval()
+    net.to(device)
     if dist.is_initialized():
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
-    test = open_dataset("digits", "test", 28)
-    net.accuracy = share_read_as(net, test.images, test.labels) if rank == 0 else None
     return net
 
 
@@ -762,7 +768,7 @@ def train_classifier(digits, batch=200):
     """A DigitsClassifier trained on the training digits alone; the same weights at every call on the same machine."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = DigitsClassifier()
+        net = DigitsClassifier().train()
         optimizer = torch.optim.AdamW(net.parameters())
         steps = CLASSIFIER_EPOCHS * len(digits) // batch
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
