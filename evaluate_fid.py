@@ -134,12 +134,12 @@ def compare(net, images, found, reference, against, device):
 # The two sides: images from a checkpoint, a folder or an .npz, or statistics alone
 
 
-def side(name, num, read, labels=None, statistics=None):
+def side(name, num, read, labels=None, statistics=None, made_in=None):
     """name: as printed.  num: how many images.  read: slice of 0..num - 1 -> images (n, ch, H, W) uint8, None = there are none.
 
-    labels: (num,) int64 or None.  statistics: (mu, sigma) where they are given.
+    labels: (num,) int64 or None.  statistics: (mu, sigma) where they are given.  made_in: the network they are of, if known.
     """
-    return SimpleNamespace(name=name, num=num, read=read, labels=labels, statistics=statistics)
+    return SimpleNamespace(name=name, num=num, read=read, labels=labels, statistics=statistics, made_in=made_in)
 
 
 def open_sides(args, device):
@@ -260,7 +260,7 @@ def open_npz(path):
     """
     archive = zipfile.ZipFile(path)
     held = {name.removesuffix(".npy") for name in archive.namelist()}
-    name, num, read, statistics = path, None, None, None
+    num, read, statistics, made_in = None, None, None, None
     if {"mu", "sigma"} <= held:
         mu, sigma = (read_array(archive, path, key) for key in ("mu", "sigma"))
         check_statistics(mu, sigma, f"mu and sigma in {path}")
@@ -270,9 +270,7 @@ def open_npz(path):
         num, read = open_batch(archive, path)
     if not (statistics or read):
         raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; needed is arr_0, or mu and sigma")
-    found = side(name, num, read, statistics=statistics)
-    found.made_in = made_in if statistics else None  # the network that the statistics are of, where the file says so
-    return found
+    return side(path, num, read, None, statistics, made_in)
 
 
 def read_array(archive, path, key):
@@ -310,7 +308,7 @@ def open_batch(archive, path):
 def check_reference(reference, net):
     """ValueError where the statistics of the reference are not of this network's features."""
     if reference and reference.statistics:
-        dims, made_in = len(reference.statistics[0]), getattr(reference, "made_in", None)
+        dims, made_in = len(reference.statistics[0]), reference.made_in
         if dims != net.dims or made_in not in (None, net.name):
             raise ValueError(f"{reference.name} holds statistics of {dims} features ({made_in or 'it is not said which'}), which "
                              f"can't be compared with the {net.dims} of {net.name}")
@@ -370,7 +368,7 @@ class Statistics:
     """Number, sum and sum of outer products of features (N, D), in float64: what their mean and covariance hang on.
 
     Sums from several processes add up to those of all images; only the rounding of float64 hangs on how images are shared
-    out (relative 1e-12). Nothing is subtracted before squaring: features of Inception and of the classifier are not
+    out (1e-12 of the mean squares). Nothing is subtracted before squaring: features of Inception and of the classifier are not
     negative and their means not larger than a few deviations, which costs one or two of float64's sixteen digits.
     """
 
@@ -675,7 +673,7 @@ def inception(args, device, rank):
         raise ValueError(f"there is no file {path}; --inception takes the one at {INCEPTION_URLS[0]}")
     if rank > 0:
         common.wait_for_all()  # the main process downloads
-    weights = torch_load(path) if path else download()
+    weights = read_weights(path) if path else download()
     if rank == 0:
         common.wait_for_all()
     try:
@@ -685,7 +683,7 @@ def inception(args, device, rank):
                          f"({str(problem).splitlines()[-1].strip()}); --inception takes the one at {INCEPTION_URLS[0]}")
 
 
-def torch_load(path):
+def read_weights(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
