@@ -370,16 +370,16 @@ def save_checkpoint(checkpoint, path):
     os.replace(path + ".tmp", path)
 
 
-def load_checkpoint(path, made_by, kind):
-    """Read a checkpoint; one sentence and the exit code 1 where there is none, or it is not of the kind that is needed."""
+def load_checkpoint(path, made_by, *kinds):
+    """Read a checkpoint; one sentence and the exit code 1 where there is none, or it is of none of the kinds that are needed."""
     if not os.path.isfile(path):
         stop(f"there is no checkpoint {path}; make it with: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
         stop(f"{path} can't be read as a checkpoint ({type(problem).__name__}); make it with: {made_by}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        stop(f"{path} is not a {kind} checkpoint, which is needed here; make it with: {made_by}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in kinds:
+        stop(f"{path} is not a {' or '.join(kinds)} checkpoint, which is needed here; make it with: {made_by}")
     return checkpoint
 
 

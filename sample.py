@@ -49,10 +49,7 @@ def main(argv=None):
         mine = None
         if first + rank < len(parts):
             part = parts[first + rank]
-            with common.autocast(device, args.bf16):
-                states = list(refine(denoiser, labels[part].to(device), **settings,
-                                     generator=common.generator(device, "sample", args.seed, first + rank)))
-            mine = torch.stack([decode(tokenizer, x) for x in states[0 if animate else -1:]])
+            mine = draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args, every_step=animate)
         images += [found for found in gather(mine, rank, processes) if found is not None]
     if rank == 0:
         seconds = time.time() - began
@@ -68,6 +65,19 @@ def parse(argv):
     parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for pictures ten at most)")
     parser.add_argument("--num", "--num_images", type=int, default=NUM,  # torchrun takes --num for its own --numa-binding
                         help=f"images in all, spread evenly over the labels ({NUM}); under torchrun write --num_images")
+    add_generation_options(parser)
+    args = parser.parse_args(argv)
+    if not args.out.endswith((".png", ".npz", ".gif")):
+        parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
+    check_generation_options(parser, args)
+    if not args.out.endswith(".npz") and args.num > 1000:
+        parser.error(f"{args.num} images are too many for a picture; use --out {os.path.splitext(args.out)[0]}.npz")
+    common.check_folder(args.out)
+    return args
+
+
+def add_generation_options(parser):
+    """The options that generation hangs on, for every script that generates."""
     parser.add_argument("--steps", type=int, help="steps from noise to data (the checkpoint's)")
     parser.add_argument("--guidance", help="one weight, or three for the thirds of the steps; 1 = none (the checkpoint's)")
     parser.add_argument("--top_p", type=float, help="draw x_0 from the likeliest counts beyond this probability (the checkpoint's)")
@@ -76,16 +86,13 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=SEED, help=f"another seed draws other images ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
     parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"), help=f"bfloat16 autocast of the denoiser ({BF16})")
-    args = parser.parse_args(argv)
-    if not args.out.endswith((".png", ".npz", ".gif")):
-        parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
+
+
+def check_generation_options(parser, args):
+    """End with one sentence where a number is too small."""
     for name, least in (("num", 1), ("batch", 1), ("steps", 1), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    if not args.out.endswith(".npz") and args.num > 1000:
-        parser.error(f"{args.num} images are too many for a picture; use --out {os.path.splitext(args.out)[0]}.npz")
-    common.check_folder(args.out)
-    return args
 
 
 def load(path, device):
@@ -130,10 +137,22 @@ def check_sampling(settings):
         raise ValueError(f"top_k must be 0 or more, got {settings['top_k']}")
 
 
-def decode(tokenizer, counts):
-    """Counts (n, C) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at once, as MaskGIT-VQGAN needs memory."""
+def decode(tokenizer, tokens):
+    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at once, as MaskGIT-VQGAN needs memory."""
     at_once = max(1, 2 ** 20 // tokenizer.image_size ** 2)
-    return torch.cat([common.to_uint8(tokenizer.decode(part)).cpu() for part in counts_to_tokens(counts).split(at_once)])
+    return torch.cat([common.to_uint8(tokenizer.decode(part)).cpu() for part in tokens.split(at_once)])
+
+
+def draw_chunk(denoiser, tokenizer, labels, settings, chunk, args, every_step=False):
+    """Generate images that belong together, (frames, n, ch, H, W) uint8 on the CPU: the samples, or with every_step all states.
+
+    labels: (n,).  settings: of fsdd.refine().  chunk: its number; the noise hangs on it and on args.seed.  args.bf16: see autocast.
+    """
+    device = next(denoiser.parameters()).device
+    with common.autocast(device, args.bf16):
+        states = list(refine(denoiser, labels.to(device), **settings,
+                             generator=common.generator(device, "sample", args.seed, chunk)))
+    return torch.stack([decode(tokenizer, counts_to_tokens(x)) for x in states[0 if every_step else -1:]])
 
 
 def gather(images, rank, processes):

@@ -19,7 +19,7 @@ import common
 from data.reading import batch_indices, in_order, open_datasets
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, sample_noise
-from sample import check_sampling, gather
+from sample import check_sampling, decode, gather
 from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
@@ -272,7 +272,7 @@ def evaluate(model, tokenizer, dataset, device, rank, processes, cfg):
     """The loss on a dataset, one time t and one noise vector an image, the same at every call."""
     C, M = model.codebook_size, model.num_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
-    parts = common.chunks(slice(0, len(dataset)), cfg.device_batch)[rank::processes]
+    parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::processes]  # what memory allows
     for part, (images, labels) in zip(parts, in_order(dataset, parts, cfg.workers)):
         random = common.generator(device, "test", cfg.seed, part.start)
         t = 1 - torch.rand(len(images), generator=random, device=device)
@@ -292,7 +292,7 @@ def draw_samples(model, tokenizer, header, device, cfg):
         with common.autocast(device, cfg.bf16):
             counts = generate(model, classes.repeat_interleave(10).to(device), **header["generation"],
                               generator=common.generator(device, "sample", cfg.seed))
-        images = common.to_uint8(tokenizer.decode(counts_to_tokens(counts)))
+        images = decode(tokenizer, counts_to_tokens(counts))
         common.grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
 
 

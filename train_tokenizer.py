@@ -123,7 +123,7 @@ def main(argv=None):
                 model = phase.ema.module  # the pixel phase starts from the averaged weights, and those are evaluated
     if signals.agreed:
         return common.leave(signals, cfg)
-    mse, in_use, distinct = evaluate(model, test_set, device, rank, processes, cfg.workers, cfg.device_batch)
+    mse, in_use, distinct = evaluate(model, test_set, device, rank, processes, cfg.workers)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes in use, "
@@ -347,11 +347,12 @@ def psnr(mse):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, rank=0, processes=1, workers=0, batch_size=128):
+def evaluate(model, dataset, device, rank=0, processes=1, workers=0):
     """Mean squared error over a dataset, the share of codes in use, and the mean number of distinct codes in a set."""
     C = model.codebook_size
     squared, distinct, use = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, C))
-    parts = common.chunks(common.share(len(dataset), rank, processes), batch_size)
+    at_once = min(250, max(1, 2 ** 20 // model.image_size ** 2))  # a million pixels, for the memory's sake
+    parts = common.chunks(common.share(len(dataset), rank, processes), at_once)
     for images, _ in in_order(dataset, parts, workers):
         images = images.to(device) / 127.5 - 1
         tokens = model.encode(images)

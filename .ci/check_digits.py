@@ -3,6 +3,7 @@
 The bounds are those a reader may count on; the README has the numbers that were reached.
 """
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -11,16 +12,15 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common
-from data import reading  # noqa: E402
+import common  # noqa: E402
+import evaluate_fid  # noqa: E402
 import sample  # noqa: E402
 import train_tokenizer  # noqa: E402
 from data import open_dataset  # noqa: E402
 from dual_transform import counts_to_tokens, tokens_to_counts  # noqa: E402
+from evaluate_fid import share_read_as  # noqa: E402
 from fsdd import refine  # noqa: E402
 
 failed = []
@@ -30,35 +30,6 @@ def check(name, value, holds, bound):
     print(f"{'ok  ' if holds else 'FAIL'} {name}: {value} (must be {bound})", flush=True)
     if not holds:
         failed.append(name)
-
-
-def train_classifier(train, test, epochs=4, batch=200):
-    """A small convolutional network that reads digits; trained on the training digits alone."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                        nn.Flatten(), nn.Dropout(0.25), nn.Linear(64 * 49, 128), nn.ReLU(), nn.Linear(128, 10))
-    optimizer = torch.optim.AdamW(net.parameters())
-    steps = epochs * len(train) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for step in range(steps):
-        i = reading.batch_indices(len(train), batch, 0, step)
-        loss = F.cross_entropy(net(train.images[i] / 127.5 - 1), train.labels[i])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    net.eval()
-    accuracy = share_read_as(net, test.images, test.labels)
-    check("classifier on real test digits", f"{accuracy:.2%}", accuracy >= 0.99, ">= 99 %")
-    return net
-
-
-@torch.no_grad()
-def share_read_as(net, images, labels):
-    """Share of images (N, 1, 28, 28) uint8 that the classifier reads as their labels."""
-    read = torch.cat([net(part / 127.5 - 1).argmax(1) for part in images.split(500)])
-    return (read == labels).double().mean().item()
 
 
 def closest(rows, others):
@@ -118,6 +89,26 @@ def check_samples(net, tokenizer, tokens, test):
     check("distinct samples", f"{distinct:.1%}", distinct >= 0.95, ">= 95 %")
 
 
+def check_classifier():
+    """The classifier that evaluate_fid.py trains, anew."""
+    if os.path.exists(evaluate_fid.CLASSIFIER):
+        os.remove(evaluate_fid.CLASSIFIER)
+    net = evaluate_fid.digits_classifier(argparse.Namespace(ckpt="fsdd.pt"), torch.device("cpu"), 0)
+    accuracy = net.accuracy.item()
+    check("classifier on real test digits", f"{accuracy:.2%}", accuracy >= 0.99, ">= 99 %")
+    return net
+
+
+def check_fid():
+    """evaluate_fid.py on both checkpoints, with no other argument than where to write."""
+    for ckpt, bound in (("tokenizer.pt", 120), ("fsdd.pt", 200)):
+        subprocess.run([sys.executable, "evaluate_fid.py", f"--ckpt={ckpt}", "--json=check.json"], check=True)
+        with open("check.json") as file:
+            fid = json.load(file)["digits_fid"]
+        os.remove("check.json")
+        check(f"digits FID of {ckpt}", f"{fid:.1f}", fid <= bound, f"<= {bound}")
+
+
 def check_generation(denoiser, tokenizer, settings, tokens, train):
     """Time and sums; and no more samples may be a training digit's set than test digits are by chance."""
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
@@ -147,8 +138,9 @@ def main():
     train, test = open_dataset("digits", "train", 28), open_dataset("digits", "test", 28)
     denoiser, tokenizer, checkpoint = sample.load("fsdd.pt", torch.device("cpu"))
     tokens = check_tokenizer(tokenizer, test)
-    check_samples(train_classifier(train, test), tokenizer, tokens, test)
+    check_samples(check_classifier(), tokenizer, tokens, test)
     check_generation(denoiser, tokenizer, checkpoint["generation"], tokens, train)
+    check_fid()
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

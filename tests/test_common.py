@@ -1,4 +1,6 @@
 """What the scripts share: the command line, the same batches for any number of processes, checkpoints that survive."""
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -20,6 +22,19 @@ def run(script, *args, folder, processes=1):
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return subprocess.run([sys.executable, *start, os.path.join(ROOT, script), *map(str, args)], cwd=folder,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def run_here(main, *args, folder):
+    """The same in this process, several times quicker: for command lines that end before any work is done."""
+    said, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stopped:
+            code = stopped.code
+    if isinstance(code, str):  # what Python prints when a program ends with a text
+        code, _ = 1, errors.write(code + "\n")
+    return SimpleNamespace(returncode=code, stdout=said.getvalue(), stderr=errors.getvalue())
 
 
 def assert_one_sentence(finished, *words):

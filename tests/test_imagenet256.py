@@ -7,7 +7,7 @@ from PIL import Image
 
 import train_tokenizer
 from tests.image_folder import make_image_folder
-from tests.test_common import assert_one_sentence, run
+from tests.test_common import assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import assert_same_checkpoint, kill_in_the_middle, read_log
 from tokenizer import VQGAN
 
@@ -153,5 +153,5 @@ def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
         weights = torch.load(files / "convnext.pth")
         weights["classifier.2.weight"] = torch.zeros(3, 3)
         torch.save(weights, folder / "broken.pth")
-    assert_one_sentence(run("train_tokenizer.py", *STAGE1, *arguments, folder=folder), *words)
+    assert_one_sentence(run_here(train_tokenizer.main, *STAGE1, *arguments, folder=folder), *words)
     assert not (folder / "tokenizer.pt").exists()

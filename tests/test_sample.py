@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 import sample
+from dual_transform import counts_to_tokens
 from fsdd import Denoiser, sample_noise
-from tests.test_common import assert_one_sentence, run
+from tests.test_common import assert_one_sentence, run, run_here
 from tokenizer import SetTokenizer
 
 
@@ -110,10 +111,10 @@ def test_colour_and_many_classes(tmp_path, monkeypatch):
 def test_decoding_in_parts(checkpoint):
     """Broken: large images, which are decoded a few at once, would come out in another order, or some be lost."""
     _, tokenizer, _ = sample.load(str(checkpoint), torch.device("cpu"))
-    counts = sample_noise(11, 10, 6, "multinomial")
-    whole = sample.decode(tokenizer, counts)
+    tokens = counts_to_tokens(sample_noise(11, 10, 6, "multinomial"))
+    whole = sample.decode(tokenizer, tokens)
     tokenizer.image_size = 512  # four at once
-    parts = sample.decode(tokenizer, counts)
+    parts = sample.decode(tokenizer, tokens)
     assert parts.shape == (11, 1, 8, 8) and len(whole.unique(dim=0)) > 5
     assert (parts.int() - whole.int()).abs().max() <= 1
 
@@ -130,4 +131,4 @@ def test_decoding_in_parts(checkpoint):
 ])
 def test_mistakes_get_one_sentence(arguments, words, checkpoint, tmp_path):
     """Broken: a mistake on the command line would end in a traceback, or be found only after the work."""
-    assert_one_sentence(run("sample.py", "--ckpt", checkpoint, *arguments, folder=tmp_path), *words)
+    assert_one_sentence(run_here(sample.main, "--ckpt", checkpoint, *arguments, folder=tmp_path), *words)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import common
 import train_tokenizer
-from tests.test_common import ROOT, assert_one_sentence, run
+from tests.test_common import ROOT, assert_one_sentence, run, run_here
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
         "--codebook_size=16", "--batch_size=12", "--device_batch=5", "--steps=60", "--warmup=3", "--revive_after=2",
@@ -88,7 +88,7 @@ def test_a_killed_run_resumes_exactly(processes, tmp_path):
 def test_any_number_of_processes_trains_alike(tmp_path):
     """Broken: the global batch, its shuffle, or the average of the gradients would hang on the number of processes."""
     logs = []
-    for processes in (1, 2, 3):
+    for processes in (1, 3):  # 1, 2 and 3: test_imagenet256.py
         folder = tmp_path / str(processes)
         folder.mkdir()
         finished = run("train_tokenizer.py", *TINY, "--steps=4", "--optimizer=adamw", folder=folder, processes=processes)
@@ -157,7 +157,7 @@ def test_uniformity():
 def test_mistakes_get_one_sentence(arguments, words, tmp_path):
     """Broken: a mistake on the command line would end in a traceback, or cost what is on disk."""
     (tmp_path / "tokenizer.pt").write_bytes(b"precious")
-    assert_one_sentence(run("train_tokenizer.py", *TINY, *arguments, folder=tmp_path), *words)
+    assert_one_sentence(run_here(train_tokenizer.main, *TINY, *arguments, folder=tmp_path), *words)
     assert (tmp_path / "tokenizer.pt").read_bytes() == b"precious"
 
 
