@@ -42,7 +42,7 @@ HYPERPARAMETERS = [
     ("encoder_layers",   2,             12,               "blocks of the encoder"),
     ("decoder_layers",   3,             12,               "blocks of the decoder"),
     # published networks, files in PyTorch's format; "" = none
-    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN: gives the proxy codes, its decoder draws"),
+    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN: its codes are the proxy, its decoder draws"),
     ("convnext",         "",            "convnext_small-0c510722.pth", "ConvNeXt-S of torchvision, for the perceptual loss"),
     # phase 1, proxy codes: cross-entropy + quantizer
     ("proxy_steps",      0,             500000,           "steps of this phase, 0 = pixels from the first step"),

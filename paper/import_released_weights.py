@@ -135,7 +135,8 @@ def import_fsdd(path):
     """A published denoiser -> (the arguments of Denoiser, its averaged weights). ValueError for any other file."""
     found = read(path)
     if not isinstance(found.get("ema"), dict):
-        raise ValueError(f"{path} has no weights under 'ema', where the published denoisers have them; it holds {common.listed(found)}")
+        raise ValueError(f"{path} has no weights under 'ema', where the published denoisers have them; it holds "
+                         f"{common.listed(found)}")
     tensors = found["ema"]
     config = read_sizes(tensors, path, codebook_size=("pos_embed", 1), width=("pos_embed", 2),
                         num_tokens=("final_layer.linear.weight", 0), num_classes=("y_embedder.embedding_table.weight", 0))

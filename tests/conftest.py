@@ -3,7 +3,7 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow: full-size models on a CPU, a quarter of an hour")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, which take many minutes")
 
 
 def pytest_configure(config):

@@ -71,7 +71,8 @@ def test_key_value():
 
 @pytest.mark.parametrize("argv, word", [(["--stepz", "7"], "--stepz"), (["--step", "7"], "--step"), (["--steps", "x"], "--steps"),
                                         (["--steps", "1.5"], "--steps"), (["--flip", "maybe"], "--flip"),
-                                        (["--steps=0"], "--steps"), (["--lr=-1"], "--lr"), (["--lr=nan"], "--lr"), (["--ema=1"], "--ema"),
+                                        (["--steps=0"], "--steps"), (["--lr=-1"], "--lr"), (["--lr=nan"], "--lr"),
+                                        (["--ema=1"], "--ema"),
                                         (["--optimizer=sgd"], "--optimizer"), (["--optimizer=muon", "--muon_lr=0"], "--muon_lr"),
                                         (["--recipe", "cifar"], "--recipe")])
 def test_wrong_command_lines(argv, word, capsys):
@@ -125,7 +126,8 @@ def test_shares_cover_the_batch(total):
 
 def test_random_numbers_hang_on_the_key():
     """Broken: two steps, or two seeds, would draw the same noise, or the same step other noise after a resume."""
-    draws = {key: torch.rand(4, generator=common.generator("cpu", "step", *key)).tolist() for key in [(0,), (0, 0), (0, 1), (1, 0), (0, 2), (0, 0, 1)]}
+    draws = {key: torch.rand(4, generator=common.generator("cpu", "step", *key)).tolist()
+             for key in [(0,), (0, 0), (0, 1), (1, 0), (0, 2), (0, 0, 1)]}
     assert len(set(map(tuple, draws.values()))) == 6
     assert torch.rand(4, generator=common.generator("cpu", "epoch", 0, 1)).tolist() != draws[0, 1]
     assert torch.rand(4, generator=common.generator("cpu", "step", 0, 1)).tolist() == draws[0, 1]
@@ -147,8 +149,8 @@ def test_accumulated_gradients_are_the_whole_batchs(size):
 
 
 def settings(**changes):
-    return SimpleNamespace(**dict(optimizer="adamw", fused_adamw=True, lr=1.0, muon_lr=0.1, lr_end=0.1, warmup=10, steps=110, beta2=0.99,
-                                  weight_decay=0.5) | changes)
+    return SimpleNamespace(**dict(optimizer="adamw", fused_adamw=True, lr=1.0, muon_lr=0.1, lr_end=0.1, warmup=10, steps=110,
+                                  beta2=0.99, weight_decay=0.5) | changes)
 
 
 def test_schedule():
@@ -204,7 +206,8 @@ def test_bad_checkpoints_get_a_sentence(tmp_path):
     with open(broken, "wb") as file:
         file.write(b"not a checkpoint")
     torch.save({"other": 1}, foreign)
-    for path, words in ((str(tmp_path / "none.pt"), "there is no checkpoint"), (broken, "can't be read"), (foreign, "is not a fsdd checkpoint")):
+    for path, words in ((str(tmp_path / "none.pt"), "there is no checkpoint"), (broken, "can't be read"),
+                        (foreign, "is not a fsdd checkpoint")):
         with pytest.raises(SystemExit, match=words) as stopped:
             common.load_checkpoint(path, "python train_fsdd.py", "fsdd")
         assert "python train_fsdd.py" in str(stopped.value.code)

@@ -38,7 +38,8 @@ def test_no_test_digit_is_trained_on():
 @pytest.fixture
 def folder(tmp_path):
     """Two classes, one image nested deeper, of various kinds; red ones are of the first class, blue ones of the second."""
-    for name, mode, size, colour in (("train/n01/a.JPEG", "RGB", (80, 50), (255, 0, 0)), ("train/n01/deep/b.png", "RGBA", (40, 90), (255, 0, 0, 9)),
+    for name, mode, size, colour in (("train/n01/a.JPEG", "RGB", (80, 50), (255, 0, 0)),
+                                     ("train/n01/deep/b.png", "RGBA", (40, 90), (255, 0, 0, 9)),
                                      ("train/n02/c.jpg", "RGB", (33, 32), (0, 0, 255)), ("train/n02/d.png", "L", (200, 131), 0),
                                      ("val/n01/e.jpg", "CMYK", (64, 64), (0, 255, 255, 0)), ("val/n02/f.png", "P", (32, 32), 0)):
         path = tmp_path / name
