@@ -24,8 +24,9 @@ from tqdm import tqdm
 # Command line
 
 
-MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_adamw", "fused_attention", "recompute",
-              "workers", "out", "log_every", "save_every", "picture_every")  # settings that --resume may be given anew
+MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers", "out",
+              "data", "vqgan", "convnext", "tokens",  # other places of the same
+              "log_every", "save_every", "picture_every")  # settings that --resume may be given anew
 
 
 def parse(table, description, kind, argv=None):
@@ -72,9 +73,10 @@ def parse(table, description, kind, argv=None):
 def check_settings(parser, table, settings, checkpoint):
     """End with one sentence where a setting can't be right, before any work is done."""
     for name, *values, _ in table:  # a number that is positive in both recipes has to be positive, and none may be negative
-        if isinstance(values[0], (int, float)):
+        if isinstance(values[0], (int, float)) and not isinstance(values[0], bool):
             least = 1 if isinstance(values[0], int) and min(values) >= 1 else 0
-            if not least <= settings[name] < math.inf or min(values) > 0 == settings[name]:
+            is_zero = min(values) > 0 and settings[name] == 0
+            if not least <= settings[name] < math.inf or is_zero:
                 parser.error(f"argument --{name}: must be {'at least 1' if least else 'positive'}, got {settings[name]}")
     if settings["ema"] >= 1:
         parser.error(f"argument --ema: must be less than 1, got {settings['ema']}")
@@ -141,7 +143,10 @@ def start_processes(device, tf32=True):
     torch.backends.cudnn.allow_tf32 = tf32
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
-    if device == "cuda":
+    if device.startswith("cuda"):
+        if device != "cuda" or int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            stop(f"each process needs a GPU of its own, and there are {torch.cuda.device_count()} here; start at most so many with "
+                 f"--nproc_per_node, and without the number in --device {device}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
@@ -300,7 +305,7 @@ def make_optimizers(model, cfg, decay_all=False):
         optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
 
-    def factor(step):
+    def factor(step):  # the cosine counts the warm-up's steps too
         warm = min(1.0, (step + 1) / max(1, cfg.warmup))
         cosine = (1 + math.cos(math.pi * min(1.0, step / cfg.steps))) / 2
         return warm * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
@@ -308,11 +313,17 @@ def make_optimizers(model, cfg, decay_all=False):
     return [(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)) for optimizer in optimizers]
 
 
+def set_switches(model, cfg):
+    """Tell a model's parts about the fused attention and the recomputed activations that cfg asks for."""
+    for module in model.modules():
+        if hasattr(module, "fused_attention"):
+            module.fused_attention = cfg.fused_attention
+        if hasattr(module, "recompute"):
+            module.recompute = cfg.recompute
+
+
 def wrap(model, device, cfg):
-    """The model as the training loop calls it: with the fused attention and the recomputed activations that cfg asks for,
-    compiled if asked for, averaging gradients where there are several processes."""
-    for module in model.modules():  # those that have a use for them look at these two
-        module.fused_attention, module.recompute = cfg.fused_attention, cfg.recompute
+    """The model as the training loop calls it: compiled if asked for, averaging gradients where there are several processes."""
     if cfg.compile:
         model = torch.compile(model)
     if not dist.is_initialized():
@@ -416,6 +427,18 @@ def keep_previous(path):
         print(f"{path} was there already; it is kept as {path}.previous", flush=True)
 
 
+def check_resume(checkpoint, dataset):
+    """The step to go on from, 0 without a checkpoint. ValueError where the images are other ones than the checkpoint's, which would
+    be other batches, or where the processes do not see the same checkpoint."""
+    step = checkpoint["step"] if checkpoint else 0
+    if len(set(from_all_processes(step))) > 1:
+        raise ValueError("the processes do not see the same checkpoint; --out must lie in a folder that all machines share")
+    if checkpoint and checkpoint["images"] != dataset.fingerprint():
+        raise ValueError("the training images are not those that the checkpoint was trained on, so --resume can't go on as if "
+                         "nothing had been; bring them back, or train anew")
+    return step
+
+
 def restore(checkpoint, model, ema, optimizers):
     """Put a checkpoint's training state back."""
     training = checkpoint["training"]
@@ -433,11 +456,14 @@ def due(done, every, last):
 
 
 def open_log(path, columns, step):
-    """Open a CSV log and return the function that writes a row. Where a run goes on from a step, the rows up to it stay."""
+    """Open a CSV log and return the function that writes a row. Where a run goes on from a step, the rows up to it stay; a log
+    of another run is kept as PATH.previous."""
     if not is_main():
         return lambda row: None
     rows = []
-    if step and os.path.isfile(path):
+    if os.path.isfile(path) and not step:
+        os.replace(path, path + ".previous")
+    elif os.path.isfile(path):
         with open(path, newline="") as file:
             rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
     write = csv.writer(open(path, "w", newline="", buffering=1)).writerow

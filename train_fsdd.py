@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 from data.reading import batch_indices, in_order, open_datasets
@@ -91,6 +92,7 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
         rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
+        start = common.check_resume(checkpoint, train_set)
         tokens = encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
         common.stop(str(problem))
@@ -98,10 +100,11 @@ def main(argv=None):
     if rank == 0:
         print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
               f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
-    header = {"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names, "generation": generation,
+    header = {"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names,
+              "images": train_set.fingerprint(), "generation": generation,
               "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}}
     with common.SignalsNoted() as signals:
-        averaged = train(model, tokenizer, tokens, train_set.labels, rows, checkpoint, header, cfg, signals)
+        averaged = train(model, tokenizer, tokens, train_set.labels, rows, checkpoint, start, header, cfg, signals)
     if signals.agreed:
         return common.leave(signals, cfg)
     loss = evaluate(averaged, tokenizer, test_set, device, rank, processes, cfg)
@@ -133,16 +136,17 @@ def prepare(stage1, device, cfg):
     return tokenizer, train_set, test_set, model_config, generation
 
 
-def train(model, tokenizer, tokens, labels, rows, checkpoint, header, cfg, signals):
-    """The training loop, to the last step or to a signal. Returns the model with its averaged weights."""
+def train(model, tokenizer, tokens, labels, rows, checkpoint, start, header, cfg, signals):
+    """The training loop, from step start to the last or to a signal. Returns the model with its averaged weights."""
     device = next(model.parameters()).device
+    common.set_switches(model, cfg)
+    common.set_switches(tokenizer, cfg)
     ema = common.moving_average(model, cfg.ema)
     optimizers = common.make_optimizers(model, cfg, decay_all=True)
     if checkpoint:
         common.restore(checkpoint, model, ema, optimizers)
     else:
         common.keep_previous(cfg.out)
-    start = checkpoint["step"] if checkpoint else 0
     parallel = common.wrap(model, device, cfg)
     log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
     progress = common.progress_bar(start, cfg.steps)
@@ -160,12 +164,12 @@ def train(model, tokenizer, tokens, labels, rows, checkpoint, header, cfg, signa
             loss = common.sum_over_processes(loss).item()
             log([done, loss, lr])
             common.show(progress, cfg, f"loss {loss:.4f}")
-        if common.due(done, cfg.picture_every, cfg.steps):
-            draw_samples(ema.module, tokenizer, header, device, cfg)
         if signals.arrived() or common.due(done, cfg.save_every, cfg.steps):
             common.save_training(header, done, cfg, model, ema, optimizers)
         if signals.agreed:
             break
+        if common.due(done, cfg.picture_every, cfg.steps):
+            draw_samples(ema.module, tokenizer, header, device, cfg)
     progress.close()
     return ema.module
 
@@ -227,7 +231,7 @@ def encode_training_set(tokenizer, dataset, device, rank, processes, cfg):
     return np.load(path, mmap_mode="r")
 
 
-def encode(tokenizer, dataset, shape, note, device, rank, processes, cfg, part_size=250):
+def encode(tokenizer, dataset, shape, note, device, rank, processes, cfg):
     """Write the tokens to cfg.tokens.tmp, and beside it how many images are done; goes on from there if the note is the same.
 
     Each turn every process encodes a part of the images and the main process writes what all have found. The parts are the
@@ -244,9 +248,9 @@ def encode(tokenizer, dataset, shape, note, device, rank, processes, cfg, part_s
         tokens = np.load(path, mmap_mode="r+")
     done = common.from_all_processes(done)[0]
     common.together(check_shared, path, note_path, note | {"done": done})
-    parts = common.chunks(slice(done, len(dataset)), part_size)
+    parts = common.chunks(slice(done, len(dataset)), min(250, max(1, 2 ** 22 // tokenizer.image_size ** 2)))
     batches = in_order(dataset, parts[rank::processes], cfg.workers)
-    for turn in common.tqdm(range(0, len(parts), processes), desc="encoding the training set", disable=rank > 0, mininterval=5):
+    for turn in tqdm(range(0, len(parts), processes), desc="encoding the training set", disable=rank > 0, mininterval=5):
         mine = None
         if turn + rank < len(parts):
             images = next(batches)[0].to(device) / 127.5 - 1  # (n, ch, H, W) in [-1, 1]
@@ -289,9 +293,10 @@ def draw_samples(model, tokenizer, header, device, cfg):
     if common.is_main():
         class_names = header["class_names"]
         classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
+        random = common.generator(device, "sample", cfg.seed)
         with common.autocast(device, cfg.bf16):
-            counts = generate(model, classes.repeat_interleave(10).to(device), **header["generation"],
-                              generator=common.generator(device, "sample", cfg.seed))
+            counts = torch.cat([generate(model, labels, **header["generation"], generator=random)
+                                for labels in classes.repeat_interleave(10).to(device).split(cfg.device_batch)])
         images = decode(tokenizer, counts_to_tokens(counts))
         common.grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
 

@@ -108,12 +108,13 @@ def main(argv=None):
         train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
         model, model_config = make_model(cfg, checkpoint, train_set.channels, networks.vqgan, device)
         rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
+        start = common.check_resume(checkpoint, train_set)
     except ValueError as problem:
         common.stop(str(problem))
-    header = {"kind": "tokenizer", "model_config": model_config, "class_names": train_set.class_names}
+    header = {"kind": "tokenizer", "model_config": model_config, "class_names": train_set.class_names,
+              "images": train_set.fingerprint()}
     if not checkpoint:
         common.keep_previous(cfg.out)
-    start = checkpoint["step"] if checkpoint else 0
     log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
     with common.SignalsNoted() as signals:
         for proxy, first, last in ((True, 0, cfg.proxy_steps), (False, cfg.proxy_steps, cfg.steps)):
@@ -121,6 +122,7 @@ def main(argv=None):
                 phase = begin_phase(model, checkpoint, cfg, proxy, first, last, device)
                 train(phase, networks, train_set, test_set, rows, max(start, first), header, cfg, log, signals)
                 model = phase.ema.module  # the pixel phase starts from the averaged weights, and those are evaluated
+                networks.vqgan = None  # needed no more
     if signals.agreed:
         return common.leave(signals, cfg)
     mse, in_use, distinct = evaluate(model, test_set, device, rank, processes, cfg.workers)
@@ -174,6 +176,7 @@ def begin_phase(model, checkpoint, cfg, proxy, first, last, device):
     if first:  # the set is learned: what makes the tokens stays as it is
         model.encoder.requires_grad_(False)
         model.quantizer.requires_grad_(False)
+    common.set_switches(model, cfg)
     schedule = {"steps": last - first}
     if proxy:
         schedule |= {"warmup": cfg.proxy_warmup, "beta2": cfg.proxy_beta2}
@@ -223,17 +226,18 @@ def train(phase, networks, train_set, test_set, rows, start, header, cfg, log, s
         if common.due(done, cfg.log_every, phase.last):
             losses = {name: common.sum_over_processes(value).item() for name, value in losses.items()}
             quality = psnr(losses["mse"]) if "mse" in losses else ""
+            in_use = in_use.item()
             log([done, *(losses.get(name, "") for name in LOSSES), quality, in_use, lr])
             text = f"proxy codes: cross-entropy {losses['proxy']:.3f}" if phase.proxy else f"PSNR {quality:.2f} dB"
             common.show(progress, cfg, f"loss {losses['loss']:.4f}, {text}, codes in use {in_use:.0%}")
-        if common.due(done, cfg.picture_every, phase.last):
-            draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
         if signals.arrived() or common.due(done, cfg.save_every, phase.last):
             judged = phase.discriminator.state_dict() if phase.discriminator else None
             common.save_training(header, done, cfg, model, ema, phase.optimizers + phase.discriminator_optimizers,
                                  idle=phase.idle, lecam=phase.lecam, discriminator=judged)
         if signals.agreed:
             break
+        if common.due(done, cfg.picture_every, phase.last):
+            draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
     progress.close()
 
 
@@ -314,12 +318,12 @@ def uniformity(latents):
 def count_use(idle, tokens):
     """Update idle (C,), the steps since each code was last used, with the global batch's tokens.
 
-    Returns the share of codes that the global batch uses.
+    Returns the share of codes that the global batch uses, a tensor.
     """
     used = common.sum_over_processes(tokens.flatten().bincount(minlength=len(idle)))
     idle += 1
     idle[used > 0] = 0
-    return (used > 0).float().mean().item()
+    return (used > 0).float().mean()
 
 
 def revive(codebooks, idle, latents, rows, random, cfg):

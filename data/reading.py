@@ -6,6 +6,7 @@ import signal
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import common
 from data import open_dataset
@@ -46,7 +47,7 @@ def read_ahead(dataset, batches, workers):
     for batch in DataLoader(OrSentence(dataset), batch_sampler=batches, num_workers=workers, collate_fn=as_it_is,
                             worker_init_fn=leave_signals, pin_memory=torch.cuda.is_available()):
         if isinstance(batch, str):
-            common.stop(batch)
+            common.stop(f"{batch}; without images.json, which stands beside --out, the next run checks all files again")
         yield batch
 
 
@@ -68,9 +69,9 @@ def as_it_is(batch):
 
 
 def leave_signals(worker):
-    """A process that reads images ends with the process it works for, though Ctrl-C in a terminal reaches it too."""
+    """A process that reads images ends with the process it works for, and leaves the signals to that, which saves a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def open_datasets(cfg, image_size, **training):
@@ -111,7 +112,7 @@ def check_images(dataset, workers, batch_size=64):
     mine = range(rank, len(dataset), processes)
     batches = DataLoader(mine, batch_size, num_workers=workers, collate_fn=dataset.unreadable, worker_init_fn=leave_signals)
     found = {}
-    for some in common.tqdm(batches, desc=f"checking {dataset.root}", disable=not common.is_main(), mininterval=5):
+    for some in tqdm(batches, desc=f"checking {dataset.root}", disable=not common.is_main(), mininterval=5):
         found |= some
     found = dict(sorted(item for some in common.from_all_processes(found) for item in some.items()))
     for name in list(found)[:1000] if common.is_main() else ():

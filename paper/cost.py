@@ -2,11 +2,12 @@
 
     python -m paper.cost
 
-FLOPs are counted by torch.utils.flop_counter over the very functions that train, run on tensors without data, so it takes a
-minute and little memory; a multiplication and an addition are two. Memory is weights, gradients, AdamW's two moments and the
-moving average in float32, and what the backward pass keeps. Hours follow from the FLOPs and the share of the peak below, which
-is an assumption: nothing here was timed on a GPU.
+FLOPs are counted by torch.utils.flop_counter over the models and losses that train, run on tensors without data, so it takes
+seconds and little memory; a multiplication and an addition are two. Memory is weights, gradients and DDP's copy of them, AdamW's
+two moments and the moving average in float32, and what the backward pass keeps, without torch.compile, which keeps less. Hours
+follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was timed on a GPU.
 """
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -38,12 +39,14 @@ def main():
         row(f"stage 2, {name}", *denoiser_cost(name), STAGE2_IMAGES)
 
 
-def row(name, trained, frozen, forward, training, judging, fixed_bytes, image_bytes, images):
-    """One line of the table. trained, frozen: numbers of parameters.  forward, training: FLOPs an image of the model, of which
-    judging is what the networks that judge it add.  fixed_bytes, image_bytes: kept for the backward pass, at all and an image."""
-    seconds = images * (training / BF16 + judging / TF32) / UTILIZATION / GPUS
-    memory = 20 * trained + 4 * frozen + fixed_bytes + BATCH * image_bytes
-    print(f"| {name} | {trained / 1e6:.1f} M | {forward / 1e9:.0f} | {(training + judging) / 1e9:.0f} | {memory / 2 ** 30:.1f} "
+def row(name, trained, state_bytes, forward, training, step, fixed_bytes, image_bytes, images):
+    """One line of the table, from what tokenizer_cost() or denoiser_cost() gives and the number of images that training sees.
+
+    What a step takes beyond the model's own forward and backward pass, training, is the networks that judge it.
+    """
+    seconds = images * (training / BF16 + (step - training) / TF32) / UTILIZATION / GPUS
+    memory = state_bytes + fixed_bytes + BATCH * image_bytes
+    print(f"| {name} | {trained / 1e6:.1f} M | {forward / 1e9:.0f} | {step / 1e9:.0f} | {memory / 2 ** 30:.1f} "
           f"| {seconds / 3600:.0f} |", flush=True)
 
 
@@ -79,20 +82,29 @@ def kept_bytes(model, step):
     return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
 
 
-def cost(model, cfg, forward, step):
-    """(FLOPs of forward(), of forward() and its backward pass, of step(1); bytes kept at all, and an image).
+def cost(model, cfg, forward, step, judge=lambda number: None):
+    """(FLOPs of forward(), of forward() and its backward pass, of a whole step on an image; bytes kept at all, and an image).
 
-    forward: the model on one image -> a tensor.  step: number of images -> a training step, losses and backward pass included.
+    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.  judge: the same of
+    the discriminator, which comes when what step() keeps is gone, and keeps less.
     """
     cfg.fused_attention = "off"
-    common.wrap(model, torch.device("cpu"), cfg)
+    common.set_switches(model, cfg)
     with torch.no_grad():
         one_way = flops(forward)
-    numbers = one_way, flops(lambda: forward().sum().backward()), flops(lambda: step(1))
+    numbers = one_way, flops(lambda: forward().sum().backward()), flops(lambda: (step(1), judge(1)))
     cfg.fused_attention = "on"
-    common.wrap(model, torch.device("cpu"), cfg)
+    common.set_switches(model, cfg)
+    for module in model.modules():  # autocast leaves norms in float32 on a GPU, not on a CPU
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+            module.forward = functools.partial(norm_in_float32, module.forward)
     one, two = kept_bytes(model, lambda: step(1)), kept_bytes(model, lambda: step(2))
     return *numbers, 2 * one - two, two - one
+
+
+def norm_in_float32(norm, x):
+    with torch.autocast("cpu", enabled=False):
+        return norm(x.float())
 
 
 def tokenizer_cost(proxy):
@@ -105,22 +117,26 @@ def tokenizer_cost(proxy):
     with FakeTensorMode():
         for network in filter(None, (model, networks.vqgan, networks.convnext, phase.discriminator)):
             drop_data(network)
-        lecam = torch.zeros(2)
+
+        def images(number):
+            cfg.batch_size = number
+            return torch.zeros(number, 3, cfg.image_size, cfg.image_size)
+
+        def forward():
+            with common.autocast(torch.device("cpu"), cfg.bf16):
+                return model(images(1), proxy=proxy)[0]
 
         def step(number):
-            cfg.batch_size, images = number, torch.zeros(number, 3, cfg.image_size, cfg.image_size)
-            drawn = train_tokenizer.forward_backward(model, images, slice(0, number), None, cfg, networks, proxy,
-                                                     phase.discriminator)[-1]
-            if not proxy:
-                train_tokenizer.judge_backward(phase.discriminator, images, drawn, lecam, slice(0, number), cfg)
+            train_tokenizer.forward_backward(model, images(number), slice(0, number), None, cfg, networks, proxy,
+                                             phase.discriminator)
 
-        image = torch.zeros(1, 3, cfg.image_size, cfg.image_size)
-        forward, training, both, fixed, each = cost(model, cfg, lambda: model(image, proxy=proxy)[0], step)
-    parts = [model, networks.vqgan] if proxy else [model, networks.convnext, phase.discriminator]
-    weights = [weight for part in parts for weight in part.parameters()]
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    frozen = sum(weight.numel() for weight in weights) - trained
-    return trained, frozen, forward, training, both - training, fixed, each
+        def judge(number):
+            if not proxy:
+                train_tokenizer.judge_backward(phase.discriminator, images(number), images(number), torch.zeros(2),
+                                               slice(0, number), cfg)
+
+        numbers = cost(model, cfg, forward, step, judge)
+    return *sizes(model, networks.vqgan if proxy else networks.convnext, phase.discriminator), *numbers
 
 
 def denoiser_cost(name):
@@ -140,8 +156,16 @@ def denoiser_cost(name):
             x0 = torch.zeros(number * 4096, dtype=torch.int64)
             F.cross_entropy(logits(number).float().flatten(0, 1), x0).backward()
 
-        forward, training, both, fixed, each = cost(model, cfg, lambda: logits(1), step)
-    return sum(p.numel() for p in model.parameters()), 0, forward, training, both - training, fixed, each
+        numbers = cost(model, cfg, lambda: logits(1), step)
+    return *sizes(model), *numbers
+
+
+def sizes(model, *others):
+    """(number of trained weights; bytes of all weights, the model's moving average, gradients, DDP's copy and AdamW's moments)."""
+    weights = [weight for network in (model, *filter(None, others)) for weight in network.parameters()]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    averaged = sum(weight.numel() for weight in model.parameters())
+    return trained, 4 * (sum(weight.numel() for weight in weights) + averaged + 4 * trained)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import common
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"), ("ema", 0.9, 0.9, "decay"),
+         ("tf32", True, True, "switch"),
          ("optimizer", "adamw", "muon", "which"), ("muon_lr", 0.1, 0.1, "rate"), ("bf16", "auto", "auto", "bfloat16"),
          ("out", "a.pt", "a.pt", "checkpoint")]
 
@@ -66,7 +67,8 @@ def test_recipe_chooses_the_column(tmp_path, monkeypatch, capsys):
 def test_key_value():
     """Broken: --key value and --key=value would not both work, or give another type than the table's."""
     cfg, _ = common.parse(TABLE, "", "fsdd", ["--recipe=digits", "--steps", "7", "--lr=3e-4", "--flip", "true", "--out=b.pt"])
-    assert (cfg.steps, cfg.lr, cfg.flip, cfg.out) == (7, 3e-4, True, "b.pt")
+    assert (cfg.steps, cfg.lr, cfg.flip, cfg.out, cfg.tf32) == (7, 3e-4, True, "b.pt", True)
+    assert common.parse(TABLE, "", "fsdd", ["--recipe=digits", "--tf32=false"])[0].tf32 is False
 
 
 @pytest.mark.parametrize("argv, word", [(["--stepz", "7"], "--stepz"), (["--step", "7"], "--step"), (["--steps", "x"], "--steps"),

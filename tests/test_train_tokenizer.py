@@ -17,7 +17,7 @@ import train_tokenizer
 from tests.test_common import ROOT, assert_one_sentence, run, run_here
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
-        "--codebook_size=16", "--batch_size=12", "--device_batch=5", "--steps=60", "--warmup=3", "--revive_after=2",
+        "--codebook_size=16", "--batch_size=7", "--device_batch=3", "--steps=60", "--warmup=3", "--revive_after=2",
         "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off", "--device=cpu"]
 
 
