@@ -378,7 +378,7 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
     assert found["reference"] == "the validation images of digits" and "read_as_label" in found
 
 
-def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeypatch):
+def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeypatch, capsys):
     """Broken: saved statistics would not stand for the images, or statistics of other features would be compared with."""
     monkeypatch.chdir(digits)
     images = ["--data=digits", "--images=test.npz"]
@@ -395,13 +395,42 @@ def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeyp
         both = dict(file) | {"arr_0": np.load("test.npz")["arr_0"][:50]}
     np.savez(tmp_path / "both.npz", **both)
     adm = evaluate("--ckpt=fsdd.pt", "--num=100", f"--ref={tmp_path}/both.npz", folder=tmp_path)
+    warned = capsys.readouterr().err
+    assert "warning: 100 images" in warned and "warning: 50 images" not in warned  # its statistics are of more
     assert adm["digits_fid"] == pytest.approx(back["digits_fid"], rel=1e-9) and "digits_precision" in adm
+    foreign = {"mu": both["mu"].astype(np.longdouble), "sigma": both["sigma"].astype(">f8")}  # of other programs
+    np.savez(tmp_path / "foreign.npz", **foreign)
+    assert evaluate(*images, f"--ref={tmp_path}/foreign.npz", folder=tmp_path)["digits_fid"] < 1e-6
     np.savez(tmp_path / "other.npz", **both | {"features": "digits classifier 0"})
     np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for name in ("other.npz", "wide.npz"):
         with pytest.raises(SystemExit, match="can't be compared"):
             evaluate(*images, f"--ref={tmp_path}/{name}", folder=tmp_path)
     assert there["digits_fid"] > 1  # 300 test digits against the training digits
+
+
+def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
+    """Broken: a checkpoint could not be compared with another one, or statistics would need a network to be compared."""
+    monkeypatch.chdir(digits)
+    generated, options = f"--save_stats={tmp_path}/generated.npz", ["--num=100", "--seed=3"]
+    evaluate("--ckpt=fsdd.pt", generated, *options, folder=tmp_path)
+    evaluate("--ckpt=tokenizer.pt", "--num=100", f"--save_stats={tmp_path}/reconstructed.npz", folder=tmp_path)
+    between = evaluate("--ckpt=fsdd.pt", "--ref=tokenizer.pt", *options, folder=tmp_path)
+    back = evaluate("--images=test.npz", "--ref=fsdd.pt", *options, folder=tmp_path)
+    there = evaluate("--images=test.npz", "--data=digits", f"--ref={tmp_path}/generated.npz", folder=tmp_path)
+    assert back["digits_fid"] == pytest.approx(there["digits_fid"], rel=1e-7) and back["num_images"] == 300
+    capsys.readouterr()
+    for network in ("inception", "digits_classifier"):
+        monkeypatch.setattr(evaluate_fid, network, mock.Mock(side_effect=AssertionError("no network is needed")))
+    sides = ["--images", tmp_path / "generated.npz", "--ref", tmp_path / "reconstructed.npz"]
+    alone = evaluate(*sides, folder=tmp_path)
+    assert alone.keys() == {"images", "features", "reference", "digits_fid"} and "warning" not in capsys.readouterr().err
+    assert alone["digits_fid"] == pytest.approx(between["digits_fid"], rel=1e-7) and alone["digits_fid"] > 1
+    assert alone["features"] == between["features"] and "digits_precision" in between
+    with np.load(tmp_path / "reconstructed.npz") as file:
+        np.savez(tmp_path / "reconstructed.npz", **dict(file) | {"features": "digits classifier 0"})
+    with pytest.raises(SystemExit, match="can't be compared"):
+        evaluate(*sides, folder=tmp_path)
 
 
 def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, capsys):
@@ -430,7 +459,7 @@ def test_inception_on_the_command_line(weight_file, tmp_path, capsys):
     np.savez_compressed(tmp_path / "first.npz", arr_0=first.permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / "second.npz", arr_0=second.permute(0, 2, 3, 1).numpy())
     same = evaluate("--images", tmp_path / "images", "--ref", tmp_path / "first.npz", "--inception", weight_file, folder=tmp_path)
-    assert "16 images are fewer than the 2048 features" in capsys.readouterr().err
+    assert "16 images are no more than the 2048 features" in capsys.readouterr().err
     scale = evaluate("--images", tmp_path / "first.npz", "--ref", tmp_path / "second.npz", "--inception", weight_file,
                      "--batch=5", folder=tmp_path)
     assert 0 <= same["fid"] < 1e-4 * scale["fid"] and (same["precision"], same["recall"]) == (1, 1)
@@ -485,6 +514,12 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
     np.savez("nan_stats.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
     np.savez("narrow_stats.npz", mu=np.zeros(128), sigma=np.eye(127))
     np.savez("stats.npz", mu=np.zeros(128), sigma=np.eye(128))
+    np.savez("wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez("text_stats.npz", mu=np.array(["a"] * 128), sigma=np.eye(128))
+    np.savez("one.npz", arr_0=good[:1])
+    for name, member in (("magic", "arr_0.npy"), ("bare", "arr_0")):
+        with zipfile.ZipFile(name + ".npz", "w") as archive:
+            archive.writestr(member, b"no array at all")
     np.savez("neither.npz", images=good)
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "text.pth").write_text("no weights")
@@ -493,6 +528,8 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
     torch.save({"kind": "other"}, "other.pt")
     tokenizer = torch.load(digits / "tokenizer.pt", weights_only=True)
     torch.save(tokenizer | {"config": {}}, "nodata.pt")
+    colour = tokenizer["model_config"] | {"channels": 3}
+    torch.save(tokenizer | {"model_config": colour, "weights": SetTokenizer(**colour).state_dict()}, "colour.pt")
     torch.save(torch.load(digits / "fsdd.pt", weights_only=True) | {"config": {"data": "data/imagenet"}}, "imagenet.pt")
     torch.save(tokenizer | {"config": {"data": "no/imagenet"}}, "imagenet_tokenizer.pt")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -510,9 +547,16 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
         ([*as_digits, "none.npz"], ["(0, 28, 28, 3)"]), ([*as_digits, "columns.npz"], ["column-major"]),
         ([*as_digits, "objects.npz"], ["object"]), ([*as_digits, "short.npz"], ["ends before its 9 images do"]),
         ([*as_digits, "text.npz"], ["can't be read as an .npz"]), ([*as_digits, "neither.npz"], ["needed is arr_0, or mu"]),
-        ([*as_digits, "stats.npz"], ["--ref"]), ([*as_digits, "good.npz", "--ref=nan_stats.npz"], ["nan_stats.npz", "NaN"]),
+        ([*as_digits, "stats.npz", "--save_stats=a.npz"], ["statistics already"]), ([*as_digits, "good.npz", "--ref=nan_stats.npz"],
+                                                                               ["nan_stats.npz", "NaN"]),
         ([*as_digits, "good.npz", "--ref=narrow_stats.npz"], ["narrow_stats.npz", "(127, 127)"]),
         ([*as_digits, "mixed", "--image_size=16"], ["digits must be"]),
+        (["--images=stats.npz", "--ref=wide.npz"], ["wide.npz", "2048", "can't be compared with the 128"]),
+        ([*as_digits, "one.npz"], ["at least two images", "one.npz"]),
+        ([*as_digits, "magic.npz"], ["arr_0 in magic.npz can't be read"]),
+        ([*as_digits, "bare.npz"], ["bare.npz holds nothing"]),
+        ([*as_digits, "good.npz", "--ref=text_stats.npz"], ["text_stats.npz", "floating-point"]),
+        (["--ckpt=colour.pt", "--data=digits"], ["have 1 channels, those of colour.pt 3"]),
         (["--images=good.npz"], ["nothing to compare good.npz with", "VIRTUAL_imagenet256_labeled.npz"]),
         (["--images=good.npz", "--ref=good.npz"], ["Inception's weights", evaluate_fid.INCEPTION_URLS[0], "no network", "hub"]),
         (["--images=good.npz", "--ref=good.npz", "--inception=text.pth"], ["text.pth can't be read as weights"]),
