@@ -615,7 +615,8 @@ class InceptionV3(nn.Module):
 
     Grey images (B, 1, H, W) are taken as RGB of three equal channels. ValueError for another shape or dtype.
     weights: tensors by the names of the published file; left out, random ones (and load_state_dict() takes the file's too).
-    Always in eval mode. main() turns TF32 off, whose rounding would move an FID from one GPU to another. Differs from torchvision's in the pools and in 1008 classes.
+    Always in eval mode. Differs from torchvision's in the pools and in 1008 classes. main() turns TF32 off, whose rounding would
+    move an FID from one GPU to another.
     """
 
     name, dims = "Inception-v3 2015-12-05", 2048

@@ -89,6 +89,23 @@ def test_resize_is_tensorflow_1s():
         assert (resize(image, size)[0, 0].numpy() == expected).all(), (H, W, size)
 
 
+def test_pools():
+    """Broken: the average would count the padding, or the last block pool as the one before it, and every FID would move."""
+    image = torch.tensor([[[[1.0, -2, 3], [4, 5, -6], [7, 8, 9]]]])
+    average = torch.tensor([[8 / 4, 5 / 6, 0 / 4], [23 / 6, 29 / 9, 17 / 6], [24 / 4, 27 / 6, 16 / 4]])
+    assert torch.allclose(evaluate_fid.POOLS["average"](image)[0, 0], average)
+    assert evaluate_fid.POOLS["max"](image)[0, 0].tolist() == [[5, 5, 5], [8, 9, 9], [8, 9, 9]]
+    assert evaluate_fid.POOLS["max"](-1 - image.abs())[0, 0].tolist() == [[-2, -2, -3], [-2, -2, -3], [-5, -5, -6]]  # no zeros
+    assert evaluate_fid.POOLS["halve"](image)[0, 0].tolist() == [[9]]
+    with torch.device("meta"):
+        net = InceptionV3()
+    pools = {name: [step for branch in block.branches for step in branch if isinstance(step, str)]
+             for name, block in net.named_children() if isinstance(block, evaluate_fid.Block)}
+    assert pools == {f"Mixed_{name}": [pool] for pool, names in {
+        "average": ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"), "halve": ("6a", "7a"), "max": ("7c",)}.items()
+        for name in names}
+
+
 def test_inception_has_the_published_tensors(weights):
     """Broken: the published file could not be loaded, or a layer would have another shape than its."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if "num_batches_tracked" not in name}
@@ -357,8 +374,45 @@ def test_generated_digits(digits, small_digits, tmp_path, monkeypatch, capsys):
     expected = frechet_distance(ours.mean(0), np.cov(ours.T), theirs.mean(0), np.cov(theirs.T))
     assert found["digits_fid"] == pytest.approx(expected, rel=1e-5) and found["reference"] == "the training digits"
     assert found["read_as_label"] == pytest.approx(read) and found["num_images"] == 120
-    precision, recall = precision_recall(*(torch.from_numpy(x).float() for x in (ours, theirs)))
-    assert (found["digits_precision"], found["digits_recall"]) == pytest.approx((precision, recall), abs=0.01)
+
+
+def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, monkeypatch):
+    """Broken: precision and recall would be exchanged or of other images, or images be read against other labels."""
+    test, wrong = few_digits("test", 400), 3
+    places = [(test.labels == label).nonzero()[:, 0] for label in range(10)]
+
+    def draw(_, tokenizer, labels, settings, chunk, args):  # real digits, three of a class; sevens where threes are asked for
+        return test.images[[places[7 if label == wrong else label][i % 3] for i, label in enumerate(labels.tolist())]][None]
+
+    monkeypatch.setattr(sample, "draw_chunk", draw)
+    monkeypatch.setattr(evaluate_fid, "NEIGHBOUR_IMAGES", 50)
+    found = evaluate("--ckpt", digits / "fsdd.pt", "--num=120", "--batch=120", folder=tmp_path)
+    net = evaluate_fid.DigitsClassifier()
+    assert evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    labels = torch.arange(10).repeat_interleave(12)
+    images = draw(None, None, labels, None, 0, None)[0]
+    right = evaluate_fid.share_read_as(net, images[labels != wrong], labels[labels != wrong])
+    assert right > 0.7 and found["read_as_label"] == pytest.approx(0.9 * right + 0.1 * evaluate_fid.share_read_as(
+        net, images[labels == wrong], labels[labels == wrong]))
+    assert found["read_as_label"] < right - 0.05  # the wrong class shows
+    ours = images[[2, 4, 7, 9, 11, 14, 16, 19, 21, 23, 26, 28, 31, 33, 35, 38, 40, 43, 45, 47, 50, 52, 55, 57, 59, 62, 64, 67, 69, 71,
+                   74, 76, 79, 81, 83, 86, 88, 91, 93, 95, 98, 100, 103, 105, 107, 110, 112, 115, 117, 119]]  # 50 of the 120
+    theirs = few_digits("train", 600).images[11::12]  # 50 of the 600
+    with torch.no_grad():
+        precision, recall = precision_recall(net(ours)[0], net(theirs)[0])
+    assert 0 < recall != precision > 0
+    assert (found["digits_precision"], found["digits_recall"]) == pytest.approx((precision, recall), abs=1e-9)
+
+
+def test_images_are_picked_evenly(digits, small_digits):
+    """Broken: --num would take the first validation images, which are of few classes, or originals that are not theirs."""
+    path = str(digits / "tokenizer.pt")
+    args = types.SimpleNamespace(num=7)
+    images, originals = evaluate_fid.reconstructed(path, torch.load(path, weights_only=True), args, "digits", "cpu")
+    test, picked = few_digits("test", 400), [0, 57, 114, 171, 228, 285, 342]
+    assert images.num == originals.num == 7 and torch.equal(originals.read(slice(0, 7)), test.images[picked])
+    assert torch.equal(images.labels, test.labels[picked])
+    assert torch.equal(originals.read(slice(2, 5)), test.images[[114, 171, 228]])
 
 
 def test_reconstructed_digits(digits, small_digits, tmp_path):
@@ -576,6 +630,22 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
     monkeypatch.undo()
     finished = run("evaluate_fid.py", "--ckpt", tmp_path / "imagenet_tokenizer.pt", folder=tmp_path)
     assert_one_sentence(finished, "no/imagenet/val")
+
+
+def test_a_mistake_ends_all_processes(digits, tmp_path):
+    """Broken: under torchrun what one process finds would leave the others waiting, or end them in tracebacks."""
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(few_digits("test", 8).images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "5.png").write_text("no image")  # of the second process
+    (tmp_path / "digits_classifier.pt").write_bytes((digits / "digits_classifier.pt").read_bytes())
+    (tmp_path / "text.pth").write_text("no weights")
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, 28, 28, 3), np.uint8))
+    for arguments, sentence in ((["--images=images", "--data=digits", "--batch=4"], "images/5.png can't be read as an image"),
+                                (["--images=images.npz", "--ref=images.npz", "--inception=text.pth"], "text.pth can't be read")):
+        finished = run("evaluate_fid.py", *arguments, "--device=cpu", folder=tmp_path, processes=2)
+        assert finished.returncode != 0 and f"error: {sentence}" in finished.stderr
+        assert 'evaluate_fid.py", line' not in finished.stderr, finished.stderr
 
 
 # --- against torch-fidelity and pytorch-fid ----------------------------------------------------------------------------
