@@ -50,7 +50,7 @@ INCEPTION_URLS = (  # one network, the same tensors by the same names, published
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
 NEEDS = ("this takes two files: Inception's weights, which are downloaded or given by --inception, and a reference, --ref: for "
          "gFID on ImageNet ADM's VIRTUAL_imagenet256_labeled.npz (github.com/openai/guided-diffusion, evaluations), else "
-         "statistics that --save_stats wrote, an .npz of images or a folder of them")
+         "statistics that --save_stats wrote, an .npz of images, a folder of them or a checkpoint")
 
 
 def main(argv=None):
@@ -761,14 +761,18 @@ class DigitsClassifier(nn.Module):
 def digits_classifier(args, device, rank):
     """The classifier, the same in all processes; trained at its first use (a minute on two cores), kept beside the checkpoint."""
     path = os.path.join(os.path.dirname(args.ckpt or ""), CLASSIFIER)
-    net = DigitsClassifier()
-    if rank == 0 and not load_classifier(net, path):
-        print(f"training the classifier that digits FID is measured in, once; it is kept as {path}", flush=True)
-        net = train_classifier(open_dataset("digits", "train", 28))
-        test = open_dataset("digits", "test", 28)
-        net.accuracy.fill_(share_read_as(net, test.images, test.labels))
-        common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
-    net.to(device)
+
+    def prepare():
+        net = DigitsClassifier()
+        if rank == 0 and not load_classifier(net, path):
+            print(f"training the classifier that digits FID is measured in, once; it is kept as {path}", flush=True)
+            net = train_classifier(open_dataset("digits", "train", 28))
+            test = open_dataset("digits", "test", 28)
+            net.accuracy.fill_(share_read_as(net, test.images, test.labels))
+            common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
+        return net
+
+    net = common.together(prepare).to(device)
     if dist.is_initialized():
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
