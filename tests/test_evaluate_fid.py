@@ -639,13 +639,9 @@ def test_a_mistake_ends_all_processes(digits, tmp_path):
         Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "images" / "5.png").write_text("no image")  # of the second process
     (tmp_path / "digits_classifier.pt").write_bytes((digits / "digits_classifier.pt").read_bytes())
-    (tmp_path / "text.pth").write_text("no weights")
-    np.savez(tmp_path / "images.npz", arr_0=np.zeros((3, 28, 28, 3), np.uint8))
-    for arguments, sentence in ((["--images=images", "--data=digits", "--batch=4"], "images/5.png can't be read as an image"),
-                                (["--images=images.npz", "--ref=images.npz", "--inception=text.pth"], "text.pth can't be read")):
-        finished = run("evaluate_fid.py", *arguments, "--device=cpu", folder=tmp_path, processes=2)
-        assert finished.returncode != 0 and f"error: {sentence}" in finished.stderr
-        assert 'evaluate_fid.py", line' not in finished.stderr, finished.stderr
+    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--device=cpu", folder=tmp_path, processes=2)
+    assert finished.returncode != 0 and "error: images/5.png can't be read as an image" in finished.stderr
+    assert 'evaluate_fid.py", line' not in finished.stderr, finished.stderr
 
 
 # --- against torch-fidelity and pytorch-fid ----------------------------------------------------------------------------
