@@ -639,7 +639,8 @@ def test_a_mistake_ends_all_processes(digits, tmp_path):
         Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "images" / "5.png").write_text("no image")  # of the second process
     (tmp_path / "digits_classifier.pt").write_bytes((digits / "digits_classifier.pt").read_bytes())
-    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--device=cpu", folder=tmp_path, processes=2)
+    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--ref", digits / "test.npz", "--device=cpu",
+                   folder=tmp_path, processes=2)
     assert finished.returncode != 0 and "error: images/5.png can't be read as an image" in finished.stderr
     assert 'evaluate_fid.py", line' not in finished.stderr, finished.stderr
 
