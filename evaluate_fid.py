@@ -2,7 +2,8 @@
 
     python evaluate_fid.py --ckpt fsdd.pt                            generate images and measure them: gFID
     python evaluate_fid.py --ckpt tokenizer.pt                       reconstruct the validation images and measure them: rFID
-    python evaluate_fid.py --images samples.npz --ref stats.npz      measure images that are there
+    python evaluate_fid.py --images samples.npz --ref stats.npz      measure images that are there; any two of these and of
+                                                                     statistics can be compared
     torchrun --nproc_per_node=8 evaluate_fid.py --ckpt fsdd.pt --ref VIRTUAL_imagenet256_labeled.npz     as in the paper
 
 Features are those of Inception-v3 of 2015-12-05, the network that all published FIDs are in; its weights are downloaded, or
@@ -10,9 +11,7 @@ given by --inception. The embedded digits need no download: their distance is ta
 trained here once, and called "digits FID". The two are not comparable. README.md says which files a paper's numbers need.
 """
 import argparse
-import contextlib
 import hashlib
-import json
 import math
 import os
 import sys
@@ -51,30 +50,35 @@ INCEPTION_URLS = (  # one network, the same tensors by the same names, published
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
 NEEDS = ("this takes two files: Inception's weights, which are downloaded or given by --inception, and a reference, --ref: for "
          "gFID on ImageNet ADM's VIRTUAL_imagenet256_labeled.npz (github.com/openai/guided-diffusion, evaluations), else "
-         "statistics that --save_stats wrote, an .npz of images or a folder of them")
+         "statistics that --save_stats wrote, an .npz of images, a folder of them or a checkpoint")
 
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, processes = common.start_processes(args.device)
+    device, rank, processes = common.start_processes(args.device, tf32=False)  # a published number must not hang on the GPU
     began = time.time()
     try:
         images, reference, data = open_sides(args, device)
-        net = digits_classifier(args, device, rank) if data == "digits" and not args.inception else inception(args, device, rank)
-        check_reference(reference, net)
-        both = bool(reference and reference.read)  # precision and recall need images on both sides
-        found = measure(net, images, args.batch, both, device, rank, processes)
-        against = measure(net, reference, args.batch, True, device, rank, processes) if both else None
+        both = bool(images.read and reference and reference.read)  # precision and recall need images on both sides
+        measured = bool(reference and reference.read and (both or not reference.statistics))
+        net = None  # two statistics need none
+        if images.read or measured:
+            classifier = data == "digits" and not args.inception
+            net = digits_classifier(args, device, rank) if classifier else inception(args, device, rank)
+        features = check_features(images, reference, net)
+        against = measure(net, reference, args.batch, both, device, rank, processes) if measured else None
+        found = measure(net, images, args.batch, both, device, rank, processes) if images.read else None
         if rank > 0:
             return
-        results = compare(net, images, found, reference, against, device)
+        if args.save_stats:
+            save_statistics(args.save_stats, found, net)
+        results = compare(features, images, found, reference, against, device)
     except ValueError as problem:
         common.stop(str(problem))
-    if args.save_stats:
-        save_statistics(args.save_stats, found, net)
+    if found and found.read_as_label is not None:
+        results |= {"read_as_label": found.read_as_label, "test_digits_read_as_label": net.accuracy.item()}
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(results, file, indent=1)
+        common.write_json(results, args.json)
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     print(f"measured in {common.duration(time.time() - began)}")
@@ -83,8 +87,9 @@ def main(argv=None):
 def parse(argv):
     parser = common.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="fsdd.pt: generates images and measures them; tokenizer.pt: reconstructs images")
-    parser.add_argument("--images", help="in place of --ckpt: a folder of images, or an .npz of them, arr_0 uint8 (N, H, W, 3)")
-    parser.add_argument("--ref", help="what to compare with: a folder, an .npz of images, or an .npz of statistics mu and sigma "
+    parser.add_argument("--images", help="in place of --ckpt: a folder of images, or an .npz of them, arr_0 uint8 (N, H, W, 3), "
+                                         "or of their statistics mu and sigma")
+    parser.add_argument("--ref", help="what to compare with: what --images takes, or a checkpoint, .pt "
                                       "(tokenizer.pt: the images themselves; the digits' fsdd.pt: the training digits)")
     parser.add_argument("--data", help="digits, or a folder that holds train/ and val/ (what the checkpoint was trained on)")
     parser.add_argument("--num", "--num_images", type=int, help=f"images to generate ({NUM}, of the digits {NUM_DIGITS}) or to "
@@ -97,8 +102,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if bool(args.ckpt) == bool(args.images):
         parser.error("either --ckpt or --images must say what to measure")
-    if args.images and args.num:
-        parser.error("--num goes with --ckpt; of --images, all are measured")
+    if args.num and not (args.ckpt or is_checkpoint(args.ref)):
+        parser.error("--num goes with a checkpoint; of --images, all are measured")
     if args.image_size is not None and args.image_size < 1:
         parser.error(f"--image_size must be at least 1, got {args.image_size}")
     sample.check_generation_options(parser, args)
@@ -109,25 +114,29 @@ def parse(argv):
     return args
 
 
-def compare(net, images, found, reference, against, device):
-    """The numbers, {name: value}, of measured images and, where there is a reference, of their distance to it."""
-    prefix = "digits_" if isinstance(net, DigitsClassifier) else ""  # so that nobody takes them for Inception's
-    results = {"images": images.name, "num_images": found.num, "features": net.name}
+def compare(features, images, found, reference, against, device):
+    """The numbers, {name: value}, of measured images and, where there is a reference, of their distance to it.
+
+    features: the name of what they are taken in.  found, against: what measure() gives for either side, None where only given
+    statistics count. Statistics that are given come before those of the images beside them, as in ADM's references.
+    """
+    prefix = "digits_" if features.startswith("digits") else ""  # so that nobody takes them for Inception's
+    results = {"images": images.name} | ({"num_images": found.num} if found else {}) | {"features": features}
     if reference:
         results["reference"] = reference.name
-        for side in (found, against):
-            if side and side.num < net.dims:
-                print(f"warning: {side.num} images are fewer than the {net.dims} features: their covariance is singular and the "
+        statistics = []
+        for given, seen in ((images, found), (reference, against)):
+            mu, sigma = given.statistics or (seen.mu, seen.sigma)
+            statistics += [mu, sigma]
+            if not given.statistics and seen.num <= len(mu):  # N images span N - 1 dimensions
+                print(f"warning: {seen.num} images are no more than the {len(mu)} features: their covariance is singular and the "
                       "FID comes out too large; compare it only with one from as many images", file=sys.stderr)
-        mu, sigma = reference.statistics or (against.mu, against.sigma)
-        results[prefix + "fid"] = frechet_distance(found.mu, found.sigma, mu, sigma)
-    if found.score:
+        results[prefix + "fid"] = frechet_distance(*statistics)
+    if found and found.score:
         results["inception_score"], results["inception_score_std"] = found.score
-    if against and min(found.num, against.num) > NEIGHBOURS:
+    if found and against and min(found.num, against.num) > NEIGHBOURS:
         precision, recall = precision_recall(found.features.to(device), against.features.to(device))
         results |= {prefix + "precision": precision, prefix + "recall": recall}
-    if found.read_as_label is not None:
-        results |= {"read_as_label": found.read_as_label, "test_digits_read_as_label": net.accuracy.item()}
     return results
 
 
@@ -146,18 +155,16 @@ def side(name, num, read, labels=None, statistics=None, made_in=None):
 def open_sides(args, device):
     """(what is measured, what it is compared with or None, the data: "digits", a folder or None); ValueError where one lacks."""
     originals, data = None, args.data
-    if args.images:
-        images = open_images(args.images, args.image_size)
-        if images.read is None:
-            raise ValueError(f"{args.images} holds statistics; --images needs images, statistics go to --ref")
+    if args.ckpt:
+        images, originals, data = open_checkpoint(args.ckpt, args, device)
     else:
-        checkpoint = common.load_checkpoint(args.ckpt, "python train_fsdd.py (or train_tokenizer.py)", "fsdd", "tokenizer")
-        data = data or checkpoint.get("config", {}).get("data")
-        if checkpoint["kind"] == "fsdd":
-            images = generated(args, data, device)
-        else:
-            images, originals = reconstructed(checkpoint, args, data, device)
-    if args.ref:
+        images = open_images(args.images, args.image_size)
+    if images.read is None and args.save_stats:
+        raise ValueError(f"{args.images} holds statistics already; --save_stats needs images")
+    if is_checkpoint(args.ref):
+        reference, _, trained_on = open_checkpoint(args.ref, args, device)
+        data = data or trained_on
+    elif args.ref:
         reference = open_images(args.ref, args.image_size)
     elif originals:
         reference = originals
@@ -168,12 +175,28 @@ def open_sides(args, device):
         reference = None
     else:
         raise ValueError(f"there is nothing to compare {images.name} with; {NEEDS}")
+    for one in filter(None, (images, reference)):  # before any is generated
+        if not one.statistics and one.num < 2:
+            raise ValueError(f"a covariance needs at least two images, got {one.num} ({one.name})")
     return images, reference, data
 
 
-def generated(args, data, device):
+def is_checkpoint(path):
+    return bool(path) and path.endswith(".pt")
+
+
+def open_checkpoint(path, args, device):
+    """(images that a checkpoint generates or reconstructs, the originals of reconstructions or None, what it was trained on)."""
+    checkpoint = common.load_checkpoint(path, "python train_fsdd.py (or train_tokenizer.py)", "fsdd", "tokenizer")
+    data = args.data or checkpoint.get("config", {}).get("data")
+    if checkpoint["kind"] == "fsdd":
+        return generated(path, checkpoint, args, data, device), None, data
+    return *reconstructed(path, checkpoint, args, data, device), data
+
+
+def generated(path, checkpoint, args, data, device):
     """Images of a checkpoint of train_fsdd.py, the same for any number of processes."""
-    denoiser, tokenizer, checkpoint = sample.load(args.ckpt, device)
+    denoiser, tokenizer = sample.models(checkpoint, device)
     names = checkpoint["class_names"]
     labels = sample.choose_labels(None, args.num or (NUM_DIGITS if data == "digits" else NUM), names, len(names))
     settings = sample.generation_settings(checkpoint["generation"], args)
@@ -181,17 +204,20 @@ def generated(args, data, device):
     def read(part):  # measure() reads slices of args.batch images: the chunks that sample.py draws
         return sample.draw_chunk(denoiser, tokenizer, labels[part], settings, part.start // args.batch, args)[-1]
 
-    return side(f"generated by {args.ckpt}", len(labels), read, labels)
+    return side(f"generated by {path}", len(labels), read, labels)
 
 
-def reconstructed(checkpoint, args, data, device):
+def reconstructed(path, checkpoint, args, data, device):
     """(the reconstructions of the validation images by a checkpoint of train_tokenizer.py, those images)."""
     if data is None:
-        raise ValueError(f"{args.ckpt} does not say what it was trained on; give the images by --data: digits, or a folder that "
+        raise ValueError(f"{path} does not say what it was trained on; give the images by --data: digits, or a folder that "
                          "holds train/ and val/")
     tokenizer = SetTokenizer(**checkpoint["model_config"]).to(device).eval()
     tokenizer.load_state_dict(checkpoint["weights"])
     dataset = open_dataset(data, "test", tokenizer.image_size)
+    if dataset.channels != checkpoint["model_config"]["channels"]:
+        raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} "
+                         f"{checkpoint['model_config']['channels']}; give by --data what it was trained on")
     num = min(args.num or len(dataset), len(dataset))
     chosen = torch.arange(num) * len(dataset) // num
 
@@ -201,7 +227,7 @@ def reconstructed(checkpoint, args, data, device):
     def reconstruct(part):
         return sample.decode(tokenizer, tokenizer.encode(read(part).to(device) / 127.5 - 1))
 
-    return (side(f"reconstructed by {args.ckpt}", num, reconstruct, dataset.labels[chosen]),
+    return (side(f"reconstructed by {path}", num, reconstruct, dataset.labels[chosen]),
             side(f"the validation images of {data}", num, read))
 
 
@@ -213,7 +239,7 @@ def open_images(path, image_size):
         raise ValueError(f"there is no {path}; it should be a folder of images or an .npz file")
     try:
         return open_npz(path)
-    except (zipfile.BadZipFile, zlib.error, OSError) as problem:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as problem:  # RuntimeError: it is encrypted
         raise ValueError(f"{path} can't be read as an .npz file ({problem})")
 
 
@@ -254,34 +280,41 @@ def open_npz(path):
     Images are read as they are asked for: 50,000 of 256 x 256 would be 9.8 GB.
     """
     archive = zipfile.ZipFile(path)
-    held = {name.removesuffix(".npy") for name in archive.namelist()}
+    held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
     num, read, statistics, made_in = None, None, None, None
     if {"mu", "sigma"} <= held:
         mu, sigma = (read_array(archive, path, key) for key in ("mu", "sigma"))
+        if not mu.dtype == sigma.dtype == np.float64:
+            raise ValueError(f"mu and sigma in {path} must be floating-point numbers, got {mu.dtype} and {sigma.dtype}")
         check_statistics(mu, sigma, f"mu and sigma in {path}")
         statistics = (mu, sigma)
         made_in = str(read_array(archive, path, "features")) if "features" in held else None
     if "arr_0" in held:
         num, read = open_batch(archive, path)
     if not (statistics or read):
-        raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; needed is arr_0, or mu and sigma")
+        raise ValueError(f"{path} holds {common.listed(sorted(held))}; needed is arr_0, or mu and sigma")
     return side(path, num, read, None, statistics, made_in)
 
 
 def read_array(archive, path, key):
+    """An array of an .npz; floating-point numbers of any width and byte order as float64."""
     try:
         with archive.open(key + ".npy") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            array = np.lib.format.read_array(file, allow_pickle=False)
     except ValueError as problem:
         raise ValueError(f"{key} in {path} can't be read ({problem})")
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
 def open_batch(archive, path):
     """(N, read) of the images arr_0 (N, H, W, ch) in an .npz, which is read piece by piece."""
     file = archive.open("arr_0.npy")
-    version = np.lib.format.read_magic(file)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, column_major, dtype = header(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, column_major, dtype = header(file)
+    except ValueError as problem:
+        raise ValueError(f"arr_0 in {path} can't be read ({problem})")
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape or column_major:
         raise ValueError(f"arr_0 in {path} must be images (N, H, W, 3), uint8 in 0..255, got {dtype} {shape}"
                          f"{' in column-major order' if column_major else ''}")
@@ -300,13 +333,17 @@ def open_batch(archive, path):
     return shape[0], read
 
 
-def check_reference(reference, net):
-    """ValueError where the statistics of the reference are not of this network's features."""
-    if reference and reference.statistics:
-        dims, made_in = len(reference.statistics[0]), reference.made_in
-        if dims != net.dims or made_in not in (None, net.name):
-            raise ValueError(f"{reference.name} holds statistics of {dims} features ({made_in or 'it is not said which'}), which "
-                             f"can't be compared with the {net.dims} of {net.name}")
+def check_features(images, reference, net):
+    """The name of the features that are compared; ValueError where given statistics are of others than net's or one another's."""
+    given = [one for one in (images, reference) if one and one.statistics]
+    named = next((one.made_in for one in given if one.made_in), None)
+    dims, made_in = (net.dims, net.name) if net else (len(given[0].statistics[0]), named)
+    for one in given:
+        if len(one.statistics[0]) != dims or one.made_in not in (None, made_in):
+            raise ValueError(f"{one.name} holds statistics of {len(one.statistics[0])} features "
+                             f"({one.made_in or 'it is not said which'}), which can't be compared with the {dims} of "
+                             f"{made_in or given[0].name}")
+    return made_in or f"{dims} features that no file names"
 
 
 def save_statistics(path, found, net):
@@ -333,8 +370,9 @@ def measure(net, images, batch, keep, device, rank=0, processes=1):
     score = None if isinstance(net, DigitsClassifier) else InceptionScore(N, net.fc.out_features, device)
     right = torch.zeros((), dtype=torch.float64, device=device)
     kept, room = [torch.zeros(0, net.dims)], min(N, NEIGHBOUR_IMAGES)
-    parts = common.chunks(slice(0, N), batch)[rank::processes]
-    for part in common.tqdm(parts, desc=images.name, disable=rank > 0, mininterval=5):
+    parts = common.chunks(slice(0, N), batch)
+
+    def see(part):
         rows = torch.arange(part.start, part.stop)
         found = [net(piece.to(device)) for piece in images.read(part).split(NETWORK_BATCH)]
         features, logits = (torch.cat(tensors) for tensors in zip(*found))
@@ -345,9 +383,12 @@ def measure(net, images, batch, keep, device, rank=0, processes=1):
         if score:
             score.add(logits - net.fc.bias, rows.to(device))  # the published Inception Score leaves the bias out
         elif images.labels is not None:
-            right += (logits.argmax(1).cpu() == images.labels[part]).sum()
+            right.add_((logits.argmax(1).cpu() == images.labels[part]).sum())
         if keep:
             kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of N images, evenly
+
+    for first in common.tqdm(range(0, len(parts), processes), desc=images.name, disable=rank > 0, mininterval=5):
+        common.together(lambda: [see(part) for part in parts[first + rank:first + rank + 1]])
     for tensor in (*statistics.sums(), *(score.sums() if score else ()), right):
         common.sum_over_processes(tensor)
     features = sample.gather(torch.cat(kept), rank, processes) if keep else []
@@ -435,8 +476,7 @@ class InceptionScore:
         splits = min(SPLITS, num)
         self.split = torch.empty(num, dtype=torch.int64, device=device)  # the part that every image belongs to
         place = torch.from_numpy(np.random.RandomState(2020).permutation(num)).to(device)
-        for i in range(splits):
-            self.split[place[i * num // splits:(i + 1) * num // splits]] = i
+        self.split[place] = ((torch.arange(num, device=device) + 1) * splits - 1) // num
         self.count = self.split.bincount(minlength=splits).double()  # (splits,)
         self.p = torch.zeros(splits, classes, dtype=torch.float64, device=device)
         self.p_log_p = torch.zeros(splits, dtype=torch.float64, device=device)
@@ -457,19 +497,6 @@ class InceptionScore:
         return scores.mean().item(), scores.std(correction=0).item()
 
 
-@contextlib.contextmanager
-def full_precision():
-    """float32 as it is, without TF32: a published number must not hang on the GPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@full_precision()
 def precision_recall(features, reference, k=NEIGHBOURS):
     """Precision: share of images that lie within the reach of the reference; recall: the reverse (Kynkaanniemi et al., 2019).
 
@@ -588,7 +615,8 @@ class InceptionV3(nn.Module):
 
     Grey images (B, 1, H, W) are taken as RGB of three equal channels. ValueError for another shape or dtype.
     weights: tensors by the names of the published file; left out, random ones (and load_state_dict() takes the file's too).
-    Always in eval mode. Differs from torchvision's in the pools and in 1008 classes.
+    Always in eval mode. Differs from torchvision's in the pools and in 1008 classes. main() turns TF32 off, whose rounding would
+    move an FID from one GPU to another.
     """
 
     name, dims = "Inception-v3 2015-12-05", 2048
@@ -610,7 +638,7 @@ class InceptionV3(nn.Module):
         self.Mixed_6e = Block(768, inception_c(192))
         self.Mixed_7a = Block(768, inception_d())
         self.Mixed_7b = Block(1280, inception_e("average"))
-        self.Mixed_7c = Block(2048, inception_e("max"))  # max: a slip in the graph of 2015, which all published FIDs hold
+        self.Mixed_7c = Block(2048, inception_e("max"))  # max, as in the graph of 2015, unlike the paper; all FIDs use it
         self.fc = nn.Linear(2048, 1008)
         self.eval()
         if weights is not None:
@@ -618,17 +646,16 @@ class InceptionV3(nn.Module):
 
     def load(self, weights):
         """Take a published file's tensors; then, for speed, batch norm goes into the convolutions, and channels come last."""
-        wrong = self.load_state_dict(weights, strict=False)
-        wrong = [name for name in wrong.missing_keys + wrong.unexpected_keys if not name.endswith("num_batches_tracked")]
-        if wrong:
-            raise ValueError(f"tensors missing or not expected: {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}")
+        ours, weights = ({name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+                         for tensors in (self.state_dict(), weights))
+        common.check_tensors(weights, {name: tensor.shape for name, tensor in ours.items()}, "the file")
+        self.load_state_dict(weights)
         for module in self.modules():
             if isinstance(module, Convolution):
                 module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    @full_precision()
     def forward(self, images):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must be (B, 3, H, W), uint8 in 0..255, got {images.dtype} {tuple(images.shape)}")
@@ -666,16 +693,17 @@ def inception(args, device, rank):
     path = args.inception
     if path and not os.path.isfile(path):
         raise ValueError(f"there is no file {path}; --inception takes the one at {INCEPTION_URLS[0]}")
-    if rank > 0:
-        common.wait_for_all()  # the main process downloads
-    weights = read_weights(path) if path else download()
-    if rank == 0:
-        common.wait_for_all()
-    try:
-        return InceptionV3(weights).to(device)
-    except (ValueError, RuntimeError, TypeError) as problem:  # RuntimeError is load_state_dict()'s, for a wrong shape
-        raise ValueError(f"{path or 'the downloaded file'} does not hold Inception's weights "
-                         f"({str(problem).splitlines()[-1].strip()}); --inception takes the one at {INCEPTION_URLS[0]}")
+
+    def build():
+        weights = read_weights(path) if path else download()
+        try:
+            return InceptionV3(weights).to(device)
+        except (ValueError, AttributeError) as problem:  # AttributeError: no dict of names
+            raise ValueError(f"{path or 'the downloaded file'} does not hold Inception's weights ({problem}); --inception takes "
+                             f"the one at {INCEPTION_URLS[0]}")
+
+    net = common.together(lambda: build() if rank == 0 else None)  # the main process downloads
+    return common.together(lambda: net or build())
 
 
 def read_weights(path):
@@ -733,14 +761,18 @@ class DigitsClassifier(nn.Module):
 def digits_classifier(args, device, rank):
     """The classifier, the same in all processes; trained at its first use (a minute on two cores), kept beside the checkpoint."""
     path = os.path.join(os.path.dirname(args.ckpt or ""), CLASSIFIER)
-    net = DigitsClassifier()
-    if rank == 0 and not load_classifier(net, path):
-        print(f"training the classifier that digits FID is measured in, once; it is kept as {path}", flush=True)
-        net = train_classifier(open_dataset("digits", "train", 28))
-        test = open_dataset("digits", "test", 28)
-        net.accuracy.fill_(share_read_as(net, test.images, test.labels))
-        common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
-    net.to(device)
+
+    def prepare():
+        net = DigitsClassifier()
+        if rank == 0 and not load_classifier(net, path):
+            print(f"training the classifier that digits FID is measured in, once; it is kept as {path}", flush=True)
+            net = train_classifier(open_dataset("digits", "train", 28))
+            test = open_dataset("digits", "test", 28)
+            net.accuracy.fill_(share_read_as(net, test.images, test.labels))
+            common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
+        return net
+
+    net = common.together(prepare).to(device)
     if dist.is_initialized():
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -758,7 +790,8 @@ def load_classifier(net, path):
 
 
 def train_classifier(digits, batch=200):
-    """A DigitsClassifier trained on the training digits alone; the same weights at every call on the same machine."""
+    """A DigitsClassifier trained on the training digits alone; the same weights at every call on the same
+    machine with the same number of threads."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = DigitsClassifier().train()

@@ -98,11 +98,16 @@ def check_generation_options(parser, args):
 def load(path, device):
     """fsdd.pt -> (denoiser, tokenizer, the whole checkpoint), both with their averaged weights, on the device."""
     checkpoint = common.load_checkpoint(path, "python train_fsdd.py", "fsdd")
+    return *models(checkpoint, device), checkpoint
+
+
+def models(checkpoint, device):
+    """The denoiser and the tokenizer of a checkpoint of train_fsdd.py, for use."""
     denoiser = Denoiser(**checkpoint["model_config"])
     denoiser.load_state_dict(checkpoint["weights"])
     tokenizer = SetTokenizer(**checkpoint["tokenizer"]["model_config"])
     tokenizer.load_state_dict(checkpoint["tokenizer"]["weights"])
-    return denoiser.to(device).eval(), tokenizer.to(device).eval(), checkpoint
+    return denoiser.to(device).eval(), tokenizer.to(device).eval()
 
 
 def choose_labels(text, num, class_names, at_most):

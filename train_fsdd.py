@@ -121,6 +121,9 @@ def prepare(stage1, device, cfg):
     if C > 2 ** 16:
         raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C} codes")
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
+    if train_set.channels != stage1["model_config"]["channels"]:
+        raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
+                         f"{stage1['model_config']['channels']}; give the --data that it was trained on")
     if test_set.class_names != train_set.class_names:
         raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
     if cfg.model not in MODELS:

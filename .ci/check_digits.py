@@ -101,7 +101,7 @@ def check_classifier():
 
 def check_fid():
     """evaluate_fid.py on both checkpoints, with no other argument than where to write."""
-    for ckpt, bound in (("tokenizer.pt", 120), ("fsdd.pt", 200)):
+    for ckpt, bound in (("tokenizer.pt", 70), ("fsdd.pt", 130)):
         subprocess.run([sys.executable, "evaluate_fid.py", f"--ckpt={ckpt}", "--json=check.json"], check=True)
         with open("check.json") as file:
             fid = json.load(file)["digits_fid"]

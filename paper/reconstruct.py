@@ -29,7 +29,7 @@ COLUMNS = ("image", "as encoded", "reversed", "shuffled", "ascending", "descendi
 
 def main(argv=None):
     args = parse(argv)
-    device, _, _ = common.start_processes(args.device)
+    device, _, _ = common.start_processes(args.device, tf32=False)  # TF32 would blur what the orders differ by
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     tokenizer = SetTokenizer(**checkpoint["model_config"])
     tokenizer.load_state_dict(checkpoint["weights"])

@@ -89,6 +89,23 @@ def test_resize_is_tensorflow_1s():
         assert (resize(image, size)[0, 0].numpy() == expected).all(), (H, W, size)
 
 
+def test_pools():
+    """Broken: the average would count the padding, or the last block pool as the one before it, and every FID would move."""
+    image = torch.tensor([[[[1.0, -2, 3], [4, 5, -6], [7, 8, 9]]]])
+    average = torch.tensor([[8 / 4, 5 / 6, 0 / 4], [23 / 6, 29 / 9, 17 / 6], [24 / 4, 27 / 6, 16 / 4]])
+    assert torch.allclose(evaluate_fid.POOLS["average"](image)[0, 0], average)
+    assert evaluate_fid.POOLS["max"](image)[0, 0].tolist() == [[5, 5, 5], [8, 9, 9], [8, 9, 9]]
+    assert evaluate_fid.POOLS["max"](-1 - image.abs())[0, 0].tolist() == [[-2, -2, -3], [-2, -2, -3], [-5, -5, -6]]  # no zeros
+    assert evaluate_fid.POOLS["halve"](image)[0, 0].tolist() == [[9]]
+    with torch.device("meta"):
+        net = InceptionV3()
+    pools = {name: [step for branch in block.branches for step in branch if isinstance(step, str)]
+             for name, block in net.named_children() if isinstance(block, evaluate_fid.Block)}
+    assert pools == {f"Mixed_{name}": [pool] for pool, names in {
+        "average": ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"), "halve": ("6a", "7a"), "max": ("7c",)}.items()
+        for name in names}
+
+
 def test_inception_has_the_published_tensors(weights):
     """Broken: the published file could not be loaded, or a layer would have another shape than its."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if "num_batches_tracked" not in name}
@@ -357,8 +374,45 @@ def test_generated_digits(digits, small_digits, tmp_path, monkeypatch, capsys):
     expected = frechet_distance(ours.mean(0), np.cov(ours.T), theirs.mean(0), np.cov(theirs.T))
     assert found["digits_fid"] == pytest.approx(expected, rel=1e-5) and found["reference"] == "the training digits"
     assert found["read_as_label"] == pytest.approx(read) and found["num_images"] == 120
-    precision, recall = precision_recall(*(torch.from_numpy(x).float() for x in (ours, theirs)))
-    assert (found["digits_precision"], found["digits_recall"]) == pytest.approx((precision, recall), abs=0.01)
+
+
+def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, monkeypatch):
+    """Broken: precision and recall would be exchanged or of other images, or images be read against other labels."""
+    test, wrong = few_digits("test", 400), 3
+    places = [(test.labels == label).nonzero()[:, 0] for label in range(10)]
+
+    def draw(_, tokenizer, labels, settings, chunk, args):  # real digits, three of a class; sevens where threes are asked for
+        return test.images[[places[7 if label == wrong else label][i % 3] for i, label in enumerate(labels.tolist())]][None]
+
+    monkeypatch.setattr(sample, "draw_chunk", draw)
+    monkeypatch.setattr(evaluate_fid, "NEIGHBOUR_IMAGES", 50)
+    found = evaluate("--ckpt", digits / "fsdd.pt", "--num=120", "--batch=120", folder=tmp_path)
+    net = evaluate_fid.DigitsClassifier()
+    assert evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    labels = torch.arange(10).repeat_interleave(12)
+    images = draw(None, None, labels, None, 0, None)[0]
+    right = evaluate_fid.share_read_as(net, images[labels != wrong], labels[labels != wrong])
+    assert right > 0.7 and found["read_as_label"] == pytest.approx(0.9 * right + 0.1 * evaluate_fid.share_read_as(
+        net, images[labels == wrong], labels[labels == wrong]))
+    assert found["read_as_label"] < right - 0.05  # the wrong class shows
+    ours = images[[2, 4, 7, 9, 11, 14, 16, 19, 21, 23, 26, 28, 31, 33, 35, 38, 40, 43, 45, 47, 50, 52, 55, 57, 59, 62, 64, 67, 69, 71,
+                   74, 76, 79, 81, 83, 86, 88, 91, 93, 95, 98, 100, 103, 105, 107, 110, 112, 115, 117, 119]]  # 50 of the 120
+    theirs = few_digits("train", 600).images[11::12]  # 50 of the 600
+    with torch.no_grad():
+        precision, recall = precision_recall(net(ours)[0], net(theirs)[0])
+    assert 0 < recall != precision > 0
+    assert (found["digits_precision"], found["digits_recall"]) == pytest.approx((precision, recall), abs=1e-9)
+
+
+def test_images_are_picked_evenly(digits, small_digits):
+    """Broken: --num would take the first validation images, which are of few classes, or originals that are not theirs."""
+    path = str(digits / "tokenizer.pt")
+    args = types.SimpleNamespace(num=7)
+    images, originals = evaluate_fid.reconstructed(path, torch.load(path, weights_only=True), args, "digits", "cpu")
+    test, picked = few_digits("test", 400), [0, 57, 114, 171, 228, 285, 342]
+    assert images.num == originals.num == 7 and torch.equal(originals.read(slice(0, 7)), test.images[picked])
+    assert torch.equal(images.labels, test.labels[picked])
+    assert torch.equal(originals.read(slice(2, 5)), test.images[[114, 171, 228]])
 
 
 def test_reconstructed_digits(digits, small_digits, tmp_path):
@@ -378,7 +432,7 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
     assert found["reference"] == "the validation images of digits" and "read_as_label" in found
 
 
-def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeypatch):
+def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeypatch, capsys):
     """Broken: saved statistics would not stand for the images, or statistics of other features would be compared with."""
     monkeypatch.chdir(digits)
     images = ["--data=digits", "--images=test.npz"]
@@ -395,13 +449,42 @@ def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeyp
         both = dict(file) | {"arr_0": np.load("test.npz")["arr_0"][:50]}
     np.savez(tmp_path / "both.npz", **both)
     adm = evaluate("--ckpt=fsdd.pt", "--num=100", f"--ref={tmp_path}/both.npz", folder=tmp_path)
+    warned = capsys.readouterr().err
+    assert "warning: 100 images" in warned and "warning: 50 images" not in warned  # its statistics are of more
     assert adm["digits_fid"] == pytest.approx(back["digits_fid"], rel=1e-9) and "digits_precision" in adm
+    foreign = {"mu": both["mu"].astype(np.longdouble), "sigma": both["sigma"].astype(">f8")}  # of other programs
+    np.savez(tmp_path / "foreign.npz", **foreign)
+    assert evaluate(*images, f"--ref={tmp_path}/foreign.npz", folder=tmp_path)["digits_fid"] < 1e-6
     np.savez(tmp_path / "other.npz", **both | {"features": "digits classifier 0"})
     np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for name in ("other.npz", "wide.npz"):
         with pytest.raises(SystemExit, match="can't be compared"):
             evaluate(*images, f"--ref={tmp_path}/{name}", folder=tmp_path)
     assert there["digits_fid"] > 1  # 300 test digits against the training digits
+
+
+def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
+    """Broken: a checkpoint could not be compared with another one, or statistics would need a network to be compared."""
+    monkeypatch.chdir(digits)
+    generated, options = f"--save_stats={tmp_path}/generated.npz", ["--num=100", "--seed=3"]
+    evaluate("--ckpt=fsdd.pt", generated, *options, folder=tmp_path)
+    evaluate("--ckpt=tokenizer.pt", "--num=100", f"--save_stats={tmp_path}/reconstructed.npz", folder=tmp_path)
+    between = evaluate("--ckpt=fsdd.pt", "--ref=tokenizer.pt", *options, folder=tmp_path)
+    back = evaluate("--images=test.npz", "--ref=fsdd.pt", *options, folder=tmp_path)
+    there = evaluate("--images=test.npz", "--data=digits", f"--ref={tmp_path}/generated.npz", folder=tmp_path)
+    assert back["digits_fid"] == pytest.approx(there["digits_fid"], rel=1e-7) and back["num_images"] == 300
+    capsys.readouterr()
+    for network in ("inception", "digits_classifier"):
+        monkeypatch.setattr(evaluate_fid, network, mock.Mock(side_effect=AssertionError("no network is needed")))
+    sides = ["--images", tmp_path / "generated.npz", "--ref", tmp_path / "reconstructed.npz"]
+    alone = evaluate(*sides, folder=tmp_path)
+    assert alone.keys() == {"images", "features", "reference", "digits_fid"} and "warning" not in capsys.readouterr().err
+    assert alone["digits_fid"] == pytest.approx(between["digits_fid"], rel=1e-7) and alone["digits_fid"] > 1
+    assert alone["features"] == between["features"] and "digits_precision" in between
+    with np.load(tmp_path / "reconstructed.npz") as file:
+        np.savez(tmp_path / "reconstructed.npz", **dict(file) | {"features": "digits classifier 0"})
+    with pytest.raises(SystemExit, match="can't be compared"):
+        evaluate(*sides, folder=tmp_path)
 
 
 def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, capsys):
@@ -430,7 +513,7 @@ def test_inception_on_the_command_line(weight_file, tmp_path, capsys):
     np.savez_compressed(tmp_path / "first.npz", arr_0=first.permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / "second.npz", arr_0=second.permute(0, 2, 3, 1).numpy())
     same = evaluate("--images", tmp_path / "images", "--ref", tmp_path / "first.npz", "--inception", weight_file, folder=tmp_path)
-    assert "16 images are fewer than the 2048 features" in capsys.readouterr().err
+    assert "16 images are no more than the 2048 features" in capsys.readouterr().err
     scale = evaluate("--images", tmp_path / "first.npz", "--ref", tmp_path / "second.npz", "--inception", weight_file,
                      "--batch=5", folder=tmp_path)
     assert 0 <= same["fid"] < 1e-4 * scale["fid"] and (same["precision"], same["recall"]) == (1, 1)
@@ -485,6 +568,12 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
     np.savez("nan_stats.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
     np.savez("narrow_stats.npz", mu=np.zeros(128), sigma=np.eye(127))
     np.savez("stats.npz", mu=np.zeros(128), sigma=np.eye(128))
+    np.savez("wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez("text_stats.npz", mu=np.array(["a"] * 128), sigma=np.eye(128))
+    np.savez("one.npz", arr_0=good[:1])
+    for name, member in (("magic", "arr_0.npy"), ("bare", "arr_0")):
+        with zipfile.ZipFile(name + ".npz", "w") as archive:
+            archive.writestr(member, b"no array at all")
     np.savez("neither.npz", images=good)
     (tmp_path / "text.npz").write_text("no archive")
     (tmp_path / "text.pth").write_text("no weights")
@@ -493,6 +582,8 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
     torch.save({"kind": "other"}, "other.pt")
     tokenizer = torch.load(digits / "tokenizer.pt", weights_only=True)
     torch.save(tokenizer | {"config": {}}, "nodata.pt")
+    colour = tokenizer["model_config"] | {"channels": 3}
+    torch.save(tokenizer | {"model_config": colour, "weights": SetTokenizer(**colour).state_dict()}, "colour.pt")
     torch.save(torch.load(digits / "fsdd.pt", weights_only=True) | {"config": {"data": "data/imagenet"}}, "imagenet.pt")
     torch.save(tokenizer | {"config": {"data": "no/imagenet"}}, "imagenet_tokenizer.pt")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -510,9 +601,16 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
         ([*as_digits, "none.npz"], ["(0, 28, 28, 3)"]), ([*as_digits, "columns.npz"], ["column-major"]),
         ([*as_digits, "objects.npz"], ["object"]), ([*as_digits, "short.npz"], ["ends before its 9 images do"]),
         ([*as_digits, "text.npz"], ["can't be read as an .npz"]), ([*as_digits, "neither.npz"], ["needed is arr_0, or mu"]),
-        ([*as_digits, "stats.npz"], ["--ref"]), ([*as_digits, "good.npz", "--ref=nan_stats.npz"], ["nan_stats.npz", "NaN"]),
+        ([*as_digits, "stats.npz", "--save_stats=a.npz"], ["statistics already"]), ([*as_digits, "good.npz", "--ref=nan_stats.npz"],
+                                                                               ["nan_stats.npz", "NaN"]),
         ([*as_digits, "good.npz", "--ref=narrow_stats.npz"], ["narrow_stats.npz", "(127, 127)"]),
         ([*as_digits, "mixed", "--image_size=16"], ["digits must be"]),
+        (["--images=stats.npz", "--ref=wide.npz"], ["wide.npz", "2048", "can't be compared with the 128"]),
+        ([*as_digits, "one.npz"], ["at least two images", "one.npz"]),
+        ([*as_digits, "magic.npz"], ["arr_0 in magic.npz can't be read"]),
+        ([*as_digits, "bare.npz"], ["bare.npz holds nothing"]),
+        ([*as_digits, "good.npz", "--ref=text_stats.npz"], ["text_stats.npz", "floating-point"]),
+        (["--ckpt=colour.pt", "--data=digits"], ["have 1 channels, those of colour.pt 3"]),
         (["--images=good.npz"], ["nothing to compare good.npz with", "VIRTUAL_imagenet256_labeled.npz"]),
         (["--images=good.npz", "--ref=good.npz"], ["Inception's weights", evaluate_fid.INCEPTION_URLS[0], "no network", "hub"]),
         (["--images=good.npz", "--ref=good.npz", "--inception=text.pth"], ["text.pth can't be read as weights"]),
@@ -532,6 +630,19 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
     monkeypatch.undo()
     finished = run("evaluate_fid.py", "--ckpt", tmp_path / "imagenet_tokenizer.pt", folder=tmp_path)
     assert_one_sentence(finished, "no/imagenet/val")
+
+
+def test_a_mistake_ends_all_processes(digits, tmp_path):
+    """Broken: under torchrun what one process finds would leave the others waiting, or end them in tracebacks."""
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(few_digits("test", 8).images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "5.png").write_text("no image")  # of the second process
+    (tmp_path / "digits_classifier.pt").write_bytes((digits / "digits_classifier.pt").read_bytes())
+    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--ref", digits / "test.npz", "--device=cpu",
+                   folder=tmp_path, processes=2)
+    assert finished.returncode != 0 and "error: images/5.png can't be read as an image" in finished.stderr
+    assert 'evaluate_fid.py", line' not in finished.stderr, finished.stderr
 
 
 # --- against torch-fidelity and pytorch-fid ----------------------------------------------------------------------------

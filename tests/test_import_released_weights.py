@@ -6,6 +6,7 @@ and B, which takes some minutes and 8 GiB of memory, by a command that leaves th
     python -m tests.test_import_released_weights FOLDER
 """
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 
 import sample
 from dual_transform import tokens_to_counts
+from evaluate_fid import InceptionV3
 from fsdd import Denoiser
 from paper import import_released_weights
 from tests.test_common import ROOT, assert_one_sentence, run
@@ -376,6 +378,18 @@ def test_sampling_and_training_go_on_from_it(imported, tmp_path):
                    "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64", "--heads=1", "--layers=1", "--compile=false",
                    "--prior=distinct", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
+    weights = InceptionV3().state_dict()
+    torch.save(weights, tmp_path / "inception.pth")
+    finished = run("evaluate_fid.py", "--ckpt", folder / "tokenizer.pt", "--data", tmp_path / "images", "--json=r.json",
+                   "--inception=inception.pth", folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "r.json").read_text())["num_images"] == 4
+    assert_one_sentence(run("evaluate_fid.py", "--ckpt", folder / "fsdd.pt", folder=tmp_path), "nothing to compare",
+                        "VIRTUAL_imagenet256_labeled.npz")
+    finished = run_module("paper.reconstruct", "--ckpt", folder / "tokenizer.pt", tmp_path / "images" / "val", folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    with Image.open(tmp_path / "reconstructions.png") as page:
+        assert page.size == (6 * 48, 18 + 4 * 48)
     for script, path in (("train_tokenizer.py", "tokenizer.pt"), ("train_fsdd.py", "fsdd.pt")):
         assert_one_sentence(run(script, "--resume", "--out", folder / path, folder=tmp_path), path, "--resume")
 

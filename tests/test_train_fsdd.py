@@ -188,6 +188,16 @@ def test_too_many_codes_get_one_sentence():
             train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
 
 
+def test_a_tokenizer_of_colour_images_gets_one_sentence():
+    """Broken: grey images would go into a tokenizer of colour images, and end in a traceback."""
+    model_config = dict(channels=3, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16, heads=2,
+                        encoder_layers=1, decoder_layers=1)
+    stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
+    cfg = SimpleNamespace(data="digits", out="a.pt", tokenizer="colour.pt", workers=0)
+    with pytest.raises(ValueError, match="images of digits have 1 channels, those of colour.pt 3"):
+        train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
+
+
 def test_broken_tokenizer_gets_one_sentence(tmp_path):
     """Broken: stage 2 on something that is no tokenizer would end in a traceback."""
     common.save_checkpoint({"something": 1}, str(tmp_path / "tokenizer.pt"))
