@@ -82,7 +82,7 @@ def add_generation_options(parser):
     parser.add_argument("--guidance", help="one weight, or three for the thirds of the steps; 1 = none (the checkpoint's)")
     parser.add_argument("--top_p", type=float, help="draw x_0 from the likeliest counts beyond this probability (the checkpoint's)")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest counts, 0 = all (the checkpoint's)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"images made together ({BATCH}); another value draws other images")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"images made together ({BATCH}); another draws other images")
     parser.add_argument("--seed", type=int, default=SEED, help=f"another seed draws other images ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
     parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"), help=f"bfloat16 autocast of the denoiser ({BF16})")

@@ -48,7 +48,7 @@ HYPERPARAMETERS = [
     ("optimizer",        "muon",         "adamw",         "adamw, or muon for the blocks' matrices and adamw for the rest"),
     ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
     ("muon_lr",          1e-2,           1e-3,            "peak learning rate of muon"),
-    ("lr_end",           0.01,           1.0,             "learning rate at the end, as a share of the peak (cosine); 1 = constant"),
+    ("lr_end",           0.01,           1.0,             "learning rate at the end, a share of the peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
     ("beta2",            0.99,           0.999,           "second beta of adamw"),
     ("weight_decay",     0.01,           0.01,            "on all weights, as the authors' release (PyTorch's default)"),

@@ -42,7 +42,7 @@ HYPERPARAMETERS = [
     ("encoder_layers",   2,             12,               "blocks of the encoder"),
     ("decoder_layers",   3,             12,               "blocks of the decoder"),
     # published networks, files in PyTorch's format; "" = none
-    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN: its codes are the proxy, its decoder draws"),
+    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN: gives the proxy codes, and draws"),
     ("convnext",         "",            "convnext_small-0c510722.pth", "ConvNeXt-S of torchvision, for the perceptual loss"),
     # phase 1, proxy codes: cross-entropy + quantizer
     ("proxy_steps",      0,             500000,           "steps of this phase, 0 = pixels from the first step"),
@@ -58,7 +58,7 @@ HYPERPARAMETERS = [
     ("lecam_ema",        0.999,         0.999,            "decay of the moving averages it needs"),
     # the set's own losses
     ("commitment",       0.25,          0.25,             "pull of latents to their codes, against that of codes to latents"),
-    ("uniformity",       0.25,          0.0,              "weight of the loss that spreads an image's latents out (not in the paper)"),
+    ("uniformity",       0.25,          0.0,              "weight of a loss that spreads an image's latents (not in the paper)"),
     ("revive_after",     20,            0,                "steps without use after which a code is put on a latent, 0 = never"),
     ("revive_until",     0.8,           0.8,              "share of the training after which codes are left alone"),
     # optimization
@@ -169,7 +169,7 @@ def make_model(cfg, checkpoint, channels, vqgan, device):
 
 
 def begin_phase(model, checkpoint, cfg, proxy, first, last, device):
-    """All that changes in training, for the steps first..last - 1: from the weights of model, or from a checkpoint of this phase."""
+    """All that changes in training, for the steps first..last - 1, from the weights of model or a checkpoint of this phase."""
     phase = SimpleNamespace(model=model, proxy=proxy, first=first, last=last)
     model.requires_grad_(True)
     model.pixel_decoder.requires_grad_(not proxy)

@@ -137,7 +137,7 @@ def test_other_data_without_published_networks(files, tmp_path):
     """Broken: without the published files there would be no way to train on a folder of images."""
     folder = place(files, tmp_path / "plain")
     finished = run("train_tokenizer.py", *STAGE1, "--proxy_steps=0", "--vqgan=", "--convnext=", "--perceptual=0",
-                   "--adversarial=0", folder=folder)
+                   "--adversarial=0", "--uniformity=0.25", "--revive_after=3", folder=folder)
     assert finished.returncode == 0, finished.stderr
     log = read_log(folder / "tokenizer.csv")
     assert log[-1]["mse"] < log[0]["mse"] and "proxy" not in log[0]
