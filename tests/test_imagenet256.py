@@ -17,7 +17,7 @@ STAGE1 = ["--recipe=imagenet256", "--data=images", "--image_size=32", "--num_tok
           "--warmup=2", "--proxy_warmup=2", "--lr=0.001", "--workers=1", "--compile=false", "--bf16=off", "--device=cpu",
           "--log_every=1", "--save_every=3", "--picture_every=100"]
 STAGE2 = ["--recipe=imagenet256", "--data=images", "--width=16", "--heads=2", "--layers=1", "--steps=20", "--batch_size=7",
-          "--device_batch=3", "--sample_steps=3", "--compile=false", "--bf16=off", "--device=cpu", "--log_every=1",
+          "--device_batch=3", "--sample_steps=3", "--workers=1", "--compile=false", "--bf16=off", "--device=cpu", "--log_every=1",
           "--save_every=3", "--picture_every=100"]
 
 
