@@ -5,6 +5,7 @@ import csv
 import gc
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -167,6 +168,10 @@ def run(main):
         code = main()
     except KeyboardInterrupt:
         stop("interrupted")
+    finally:  # processes that read images ignore SIGTERM (data/reading.py), by which Python would end them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for reader in multiprocessing.active_children():
+            reader.kill()
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
