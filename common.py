@@ -140,8 +140,7 @@ def start_processes(device, tf32=True):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
         stop(f"--device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    set_tf32(tf32)
     if "RANK" not in os.environ:
         return torch.device(device), 0, 1
     if device.startswith("cuda"):
@@ -152,6 +151,12 @@ def start_processes(device, tf32=True):
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return torch.device(device), dist.get_rank(), dist.get_world_size()
+
+
+def set_tf32(on):
+    """Whether GPUs that have TF32 take float32 products in it."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def is_main():

@@ -58,30 +58,45 @@ def main(argv=None):
     device, rank, processes = common.start_processes(args.device, tf32=False)  # a published number must not hang on the GPU
     began = time.time()
     try:
-        images, reference, data = open_sides(args, device)
-        both = bool(images.read and reference and reference.read)  # precision and recall need images on both sides
-        measured = bool(reference and reference.read and (both or not reference.statistics))
-        net = None  # two statistics need none
-        if images.read or measured:
-            classifier = data == "digits" and not args.inception
-            net = digits_classifier(args, device, rank) if classifier else inception(args, device, rank)
-        features = check_features(images, reference, net)
-        against = measure(net, reference, args.batch, both, device, rank, processes) if measured else None
-        found = measure(net, images, args.batch, both, device, rank, processes) if images.read else None
-        if rank > 0:
-            return
-        if args.save_stats:
-            save_statistics(args.save_stats, found, net)
-        results = compare(features, images, found, reference, against, device)
+        results = evaluate(args, device, rank, processes)
     except ValueError as problem:
         common.stop(str(problem))
-    if found and found.read_as_label is not None:
-        results |= {"read_as_label": found.read_as_label, "test_digits_read_as_label": net.accuracy.item()}
+    if rank > 0:
+        return
     if args.json:
         common.write_json(results, args.json)
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     print(f"measured in {common.duration(time.time() - began)}")
+
+
+def evaluate(args, device, rank=0, processes=1):
+    """The numbers that a command line asks for, {name: value}; args: of parse(). All processes take part; only on the main
+    process it returns them. ValueError where something lacks or doesn't fit.
+    """
+    images, reference, data = open_sides(args, device)
+    both = bool(images.read and reference and reference.read)  # precision and recall need images on both sides
+    measured = bool(reference and reference.read and (both or not reference.statistics))
+    net = None  # two statistics need none
+    if images.read or measured:
+        net = network(args, data, device, rank)
+    features = check_features(images, reference, net)
+    against = measure(net, reference, args.batch, both, device, rank, processes) if measured else None
+    found = measure(net, images, args.batch, both, device, rank, processes) if images.read else None
+    if rank > 0:
+        return None
+    if args.save_stats:
+        save_statistics(args.save_stats, found, net)
+    results = compare(features, images, found, reference, against, device)
+    if found and found.read_as_label is not None:
+        results |= {"read_as_label": found.read_as_label, "test_digits_read_as_label": net.accuracy.item()}
+    return results
+
+
+def network(args, data, device, rank):
+    """The network whose features are compared: Inception-v3, for the digits the classifier unless --inception asks for it."""
+    classifier = data == "digits" and not args.inception
+    return digits_classifier(args, device, rank) if classifier else inception(args, device, rank)
 
 
 def parse(argv):
@@ -96,6 +111,8 @@ def parse(argv):
                                                                 "reconstruct (all); under torchrun write --num_images")
     parser.add_argument("--image_size", type=int, help="crop the images of folders to so many pixels, as ADM does")
     parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
+    parser.add_argument("--classifier", help=f"the digits' classifier, trained where it is not there ({CLASSIFIER} beside the "
+                                             "checkpoint)")
     parser.add_argument("--save_stats", help="write mu and sigma of the measured images to this .npz, for --ref")
     parser.add_argument("--json", help="write the results to this file")
     sample.add_generation_options(parser)
@@ -109,7 +126,7 @@ def parse(argv):
     sample.check_generation_options(parser, args)
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save_stats must end in .npz, got {args.save_stats}")
-    for path in (args.save_stats, args.json):
+    for path in (args.save_stats, args.json, args.classifier):
         common.check_folder(path or "")
     return args
 
@@ -759,8 +776,8 @@ class DigitsClassifier(nn.Module):
 
 
 def digits_classifier(args, device, rank):
-    """The classifier, the same in all processes; trained at its first use (a minute on two cores), kept beside the checkpoint."""
-    path = os.path.join(os.path.dirname(args.ckpt or ""), CLASSIFIER)
+    """The classifier, the same in all processes; trained at its first use (a minute on two cores) and kept."""
+    path = args.classifier or os.path.join(os.path.dirname(args.ckpt or ""), CLASSIFIER)
 
     def prepare():
         net = DigitsClassifier()

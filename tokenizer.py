@@ -80,21 +80,29 @@ class SetTokenizer(nn.Module):
     vqgan_width: width of the MaskGIT-VQGAN decoder that draws the pixels (the paper; patch_size must be 16, channels 3), or 0:
     a linear map from every place to its patch.  vqgan_dim: dimensions of that VQGAN's codes.
     reshaped_latents: see Encoder.
+    layout: what a token's place says. "set" (the paper): nothing. "sequence" and "grid" are what the paper compares with:
+    in a sequence (TiTok) the decoder adds a learned position to every token; in a grid (VQGAN) moreover the encoder has no
+    latents, every patch place becomes a token, so that M = P.
     """
 
-    def __init__(self, image_size, channels, patch_size, num_tokens, codebook_size, code_dim, width, heads,
-                 encoder_layers, decoder_layers, commitment=0.25, vqgan_width=0, vqgan_dim=256, reshaped_latents=False):
+    def __init__(self, image_size, channels, patch_size, num_tokens, codebook_size, code_dim, width, heads, encoder_layers,
+                 decoder_layers, commitment=0.25, vqgan_width=0, vqgan_dim=256, reshaped_latents=False, layout="set"):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
         if vqgan_width and (patch_size != 16 or channels != 3):
             raise ValueError(f"MaskGIT-VQGAN draws patches of 16 pixels in 3 channels, not of {patch_size} in {channels}; "
                              f"vqgan_width 0 does without it")
-        self.image_size, self.num_tokens, self.codebook_size = image_size, num_tokens, codebook_size
+        self.image_size, self.num_tokens, self.codebook_size, self.layout = image_size, num_tokens, codebook_size, layout
         grid = image_size // patch_size
-        self.encoder = Encoder(grid, channels, patch_size, width, heads, encoder_layers, num_tokens, code_dim, reshaped_latents)
+        if layout not in ("set", "sequence", "grid"):
+            raise ValueError(f"layout must be set, sequence or grid, got {layout!r}")
+        if layout == "grid" and num_tokens != grid ** 2:
+            raise ValueError(f"a grid has a token for each of the {grid ** 2} patches, got num_tokens {num_tokens}")
+        self.encoder = Encoder(grid, channels, patch_size, width, heads, encoder_layers, num_tokens * (layout != "grid"), code_dim,
+                               reshaped_latents)
         self.quantizer = Quantizer(codebook_size, code_dim, commitment)
-        self.decoder = Decoder(grid, width, heads, decoder_layers, code_dim)
+        self.decoder = Decoder(grid, width, heads, decoder_layers, code_dim, num_tokens * (layout != "set"))
         self.pixel_head = CodeMap(grid, width, vqgan_dim) if vqgan_width else PatchPixels(grid, channels, patch_size, width)
         self.apply(initialize)
         self.pixel_decoder = VQGANDecoder(vqgan_width, vqgan_dim) if vqgan_width else nn.Identity()
@@ -103,12 +111,12 @@ class SetTokenizer(nn.Module):
         """One training pass: images (B, ch, H, W) in [-1, 1] -> reconstructions (same shape), tokens (B, M), the encoder's
         latents (B, M, code_dim) of length 1, and the quantizer's loss.
 
-        uniform: (B, M) in [0, 1), the shuffle that the tokens reach the decoder with hangs on it; left out, none.
+        uniform: (B, M) in [0, 1), the shuffle that a set's tokens reach the decoder with hangs on it; left out, none.
         proxy: give the map of codes (B, vqgan_dim, H / 16, W / 16) that MaskGIT-VQGAN would draw, in place of reconstructions.
         """
         latents = F.normalize(self.encoder(images).float(), dim=-1)
         q, tokens, loss = self.quantizer(latents)
-        if uniform is not None:
+        if uniform is not None and self.layout == "set":
             # The set: tokens reach the decoder in random order (Sec. 3.1, Fig. 2). As no token carries a position there, the
             # decoder could not use the order anyway; the shuffle changes rounding only, and shows what the code is about.
             order = uniform.argsort(1)  # (B, M)
@@ -123,8 +131,13 @@ class SetTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens):
-        """Tokens (B, any number) int64 in [0, C), in any order -> images (B, ch, H, W), about [-1, 1]."""
+        """Tokens (B, any number) int64 in [0, C), in any order -> images (B, ch, H, W), about [-1, 1].
+
+        Of a sequence or a grid, M tokens in their order. ValueError for anything else.
+        """
         check_integers("tokens", tokens, "(B, M)")
+        if self.layout != "set" and tokens.shape[1] != self.num_tokens:
+            raise ValueError(f"a {self.layout} has {self.num_tokens} tokens, got {tokens.shape[1]}")
         refuse_where("tokens", tokens, (tokens < 0) | (tokens >= self.codebook_size), f"outside [0, {self.codebook_size})")
         return self.pixel_decoder(self.pixel_head(self.decoder(self.quantizer.codes()[tokens])))
 
@@ -142,6 +155,7 @@ def initialize(module):
 class Encoder(nn.Module):
     """ViT encoder: images (B, ch, H, W) in [-1, 1] -> latents (B, M, code_dim).
 
+    num_tokens: M, or 0: what comes out stands at the P patch places, one each, and M = P.
     reshaped_latents: read the M latents of length width, in memory, as width rows of M, as the authors' release does (so
     every token mixes many latents); its weights need that, our own training does not.
     """
@@ -161,10 +175,11 @@ class Encoder(nn.Module):
         self.to_code = nn.Linear(width, code_dim)
 
     def forward(self, images):
-        B, M = len(images), len(self.latents)
+        B = len(images)
         x = self.patches((images + 1) / 2).flatten(2).transpose(1, 2)  # (B, P, width); pixels enter in [0, 1]
         places = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1) + self.positions.to(x.dtype)
         x = torch.cat([places, self.latents.expand(B, -1, -1).to(x.dtype)], dim=1)  # (B, 1 + P + M, width)
+        M = len(self.latents) or places.shape[1] - 1
         x = through(self.blocks, self.norm_in(x), recompute=self.recompute)[:, -M:]  # (B, M, width)
         x = self.norm_out(x)
         if self.reshaped_latents:
@@ -196,13 +211,17 @@ class Quantizer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """ViT decoder: a set of codes (B, any number, code_dim) -> features of every patch place (B, P, width)."""
+    """ViT decoder: a set of codes (B, any number, code_dim) -> features of every patch place (B, P, width).
+
+    num_positions: 0, or M: tell the codes by their places, which makes them a sequence.
+    """
 
     recompute = False  # see through()
 
-    def __init__(self, grid, width, heads, layers, code_dim):
+    def __init__(self, grid, width, heads, layers, code_dim, num_positions=0):
         super().__init__()
         self.from_code = nn.Linear(code_dim, width)  # and no position: nothing tells the first token from the last
+        self.token_positions = nn.Parameter(torch.randn(num_positions, width) * width ** -0.5) if num_positions else None
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
         self.mask_token = nn.Parameter(torch.randn(width) * width ** -0.5)
         self.positions = nn.Parameter(torch.randn(1 + grid ** 2, width) * width ** -0.5)
@@ -212,6 +231,8 @@ class Decoder(nn.Module):
 
     def forward(self, q):
         x = self.from_code(q)  # (B, M, width)
+        if self.token_positions is not None:
+            x = x + self.token_positions.to(x.dtype)
         P = len(self.positions) - 1
         places = torch.cat([self.class_embedding[None], self.mask_token.expand(P, -1)]) + self.positions  # (1 + P, width)
         x = torch.cat([places.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, 1 + P + M, width)

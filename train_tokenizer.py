@@ -35,6 +35,7 @@ HYPERPARAMETERS = [
     ("num_tokens",       32,            128,              "M, tokens in a set"),
     ("codebook_size",    96,            4096,             "C, codes in the codebook"),
     ("code_dim",         4,             12,               "dimensions of a code"),
+    ("layout",           "set",         "set",            "what a token's place says: set (nothing), sequence or grid, to compare"),
     # the two transformers
     ("patch_size",       7,             16,               "side of a patch, pixels"),
     ("width",            128,           768,              "width of encoder and decoder"),
@@ -92,7 +93,7 @@ HYPERPARAMETERS = [
     ("picture_every",    500,           5000,             "steps between pictures"),
 ]
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
-         "decoder_layers", "commitment")  # what SetTokenizer is made from
+         "decoder_layers", "commitment", "layout")  # what SetTokenizer is made from
 LOSSES = ("loss", "mse", "proxy", "perceptual", "adversarial", "discriminator", "quantizer")
 COLUMNS = ["step", *LOSSES, "psnr", "codes_in_use", "lr"]  # of the log; empty where a phase does not have it
 VQGAN_AT = "https://huggingface.co/fun-research/TiTok/resolve/main/maskgit-vqgan-imagenet-f16-256.bin"

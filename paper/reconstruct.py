@@ -5,7 +5,7 @@
 
 Writes reconstructions.png, a row an image: the image as the tokenizer sees it (centre crop), then what is decoded from its
 tokens in the encoder's order, reversed, shuffled, ascending and descending. A set has no order, so the five must be alike;
-by how much they are not is printed. Table 1 takes rFID over them: evaluate_fid.py measures it, in the encoder's order.
+by how much they are not is printed. Table 1 takes rFID over them: paper/table1_order.py.
 """
 import argparse
 import os

@@ -1,0 +1,88 @@
+"""What the tables share: models with other settings than the digits' own, trained once and kept; their FID.
+
+A variant is a run of train_tokenizer.py or train_fsdd.py with some options. Its checkpoint stands in FOLDER under a name made of
+those options and a hash of all settings, so that a second run finds it, and changed defaults make a new one. A run that was
+cut off goes on where it was.
+"""
+import hashlib
+import os
+import sys
+
+import torch.distributed as dist
+
+import common
+import evaluate_fid
+import train_fsdd
+import train_tokenizer
+
+FOLDER = "paper/cache"
+CLASSIFIER = evaluate_fid.CLASSIFIER  # one for all tables, the one that evaluate_fid.py keeps beside tokenizer.pt and fsdd.pt
+NO_MATTER = {"recipe", "resume", "device", "tf32", "workers", "out", "tokenizer", "tokens", "log_every", "save_every",
+             "picture_every"}  # settings that change where a variant is trained and what is told, not what it is
+
+
+def tokenizer(**options):
+    """The path of a digits' tokenizer trained with options of train_tokenizer.py, trained now if it is not there."""
+    return trained(train_tokenizer, "tokenizer", options, options)
+
+
+def fsdd(tokenizer_path, **options):
+    """The path of a digits' denoiser of a tokenizer's sets, trained with options of train_fsdd.py, now if it is not there."""
+    with open(tokenizer_path, "rb") as file:
+        of = {"of": hashlib.sha256(file.read()).hexdigest()[:8]}
+    os.makedirs(FOLDER, exist_ok=True)
+    places = {"tokenizer": tokenizer_path, "tokens": f"{FOLDER}/tokens-{of['of']}.npy"}
+    return trained(train_fsdd, "fsdd", options | places, of | options)
+
+
+def trained(script, kind, options, named):
+    """The path of what a training script makes with options; named: what of them its name shows."""
+    if dist.is_initialized():
+        raise ValueError("what is trained on the digits here is trained by one process; leave out torchrun")
+    arguments = ["--recipe=digits", *(f"--{name}={value}" for name, value in options.items())]
+    cfg, _ = common.parse(script.HYPERPARAMETERS, "", kind, arguments)
+    settings = {name: value for name, value in (vars(cfg) | named).items() if name not in NO_MATTER}
+    mark = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
+    shown = [f"{name}{value}" for name, value in named.items() if name in settings]
+    path = f"{FOLDER}/{'-'.join([kind, *shown, mark])}.pt"
+    if os.path.isfile(path):
+        if common.load_checkpoint(path, "the same command, with the file removed", kind)["step"] == cfg.steps:
+            return path
+        arguments.append("--resume")
+    os.makedirs(FOLDER, exist_ok=True)
+    code = script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"])
+    if code:  # a signal stopped it
+        sys.exit(code)
+    return path
+
+
+def fid(checkpoint, device, rank=0, processes=1, **options):
+    """rFID of a tokenizer's checkpoint or gFID of a denoiser's, as evaluate_fid.py measures it with options; on the digits,
+    digits FID. Only the main process knows it. What was measured of a variant is kept beside it. ValueError as there."""
+    key = " ".join(f"--{name}={value}" for name, value in options.items() if value is not None)
+    kept = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""
+    known = common.read_json(kept)
+    if key not in known:
+        common.set_tf32(False)
+        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *key.split()])
+        results = evaluate_fid.evaluate(args, device, rank, processes)
+        if rank == 0:
+            known[key] = results.get("digits_fid", results.get("fid"))
+            if kept:
+                common.write_json(known, kept)
+    return known.get(key)
+
+
+def number(value):
+    """An FID as the tables show it; None, where nothing was measured, as a dash."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def add_options(parser, num):
+    """The options that every table of FIDs has."""
+    parser.add_argument("--data", help="digits, or a folder that holds train/ and val/ (what the checkpoint was trained on)")
+    parser.add_argument("--ref", help="what generated images are compared with, see evaluate_fid.py (the training digits)")
+    parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
+    parser.add_argument("--num", "--num_images", type=int, help=f"images to generate (digits: {num}); under torchrun write "
+                                                                "--num_images")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
