@@ -186,8 +186,7 @@ def open_sides(args, device):
     elif originals:
         reference = originals
     elif data == "digits":
-        digits = open_dataset("digits", "train", 28)  # as ADM's statistics are of the training set
-        reference = side("the training digits", len(digits), lambda part: digits.images[part])
+        reference = training_digits()  # as ADM's statistics are of the training set
     elif args.save_stats:
         reference = None
     else:
@@ -196,6 +195,11 @@ def open_sides(args, device):
         if not one.statistics and one.num < 2:
             raise ValueError(f"a covariance needs at least two images, got {one.num} ({one.name})")
     return images, reference, data
+
+
+def training_digits():
+    digits = open_dataset("digits", "train", 28)
+    return side("the training digits", len(digits), lambda part: digits.images[part])
 
 
 def is_checkpoint(path):

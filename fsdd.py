@@ -216,10 +216,13 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.to_logits.weight)  # and all counts are equally likely: the loss starts at log(M + 1)
 
     def forward(self, x_t, t, labels):
-        """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1)."""
+        """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1).
+
+        Fewer than C positions are taken for the first ones, which only a causal model can use (paper/baselines.py).
+        """
         c = self.time_mlp(time_features(1 - t))
         c = c + self.class_embedding(labels).to(c.dtype)  # (B, width)
-        x = (self.count_embedding(x_t) + self.code_embedding).to(c.dtype)  # (B, C, width), in bfloat16 under autocast
+        x = (self.count_embedding(x_t) + self.code_embedding[:, :x_t.shape[1]]).to(c.dtype)  # (B, C, width), in bfloat16 under autocast
         x = through(self.blocks, x, c, recompute=self.recompute)
         shift, scale = self.modulation_out(c)[:, None].chunk(2, dim=2)
         return self.to_logits(self.norm_out(x) * (1 + scale) + shift)

@@ -20,8 +20,9 @@ from dual_transform import check_integers, refuse_where
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask, (B, L, width) -> (B, L, width)."""
+    """Multi-head self-attention, (B, L, width) -> (B, L, width)."""
 
+    causal = False  # whether a place sees only itself and those before it; sets have no before (paper/baselines.py)
     fused_attention = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for long sequences
 
     def __init__(self, width, heads):
@@ -36,9 +37,12 @@ class Attention(nn.Module):
         B, L, width = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
         if self.fused_attention == "on" or self.fused_attention == "auto" and (x.is_cuda or L > 256):
-            x = F.scaled_dot_product_attention(q, k, v)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:  # the same, written out: for short sequences in bfloat16 on a CPU it is several times faster than the fused kernel
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, L, L)
+            if self.causal:
+                scores = scores.masked_fill(torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+            x = scores.softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, L, width))
 
 

@@ -104,7 +104,8 @@ def main(argv=None):
               "images": train_set.fingerprint(), "generation": generation,
               "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}}
     with common.SignalsNoted() as signals:
-        averaged = train(model, tokenizer, tokens, train_set.labels, rows, checkpoint, start, header, cfg, signals)
+        averaged = train(model, tokens, train_set.labels, rows, checkpoint, start, header, cfg, signals, forward_backward,
+                         lambda averaged: draw_samples(averaged, tokenizer, header, device, cfg))
     if signals.agreed:
         return common.leave(signals, cfg)
     loss = evaluate(averaged, tokenizer, test_set, device, rank, processes, cfg)
@@ -117,6 +118,7 @@ def prepare(stage1, device, cfg):
     """The tokenizer, the two datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't fit."""
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
+    common.set_switches(tokenizer, cfg)
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     if C > 2 ** 16:
         raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C} codes")
@@ -139,11 +141,13 @@ def prepare(stage1, device, cfg):
     return tokenizer, train_set, test_set, model_config, generation
 
 
-def train(model, tokenizer, tokens, labels, rows, checkpoint, start, header, cfg, signals):
-    """The training loop, from step start to the last or to a signal. Returns the model with its averaged weights."""
+def train(model, tokens, labels, rows, checkpoint, start, header, cfg, signals, forward_backward, draw_samples):
+    """The training loop, from step start to the last or to a signal. Returns the model with its averaged weights.
+
+    forward_backward: see below; paper/table5_priors.py has others.  draw_samples: the model with averaged weights -> a picture.
+    """
     device = next(model.parameters()).device
     common.set_switches(model, cfg)
-    common.set_switches(tokenizer, cfg)
     ema = common.moving_average(model, cfg.ema)
     optimizers = common.make_optimizers(model, cfg, decay_all=True)
     if checkpoint:
@@ -172,7 +176,7 @@ def train(model, tokenizer, tokens, labels, rows, checkpoint, start, header, cfg
         if signals.agreed:
             break
         if common.due(done, cfg.picture_every, cfg.steps):
-            draw_samples(ema.module, tokenizer, header, device, cfg)
+            draw_samples(ema.module)
     progress.close()
     return ema.module
 
@@ -185,23 +189,35 @@ def forward_backward(model, tokens, indices, labels, rows, random, model_config,
     """
     B, device = cfg.batch_size, random.device
     M, C, null = (model_config[name] for name in ("num_tokens", "codebook_size", "num_classes"))
-    mirrored, dropped, t = torch.rand(3, B, generator=random, device=device)[:, rows]  # each (rows,)
+    x0, labels, t = read_batch(tokens, indices, labels, rows, random, null, cfg)
+    x0 = tokens_to_counts(x0, C)  # (rows, C)
     x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
     uniform = torch.rand(B, C, generator=random, device=device)[rows]
-    t = 1 - t  # uniform in (0, 1]
-    labels = torch.where(dropped < cfg.label_drop, null, labels[indices].to(device))
+    return gradients(model, lambda part: fsdd_loss(model, x0[part], labels[part], t[part], x1[part], uniform[part]), rows, device, cfg)
+
+
+def read_batch(tokens, indices, labels, rows, random, null, cfg):
+    """This process's rows of a global batch: tokens (rows, M) int64, labels (rows,), some dropped for null, times t (rows,) in
+    (0, 1]. indices (rows,): the images."""
+    device = random.device
+    mirrored, dropped, t = torch.rand(3, cfg.batch_size, generator=random, device=device)[:, rows]  # each (rows,)
     versions = (mirrored * len(tokens)).long().cpu()  # as it is or, where tokens has a second version, mirrored
-    x0 = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)  # tokens (rows, M)
-    x0 = tokens_to_counts(x0, C)  # (rows, C)
+    x = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (rows, M)
+    return x, torch.where(dropped < cfg.label_drop, null, labels[indices].to(device)), 1 - t
+
+
+def gradients(model, loss_of, rows, device, cfg):
+    """Gradients of the mean over the global batch of loss_of, a slice of this process's rows -> their mean loss. Returns this
+    process's part of that mean."""
     total = torch.zeros((), device=device)
 
-    def loss_of(part):
+    def counted(part):
         with common.autocast(device, cfg.bf16):
-            loss = fsdd_loss(model, x0[part], labels[part], t[part], x1[part], uniform[part])
-        total.add_(loss.detach() * len(t[part]) / B)
+            loss = loss_of(part)
+        total.add_(loss.detach() * (part.stop - part.start) / cfg.batch_size)
         return loss
 
-    common.backward(model, loss_of, rows, cfg.device_batch, B)
+    common.backward(model, counted, rows, cfg.device_batch, cfg.batch_size)
     return total
 
 

@@ -28,11 +28,25 @@ def tokenizer(**options):
 
 def fsdd(tokenizer_path, **options):
     """The path of a digits' denoiser of a tokenizer's sets, trained with options of train_fsdd.py, now if it is not there."""
-    with open(tokenizer_path, "rb") as file:
-        of = {"of": hashlib.sha256(file.read()).hexdigest()[:8]}
     os.makedirs(FOLDER, exist_ok=True)
-    places = {"tokenizer": tokenizer_path, "tokens": f"{FOLDER}/tokens-{of['of']}.npy"}
-    return trained(train_fsdd, "fsdd", options | places, of | options)
+    places = {"tokenizer": tokenizer_path, "tokens": tokens_of(tokenizer_path)}
+    return trained(train_fsdd, "fsdd", options | places, {"of": digest(tokenizer_path)} | options)
+
+
+def tokens_of(tokenizer_path):
+    """Where the training set encoded by a tokenizer is kept."""
+    return f"{FOLDER}/tokens-{digest(tokenizer_path)}.npy"
+
+
+def digest(path):
+    """Eight letters that tell a file from others."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:8]
+
+
+def mark(settings):
+    """Eight letters that tell settings from others."""
+    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
 
 
 def trained(script, kind, options, named):
@@ -42,9 +56,8 @@ def trained(script, kind, options, named):
     arguments = ["--recipe=digits", *(f"--{name}={value}" for name, value in options.items())]
     cfg, _ = common.parse(script.HYPERPARAMETERS, "", kind, arguments)
     settings = {name: value for name, value in (vars(cfg) | named).items() if name not in NO_MATTER}
-    mark = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
     shown = [f"{name}{value}" for name, value in named.items() if name in settings]
-    path = f"{FOLDER}/{'-'.join([kind, *shown, mark])}.pt"
+    path = f"{FOLDER}/{'-'.join([kind, *shown, mark(settings)])}.pt"
     if os.path.isfile(path):
         if common.load_checkpoint(path, "the same command, with the file removed", kind)["step"] == cfg.steps:
             return path

@@ -1,0 +1,283 @@
+"""Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with equal parameters, data and steps.
+
+    python -m paper.table5_priors                                      the digits, tokenizer.pt
+    torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own table
+
+Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, then guidance out of GUIDANCE and a
+cut of the distributions out of CUTS, by the FID of --num_search samples. The best setting is then trained with every seed and
+measured with --num other samples. Trainings and measurements are kept in paper/cache: a run that was cut off goes on.
+Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the fixed sum
+and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
+"""
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+
+import common
+import evaluate_fid
+import sample
+import train_fsdd
+from dual_transform import counts_to_tokens, tokens_to_counts
+from fsdd import Denoiser, fsdd_loss, generate, sample_noise
+from paper import baselines, variants
+
+LEARNING_RATES = (0.5, 1.0, 2.0)  # times --lr and --muon_lr
+GUIDANCE = ("1", "4", "4,30,30")  # weights in the thirds of the steps; the second while the learning rate is searched
+CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})  # the first while ...
+METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
+    "AR-order1": (" ", "x", " ", 6.55),
+    "AR-order2": (" ", "x", " ", 6.62),
+    "AR-random": ("x", "x", " ", 8.99),
+    "SetAR": ("x", "x", " ", 6.92),
+    "Discrete Diffusion": ("x", "x", " ", 6.23),
+    "Continuous Diffusion": ("x", " ", "x", 75.45),
+    "FSDD": ("x", "x", "x", 5.56),
+}
+CHANGED = {  # rows of train_fsdd.py that are others here on the digits, for the time's sake
+    "width": 96, "layers": 3, "heads": 3, "batch_size": 64, "steps": 800, "sample_steps": 25,
+}
+HYPERPARAMETERS = [
+    ("ckpt",             "tokenizer.pt", "tokenizer.pt", "checkpoint of train_tokenizer.py"),
+    ("methods",          ",".join(METHODS), ",".join(METHODS), "which, with commas between"),
+    ("seeds",            3,              1,              "trainings of every method with its best setting"),
+    ("search",           True,           False,          "search learning rate, guidance and cut; else --lr and the recipe's"),
+    ("num_search",       500,            10000,          "samples a setting is judged by in the search"),
+    ("num",              1000,           50000,          "samples of the table"),
+    ("batch",            250,            100,            "samples drawn together"),
+    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "what samples are compared with; digits: the training set"),
+    ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
+    *[(name, CHANGED.get(name, digits), imagenet256, meaning)
+      for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS if name not in ("tokenizer", "tokens", "out")],
+    ("out",              variants.FOLDER + "/table5.pt", variants.FOLDER + "/table5.pt", "trainings stand beside it, under longer names"),
+]
+
+
+def main(argv=None):
+    began = time.time()
+    os.makedirs(variants.FOLDER, exist_ok=True)
+    cfg, _ = common.parse(HYPERPARAMETERS, __doc__, "prior", argv)
+    stage1 = common.load_checkpoint(cfg.ckpt, "python train_tokenizer.py", "tokenizer")
+    device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
+    try:
+        world = prepare(stage1, device, rank, processes, cfg)
+        found = {method: tune_and_measure(method, world, cfg) for method in cfg.methods.split(",")}
+    except ValueError as problem:
+        common.stop(str(problem))
+    if rank > 0:
+        return
+    print(f"{world.C} codes, sets of {world.M} tokens; {cfg.steps} steps of {cfg.batch_size}; {cfg.num} samples")
+    print_table(found, cfg)
+    picture = common.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
+    picture.save("table5.png")
+    print(f"table5.png: samples of each; {common.duration(time.time() - began)}")
+
+
+def prepare(stage1, device, rank, processes, cfg):
+    """All that the seven have in common: tokens, labels, tokenizer, what FID is measured by. ValueError where something lacks."""
+    unknown = [method for method in cfg.methods.split(",") if method not in METHODS]
+    if unknown:
+        raise ValueError(f"--methods must be some of {', '.join(METHODS)}, got {', '.join(unknown)}")
+    cfg.tokenizer, cfg.tokens = cfg.ckpt, variants.tokens_of(cfg.ckpt)
+    tokenizer, train_set, _, model_config, generation = train_fsdd.prepare(stage1, device, cfg)
+    world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
+                            M=tokenizer.num_tokens, C=tokenizer.codebook_size, generation=generation)
+    world.size = {name: model_config[name] for name in ("num_classes", "width", "layers", "heads")}
+    world.rows = common.share_of_batch(cfg, len(train_set), rank, processes)
+    world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
+    args = SimpleNamespace(ckpt=cfg.ckpt, inception=cfg.inception, classifier=variants.CLASSIFIER)
+    world.net = evaluate_fid.network(args, cfg.data, device, rank)
+    if cfg.ref:
+        reference = evaluate_fid.open_images(cfg.ref, None)
+    elif cfg.data == "digits":
+        reference = evaluate_fid.training_digits()
+    else:
+        raise ValueError(f"--ref must say what samples are compared with; {evaluate_fid.NEEDS}")
+    if reference.statistics:
+        evaluate_fid.check_features(reference, None, world.net)
+        world.reference = reference.statistics
+    else:
+        seen = evaluate_fid.measure(world.net, reference, cfg.batch, False, device, rank, processes)
+        world.reference = seen and (seen.mu, seen.sigma)
+    return world
+
+
+def tune_and_measure(method, world, cfg):
+    """The result of one row of the table: the setting that was chosen, and what its trainings were measured to be."""
+    factor, setting = 1.0, {"guidance": GUIDANCE[1], **CUTS[0]}
+    if cfg.search:
+        judge = lambda factor, setting: measure(method, factor, 0, setting, cfg.num_search, world, cfg)["fid"]  # noqa: E731
+        factor = min(LEARNING_RATES, key=lambda factor: judge(factor, setting))
+        cuts = CUTS if method != "Continuous Diffusion" else CUTS[:1]  # there is no distribution to cut
+        setting = min(({"guidance": guidance, **cut} for guidance in GUIDANCE for cut in cuts),
+                      key=lambda setting: judge(factor, setting))
+    elif method == "FSDD":
+        setting = {name: world.generation[name] for name in ("guidance", "top_p", "top_k")}
+    results = [measure(method, factor, seed, setting, cfg.num, world, cfg) for seed in range(cfg.seeds)]
+    model = trained(method, factor, 0, world, cfg)
+    labels = sample.choose_labels(None, 20, world.train_set.class_names, 10)
+    images = decode(world.tokenizer, generated(method, model, labels, setting, ("picture", 0), world, cfg))
+    return SimpleNamespace(factor=factor, setting=setting, results=results, images=images,
+                           parameters=sum(parameter.numel() for parameter in model.parameters()))
+
+
+def measure(method, factor, seed, setting, num, world, cfg):
+    """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average}.
+
+    num samples, each drawn from seed, of the training with that seed and learning rate. What was measured before is kept.
+    """
+    path = path_of(method, factor, seed, cfg)
+    kept, key = path + ".json", f"{setting} {num} {cfg.sample_steps} {cfg.ref} {cfg.prior}"
+    result = common.from_all_processes(common.read_json(kept).get(key))[0]
+    if result:
+        return result
+    model = trained(method, factor, seed, world, cfg)
+    common.set_tf32(False)
+    names, sums = world.train_set.class_names, [torch.zeros(0, dtype=torch.int64)]
+    labels = sample.choose_labels(None, num, names, len(names))
+
+    def read(part):
+        counts = generated(method, model, labels[part], setting, (seed, num, part.start), world, cfg)
+        sums.append(counts.sum(1).cpu())
+        return decode(world.tokenizer, counts)
+
+    side = evaluate_fid.side(f"{method}, seed {seed}", num, read, labels)
+    found = evaluate_fid.measure(world.net, side, cfg.batch, False, world.device, world.rank, world.processes)
+    off = [(part - world.M).abs() for part in sample.gather(torch.cat(sums), world.rank, world.processes)]
+    if world.rank == 0:
+        off = torch.cat(off).double()
+        result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference),
+                  "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
+        common.write_json(common.read_json(kept) | {key: result}, kept)
+    return common.from_all_processes(result)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The seven: a model, its loss, its samples
+
+
+def build(method, world):
+    """The untrained model of a method."""
+    if method.startswith("AR-"):
+        return baselines.autoregressive(world.M, world.C, **world.size)
+    if method == "SetAR":
+        return baselines.autoregressive(world.C, world.M + 1, **world.size)
+    if method == "Continuous Diffusion":
+        return baselines.continuous(world.C, world.M, **world.size)
+    return Denoiser(world.C, world.M, **world.size)
+
+
+def loss(method, model, x, labels, t, x1, uniform, order, world):
+    """The loss of a micro-batch. x: tokens (B, M).  x1: noise (B, C).  uniform: (B, C) in [0, 1).  order: permutations (B, M)."""
+    x0 = tokens_to_counts(x, world.C)
+    if method.startswith("AR-"):
+        return baselines.autoregressive_loss(model, x.gather(1, order), labels, world.C)
+    if method == "SetAR":
+        return baselines.autoregressive_loss(model, x0, labels, world.M + 1)
+    if method == "Continuous Diffusion":
+        normal = torch.special.ndtri(uniform.clamp(1e-7, 1 - 1e-7))
+        return baselines.continuous_loss(model, x0, labels, t, normal, world.M)
+    if method == "Discrete Diffusion":
+        return baselines.flow_loss(model, x0, labels, t, x1, uniform)
+    return fsdd_loss(model, x0, labels, t, x1, uniform)
+
+
+def generated(method, model, labels, setting, key, world, cfg):
+    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise hangs on."""
+    labels, random = labels.to(world.device), common.generator(world.device, *map(str, key[:1]), *key[1:])
+    setting = setting | {"guidance": common.three_numbers(setting["guidance"]), "generator": random}
+    with common.autocast(world.device, cfg.bf16):
+        if method.startswith("AR-"):
+            return tokens_to_counts(baselines.autoregressive_generate(model, labels, **setting), world.C)
+        if method == "SetAR":
+            return baselines.autoregressive_generate(model, labels, **setting)
+        setting |= {"steps": cfg.sample_steps}
+        if method == "Continuous Diffusion":
+            return baselines.continuous_generate(model, labels, setting["steps"], setting["guidance"], random)
+        setting |= {"prior": cfg.prior}
+        if method == "Discrete Diffusion":
+            return baselines.flow_generate(model, labels, **setting)
+        return generate(model, labels, **setting, adjust_from=cfg.adjust_from)
+
+
+def decode(tokenizer, counts):
+    """Counts (B, C) of any sums -> images (B, ch, H, W) uint8 on the CPU."""
+    sums = counts.sum(1)
+    images = None
+    for total in sums.unique():
+        rows = (sums == total).nonzero()[:, 0]
+        drawn = sample.decode(tokenizer, counts_to_tokens(counts[rows]))
+        images = torch.empty(len(counts), *drawn.shape[1:], dtype=torch.uint8) if images is None else images
+        images[rows.cpu()] = drawn
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, by the loop of train_fsdd.py
+
+
+def path_of(method, factor, seed, cfg):
+    """Where a training's checkpoint stands: a name that all its settings are in."""
+    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search", "num_search", "num", "batch", "ref", "inception",
+                                      "sample_steps", "guidance", "top_p", "top_k", "adjust_from"}
+    settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
+    mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
+    return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{factor:g}-seed{seed}-{mark}.pt"
+
+
+def trained(method, factor, seed, world, cfg):
+    """The model of a method with its averaged weights, trained now as far as it is not."""
+    run = SimpleNamespace(**vars(cfg) | {"lr": factor * cfg.lr, "muon_lr": factor * cfg.muon_lr, "seed": seed,
+                                         "out": path_of(method, factor, seed, cfg)})
+    torch.manual_seed(seed)
+    model = build(method, world).to(world.device)
+    checkpoint = common.load_checkpoint(run.out, "the same command", "prior") if os.path.isfile(run.out) else None
+    start = common.check_resume(checkpoint, world.train_set)
+    if start == run.steps:
+        model.load_state_dict(checkpoint["weights"])
+        return model.eval()
+    common.set_tf32(cfg.tf32)
+    fixed = torch.randperm(world.M, generator=common.generator("cpu", method)).to(world.device)
+
+    def forward_backward(model, tokens, indices, labels, rows, random, model_config, cfg):
+        B, device = cfg.batch_size, world.device
+        x, labels, t = train_fsdd.read_batch(tokens, indices, labels, rows, random, world.size["num_classes"], cfg)
+        x1 = sample_noise(B, world.C, world.M, cfg.prior, random, device)[rows]
+        uniform = torch.rand(B, world.C, generator=random, device=device)[rows]
+        order = torch.rand(B, world.M, generator=random, device=device)[rows].argsort(1)
+        if method != "AR-random":
+            order = fixed.expand_as(order)
+        return train_fsdd.gradients(model, lambda part: loss(method, model, x[part], labels[part], t[part], x1[part], uniform[part],
+                                                             order[part], world), rows, device, cfg)
+
+    if world.rank == 0:
+        print(f"training {method}, learning rate x {factor:g}, seed {seed}", flush=True)
+    header = {"kind": "prior", "method": method, "images": world.train_set.fingerprint(), "model_config": world.size}
+    with common.SignalsNoted() as signals:
+        averaged = train_fsdd.train(model, world.tokens, world.train_set.labels, world.rows, checkpoint, start, header, run, signals,
+                                    forward_backward, draw_samples=lambda averaged: None)
+    if signals.agreed:
+        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        sys.exit(128 + signals.agreed)
+    return averaged.eval()
+
+
+def print_table(found, cfg):
+    """The table in Markdown."""
+    fid = "digits FID" if cfg.data == "digits" and not cfg.inception else "gFID"
+    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | break the sum | by, tokens | parameters, M | "
+          "learning rate x | guidance | top_p | top_k |\n|" + "---|" * 13)
+    for method, row in found.items():
+        *priors, paper = METHODS[method]
+        fids = torch.tensor([result["fid"] for result in row.results])
+        spread = f" ± {fids.std():.1f}" if len(fids) > 1 else ""
+        broken, by = (sum(result[name] for result in row.results) / len(row.results) for name in ("broken", "by"))
+        off = f"{broken:.1%} | {by:.1f}" if broken else "none | "
+        print(f"| {method} | {' | '.join(priors)} | {paper} | {fids.mean():.1f}{spread} | {off} | {row.parameters / 1e6:.3f} "
+              f"| {row.factor:g} | " + " | ".join(str(row.setting[name]) for name in ("guidance", "top_p", "top_k")) + " |")
+
+
+if __name__ == "__main__":
+    common.run(main)
