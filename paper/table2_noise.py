@@ -73,8 +73,8 @@ def load(path, data, device):
     tokenizer.load_state_dict(checkpoint["weights"])
     dataset = open_dataset(data, "test", tokenizer.image_size)
     if dataset.channels != channels:
-        raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} {channels}; give by --data what "
-                         "it was trained on")
+        raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} {channels}; give by --data "
+                         "what it was trained on")
     return tokenizer.to(device).eval().requires_grad_(False), dataset
 
 
