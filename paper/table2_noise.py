@@ -35,7 +35,7 @@ DEVICE = "auto"             # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, rank, processes = common.start_processes(args.device, tf32=False)  # TF32 would be noise too
+    device, rank, processes = common.start_processes(args.device)
     rows = []
     try:
         for path in args.ckpt or [trained(layout, args.device) for layout in LAYOUTS]:
@@ -92,6 +92,7 @@ def batches(dataset, num, image_size, device, rank, processes, workers):
 def measure(tokenizer, dataset, num, args, device, rank, processes):
     """The shares of tokens that stay, as a set and as a sequence, (len(SNRS),) each, and the mean squared error without noise,
     over num images."""
+    common.set_tf32(False)  # TF32 would be noise too
     shares, squared = (torch.zeros(n, dtype=torch.float64, device=device) for n in ((2, len(SNRS)), 1))
     for indices, images in batches(dataset, num, tokenizer.image_size, device, rank, processes, args.workers):
         tokens = tokenizer.encode(images)
