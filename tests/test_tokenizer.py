@@ -111,12 +111,13 @@ def test_quantizer_loss():
     assert quantizer.codebook.grad[tokens.unique()].abs().sum() > 0
 
 
-def test_every_weight_is_trained():
+@pytest.mark.parametrize("settings", [{}, {"layout": "sequence"}, {"layout": "grid", "num_tokens": 4}])
+def test_every_weight_is_trained(settings):
     """Broken: some weight would never get a gradient."""
-    model = small_tokenizer()
+    model = small_tokenizer(**settings)
     reconstructions, _, _, loss = model(torch.rand(6, 1, 8, 8) * 2 - 1)
     (reconstructions.square().mean() + loss).backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [name for name, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())] == []
 
 
 def test_patches_go_to_their_places():
@@ -149,11 +150,67 @@ def test_attention_is_attention(length):
     (lambda: small_tokenizer().decode(torch.tensor([[1, 10]])), r"tokens\[0, 1\] = 10 is outside \[0, 10\)"),
     (lambda: small_tokenizer().decode(torch.tensor([[-1]])), r"tokens\[0, 0\] = -1 is outside"),
     (lambda: small_tokenizer().decode(torch.tensor([[1.0]])), "int64 tensor, got torch.float32"),
+    (lambda: small_tokenizer(layout="bag"), "layout must be set, sequence or grid, got 'bag'"),
+    (lambda: small_tokenizer(layout="grid"), "each of the 4 patches, got num_tokens 6"),
+    (lambda: small_tokenizer(layout="sequence").decode(torch.zeros(2, 5, dtype=torch.int64)), "a sequence has 6 tokens, got 5"),
+    (lambda: small_tokenizer(layout="grid", num_tokens=4).decode(torch.tensor([[0] * 5])), "a grid has 4 tokens, got 5"),
 ])
 def test_bad_input_is_refused(wrong, words):
     """Broken: bad input would fail somewhere inside, or not at all."""
     with pytest.raises(ValueError, match=words):
         wrong()
+
+
+# --- the layouts that the paper compares the set with ----------------------------------------------------------------
+
+LAYOUTS = {"set": {}, "sequence": {"layout": "sequence"}, "grid": {"layout": "grid", "num_tokens": 4}}  # for small_tokenizer()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_who_sees_the_order(layout):
+    """Broken: a sequence or a grid would be a set in disguise, or the set a sequence."""
+    model = small_tokenizer(**LAYOUTS[layout])
+    M = model.num_tokens
+    tokens = torch.stack([torch.randperm(10)[:M] for _ in range(20)])  # no token twice, so that every order is another one
+    pixels = model.decode(tokens)
+    for order in (tokens.flip(1), tokens.roll(1, 1)):
+        change = (model.decode(order) - pixels).abs().amax((1, 2, 3))
+        assert change.max() < 1e-5 if layout == "set" else change.min() > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_sees_what_decoding_sees(layout):
+    """Broken: the tokens of a sequence or a grid would be shuffled in training, or forward() and decode() would differ."""
+    model, images = small_tokenizer(**LAYOUTS[layout]), torch.rand(7, 1, 8, 8) * 2 - 1
+    assert model.encode(images).shape == (7, model.num_tokens)
+    latents = torch.randn(7, model.num_tokens, 5)  # this encoder's own tell few tokens apart
+    model.encoder.forward = lambda images: latents
+    trained, tokens, _, _ = model(images, torch.rand(7, model.num_tokens))
+    assert torch.equal(tokens, model.encode(images)) and all(len(row.unique()) > 1 for row in tokens)
+    assert torch.allclose(trained, model.decode(tokens), atol=1e-5)
+
+
+def test_tokens_of_a_grid_stand_at_their_places():
+    """Broken: token p of a grid would not be that of patch p, row by row."""
+    model = small_tokenizer(**LAYOUTS["grid"])
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:  # without attention a place sees only itself
+        torch.nn.init.zeros_(block.attention.proj.weight)
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    latents = model.encoder(images)
+    for p, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        changed = images.clone()
+        changed[:, :, row:row + 4, column:column + 4] *= -1
+        moved = (model.encoder(changed) - latents).abs().amax(2) > 1e-6
+        assert moved.tolist() == [[place == p for place in range(4)]] * 4
+
+
+def test_layouts_differ_only_in_their_positions():
+    """Broken: checkpoints of sets would no longer load, or the layouts compared would differ in more than what they say."""
+    shapes = {layout: {name: tuple(weight.shape) for name, weight in small_tokenizer(**LAYOUTS[layout]).state_dict().items()}
+              for layout in LAYOUTS}
+    assert "decoder.token_positions" not in shapes["set"] and small_tokenizer().layout == "set"
+    assert shapes["sequence"] == shapes["set"] | {"decoder.token_positions": (6, 32)}
+    assert shapes["grid"] == shapes["set"] | {"decoder.token_positions": (4, 32), "encoder.latents": (0, 32)}
 
 
 # --- MaskGIT-VQGAN ---------------------------------------------------------------------------------------------------

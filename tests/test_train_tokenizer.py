@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import common
 import train_tokenizer
 from tests.test_common import ROOT, assert_one_sentence, run, run_here
+from tests.test_evaluate_fid import few_digits
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
         "--codebook_size=16", "--batch_size=7", "--device_batch=3", "--steps=60", "--warmup=3", "--revive_after=2",
@@ -118,6 +119,23 @@ def test_what_a_run_leaves(tmp_path):
     assert (tmp_path / "tokenizer.pt.previous").read_bytes() == first
 
 
+@pytest.mark.parametrize("layout, M", [("set", 5), ("sequence", 5), ("grid", 16)])
+def test_every_layout_trains(layout, M, tmp_path, monkeypatch):
+    """Broken: what the paper compares with could not be trained, or would be a set again where the checkpoint is used."""
+    monkeypatch.setattr("data.reading.open_dataset", lambda where, split, size, **_: few_digits(split, 40))
+    arguments = [*TINY, f"--num_tokens={M}", f"--layout={layout}"]
+    assert not run_here(train_tokenizer.main, *arguments, "--steps=2", folder=tmp_path).returncode
+    before = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert not run_here(train_tokenizer.main, "--resume", "--steps=3", folder=tmp_path).returncode
+    checkpoint = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert (before["step"], checkpoint["step"], checkpoint["model_config"]["layout"]) == (2, 3, layout)
+    model = train_tokenizer.SetTokenizer(**checkpoint["model_config"])
+    model.load_state_dict(checkpoint["weights"])
+    assert model.encode(few_digits("test", 3).images / 127.5 - 1).shape == (3, M)
+    for name, weight in checkpoint["training"]["model"].items():
+        assert not weight.numel() or not torch.equal(weight, before["training"]["model"][name]), name
+
+
 def test_unused_codes_are_revived():
     """Broken: codes that no image uses would stay dead, or codes in use would be moved."""
     cfg = SimpleNamespace(revive_after=3, batch_size=4, num_tokens=5)
@@ -153,6 +171,7 @@ def test_uniformity():
     (["--device=cuda:99"], ["--device cuda:99"]), (["--steps=0"], ["steps"]),
     (["--bf16=maybe"], ["bf16", "maybe"]), (["--seed=-1"], ["--seed"]), (["--image_size=32", "--patch_size=8"], ["28 pixels"]),
     (["--flip=true"], ["mirrored"]), (["--out=no/t.pt"], ["no folder no"]),
+    (["--layout=bag"], ["set, sequence or grid", "bag"]), (["--layout=grid"], ["each of the 16 patches", "num_tokens 4"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, tmp_path):
     """Broken: a mistake on the command line would end in a traceback, or cost what is on disk."""

@@ -1,0 +1,152 @@
+"""Table 2 (Sec. 4.2.3): the share of an image's tokens that stay the same when Gaussian noise is added to it.
+
+    python -m paper.table2_noise                           the test digits: trains a grid, a sequence and a set
+    python -m paper.table2_noise --ckpt grid.pt sequence.pt set.pt --data data/imagenet
+
+Prints a Markdown table, a row for each tokenizer, and for a set two: as a sequence (the paper's dagger) token m of the noisy
+image must be token m of the clean one, as a set the order does not count. The three of the digits are alike in M, C, widths and
+steps, and all learn pixels only; the paper's are TiTok and VQGAN as published. The last column tells how well each draws.
+
+The paper does not define its signal-to-noise ratio. Here the signal's power is the mean square of an image's own pixels in
+[0, 1], so that black is no signal; the noise's is its variance on the same scale. Noisy images are neither clipped nor rounded:
+clipping would take power from the noise, half of it where a digit is black.
+"""
+import argparse
+import time
+
+import torch
+
+import common
+from data import open_dataset
+from data.reading import read_ahead
+from dual_transform import tokens_to_counts
+from paper import variants
+from paper.table6_sweep import TOKENIZER
+from tokenizer import SetTokenizer
+
+LAYOUTS = ("grid", "sequence", "set")             # in the paper VQGAN, TiTok, TokenSet
+SIZES = {"num_tokens": 16, "codebook_size": 128}  # of all three: a grid has as many tokens as patches
+SNRS = (40, 30, 20, 10, 1)  # dB
+WORKERS = 0                 # processes that read images
+SEED = 0                    # of the noise
+DEVICE = "auto"             # auto, cpu, cuda
+
+
+def main(argv=None):
+    args = parse(argv)
+    began = time.time()
+    device, rank, processes = common.start_processes(args.device)
+    rows = []
+    try:
+        for path in args.ckpt or [trained(layout, args.device) for layout in LAYOUTS]:
+            tokenizer, dataset = load(path, args.data, device)
+            num = min(args.num or len(dataset), len(dataset))
+            found = measure(tokenizer, dataset, num, args, device, rank, processes)
+            rows.append((tokenizer.layout, tokenizer.num_tokens, *found))
+    except ValueError as problem:
+        common.stop(str(problem))
+    if rank == 0:
+        print("| tokenizer | tokens | " + " | ".join(f"{snr} dB" for snr in SNRS) + " | mean squared error |\n|"
+              + "---|" * (3 + len(SNRS)))
+        for layout, M, as_set, as_sequence, mse in rows:
+            shown = {"set, as a sequence": as_sequence, "set": as_set} if layout == "set" else {layout: as_sequence}
+            for name, shares in shown.items():
+                print(f"| {name} | {M} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + f" | {mse:.4f} |")
+        print(f"{num} images; {common.duration(time.time() - began)}")
+
+
+def trained(layout, device):
+    """The path of a digits' tokenizer of a layout, trained now if it is not there. The set is one of Table 6 as well."""
+    return variants.tokenizer(**SIZES, **({} if layout == "set" else {"layout": layout}), device=device, **TOKENIZER)
+
+
+def load(path, data, device):
+    """(a checkpoint's tokenizer, without gradients of its weights; the validation images, by default those of its training).
+
+    ValueError where the two do not fit.
+    """
+    checkpoint = common.load_checkpoint(path, "python train_tokenizer.py", "tokenizer")
+    channels, data = checkpoint["model_config"]["channels"], data or checkpoint.get("config", {}).get("data")
+    if data is None:
+        raise ValueError(f"{path} does not say what it was trained on; give the images by --data: digits, or a folder with val/")
+    tokenizer = SetTokenizer(**checkpoint["model_config"])
+    tokenizer.load_state_dict(checkpoint["weights"])
+    dataset = open_dataset(data, "test", tokenizer.image_size)
+    if dataset.channels != channels:
+        raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} {channels}; give by --data "
+                         "what it was trained on")
+    return tokenizer.to(device).eval().requires_grad_(False), dataset
+
+
+def batches(dataset, num, image_size, device, rank, processes, workers):
+    """This process's share of num images that lie evenly in the dataset: yields their indices, a list, and the images
+    (n, ch, H, W) in [-1, 1]."""
+    at_once = min(250, max(1, 2 ** 20 // image_size ** 2))  # a million pixels, for the memory's sake
+    parts = common.chunks(common.share(num, rank, processes), at_once)
+    indices = [[i * len(dataset) // num for i in range(part.start, part.stop)] for part in parts]
+    images = read_ahead(dataset, ([(i, 0) for i in some] for some in indices), workers)
+    for some, (pixels, _) in zip(indices, common.tqdm(images, total=len(parts), disable=None)):
+        yield some, pixels.to(device) / 127.5 - 1
+
+
+def measure(tokenizer, dataset, num, args, device, rank, processes):
+    """The shares of tokens that stay, as a set and as a sequence, (len(SNRS),) each, and the mean squared error without noise,
+    over num images."""
+    common.set_tf32(False)  # TF32 would be noise too
+    shares, squared = (torch.zeros(n, dtype=torch.float64, device=device) for n in ((2, len(SNRS)), 1))
+    for indices, images in batches(dataset, num, tokenizer.image_size, device, rank, processes, args.workers):
+        tokens = tokenizer.encode(images)
+        squared += (tokenizer.decode(tokens) - images).square().mean((1, 2, 3)).sum()
+        # one draw an image, for all ratios and tokenizers
+        draw = [torch.randn(images.shape[1:], generator=common.generator("cpu", "noise", args.seed, i)) for i in indices]
+        noise = torch.stack(draw).to(device)
+        for i, snr in enumerate(SNRS):
+            noisy = tokenizer.encode(add_noise(images, noise, snr))
+            shares[:, i] += torch.stack(overlap(tokens, noisy, tokenizer.codebook_size)).sum(1)
+    for total in (shares, squared):
+        common.sum_over_processes(total)
+    return *(shares / num).tolist(), squared.item() / num
+
+
+def add_noise(images, noise, snr):
+    """Images (B, ch, H, W) in [-1, 1] and noise of variance 1, to a signal-to-noise ratio of snr dB in each of the images."""
+    power = ((images + 1) / 2).square().mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    std = (power / 10 ** (snr / 10)).sqrt()  # of pixels in [0, 1]; in [-1, 1] it is twice that
+    return images + 2 * std * noise
+
+
+def overlap(tokens, others, codebook_size):
+    """The share of tokens (B, M) that are in others (B, M) too, (B,) in [0, 1]: as sets, in which a code that one holds a times
+    and the other b times is shared min(a, b) times; and as sequences, token m against token m."""
+    counts, theirs = (tokens_to_counts(x, codebook_size) for x in (tokens, others))  # (B, C)
+    return torch.minimum(counts, theirs).sum(1) / tokens.shape[1], (tokens == others).double().mean(1)
+
+
+def parse(argv):
+    parser = common.Parser(prog="python -m paper.table2_noise", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", nargs="+", help="tokenizers, checkpoints of train_tokenizer.py (the digits' are trained)")
+    add_options(parser)
+    parser.add_argument("--num", "--num_images", type=int, help="validation images (all); under torchrun write --num_images")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the noise ({SEED})")
+    args = parser.parse_args(argv)
+    check_options(parser, args, num=1, seed=0)
+    return args
+
+
+def add_options(parser):
+    """What Fig. 5 has as well."""
+    parser.add_argument("--data", help="digits, or a folder that holds val/ (what each checkpoint was trained on)")
+    parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read images ({WORKERS})")
+    parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
+
+
+def check_options(parser, args, **least):
+    """End with one sentence where a number is less than its least."""
+    for name, value in ({"workers": 0} | least).items():
+        if getattr(args, name) is not None and getattr(args, name) < value:
+            parser.error(f"--{name} must be at least {value}, got {getattr(args, name)}")
+
+
+if __name__ == "__main__":
+    common.run(main)
