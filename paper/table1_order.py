@@ -59,7 +59,8 @@ def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
     changes = torch.zeros(len(reconstruct.COLUMNS) - 1, dtype=torch.int64)
     for i, (images, _) in enumerate(common.tqdm(batches, total=len(parts), disable=rank > 0, mininterval=5)):
         tokens = tokenizer.encode(images.to(device) / 127.5 - 1)
-        decoded = [sample.decode(tokenizer, order) for order in reconstruct.five_orders(tokens, shuffle)]  # each (n, ch, H, W) uint8
+        orders = reconstruct.five_orders(tokens, shuffle)
+        decoded = [sample.decode(tokenizer, order) for order in orders]  # each (n, ch, H, W) uint8
         for one, seen in zip(statistics, [images, *decoded]):
             one.add(net(seen.to(device))[0])
         changes = changes.maximum(torch.stack([(other.long() - decoded[0].long()).abs().max() for other in decoded]))

@@ -28,7 +28,8 @@ def probe(train, labels, test, test_labels, classes):
 def test_what_a_line_separates_is_read():
     """Broken: the probe would not be trained, not be scaled, or be measured on other images than the test's."""
     labels, test_labels = torch.randint(3, (1500,)), torch.randint(3, (700,))
-    for scale, shift, dtype in ((1, 0, torch.float32), (1e-2, 50, torch.float32), (20, 100, torch.uint8), (300, -5000, torch.int16)):
+    for scale, shift, dtype in ((1, 0, torch.float32), (1e-2, 50, torch.float32), (20, 100, torch.uint8),
+                                (300, -5000, torch.int16)):
         at, noise = scale * torch.eye(3), scale / 10
         train, test = ((shift + at[y] + noise * torch.randn(len(y), 3).clamp(-2, 2)).to(dtype) for y in (labels, test_labels))
         train, test = (torch.cat([x, torch.full((len(x), 1), 7).to(dtype)], 1) for x in (train, test))  # one never changes
@@ -82,7 +83,8 @@ def test_the_table(digits, few, tmp_path, capsys, monkeypatch):  # noqa: F811
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options) or f"{digits}/tokenizer.pt")
     table3_linear_probe.main(["--num_tokens=16", "--codebook_sizes=64", "--epochs=10", "--num_train=500", "--device=cpu"])
-    assert [(options["num_tokens"], options["codebook_size"], options["steps"]) for options in asked] == [(32, 64, 900), (16, 128, 900)]
+    assert asked == [{"num_tokens": M, "codebook_size": C, "device": "cpu"} | table3_linear_probe.table6_sweep.TOKENIZER
+                     for M, C in ((32, 64), (16, 128))]
     said = capsys.readouterr().out
     rows = re.findall(r"\| 6 \| 64 \| ([\d.]+)% \| ([\d.]+)% \|", said)
     assert len(rows) == 2 and rows[0] == rows[1]
