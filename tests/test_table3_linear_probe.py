@@ -1,4 +1,5 @@
 """Table 3: what a linear classifier reads off the sets."""
+import os
 import re
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 import evaluate_fid
 from dual_transform import tokens_to_counts
 from paper import table3_linear_probe, variants
+from tests.image_folder import make_image_folder
 from tests.test_common import assert_one_sentence, run_here
 from tests.test_evaluate_fid import digits, few_digits, small_digits  # noqa: F401 (fixtures)
 
@@ -94,6 +96,21 @@ def test_the_table(digits, few, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert pixels > 75 and all(20 < float(number) < 90 for number in rows[0])
     table3_linear_probe.main([f"--ckpt={digits}/tokenizer.pt", "--epochs=1", "--device=cpu"])
     assert "of 600 training images" in capsys.readouterr().out
+
+
+def test_images_of_a_folder(tmp_path, capsys):
+    """Broken: the script would work on the digits only."""
+    os.remove(make_image_folder(tmp_path, 120, classes=3))
+    config = dict(image_size=48, channels=3, patch_size=16, num_tokens=4, codebook_size=16, code_dim=4, width=16, heads=2,
+                  encoder_layers=1, decoder_layers=1)
+    tokenizer = evaluate_fid.SetTokenizer(**config)
+    torch.save({"kind": "tokenizer", "model_config": config, "weights": tokenizer.state_dict()}, tmp_path / "t.pt")
+    arguments = [f"--ckpt={tmp_path}/t.pt", "--epochs=2", "--device=cpu"]
+    assert_one_sentence(run_here(table3_linear_probe.main, *arguments, folder=tmp_path), "does not say what it was trained on")
+    table3_linear_probe.main([*arguments, f"--data={tmp_path}", "--workers=1"])
+    said = capsys.readouterr().out
+    assert "| 4 | 16 |" in said and "of 30 validation images, after 2 epochs of 120 training images; 3072 raw pixels" in said
+    assert "most frequent class: 33.3%" in said
 
 
 @pytest.mark.parametrize("arguments, words", [
