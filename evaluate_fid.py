@@ -230,6 +230,21 @@ def generated(path, checkpoint, args, data, device):
 
 def reconstructed(path, checkpoint, args, data, device):
     """(the reconstructions of the validation images by a checkpoint of train_tokenizer.py, those images)."""
+    tokenizer, dataset = open_tokenizer(path, checkpoint, data, device)
+    chosen = evenly(len(dataset), args.num)
+
+    def read(part):
+        return dataset.__getitems__([(i, 0) for i in chosen[part].tolist()])[0]
+
+    def reconstruct(part):
+        return sample.decode(tokenizer, tokenizer.encode(read(part).to(device) / 127.5 - 1))
+
+    return (side(f"reconstructed by {path}", len(chosen), reconstruct, dataset.labels[chosen]),
+            side(f"the validation images of {data}", len(chosen), read))
+
+
+def open_tokenizer(path, checkpoint, data, device):
+    """(the tokenizer of a checkpoint of train_tokenizer.py, the validation images of data). ValueError where they don't fit."""
     if data is None:
         raise ValueError(f"{path} does not say what it was trained on; give the images by --data: digits, or a folder that "
                          "holds train/ and val/")
@@ -239,17 +254,13 @@ def reconstructed(path, checkpoint, args, data, device):
     if dataset.channels != checkpoint["model_config"]["channels"]:
         raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} "
                          f"{checkpoint['model_config']['channels']}; give by --data what it was trained on")
-    num = min(args.num or len(dataset), len(dataset))
-    chosen = torch.arange(num) * len(dataset) // num
+    return tokenizer, dataset
 
-    def read(part):
-        return dataset.__getitems__([(i, 0) for i in chosen[part].tolist()])[0]
 
-    def reconstruct(part):
-        return sample.decode(tokenizer, tokenizer.encode(read(part).to(device) / 127.5 - 1))
-
-    return (side(f"reconstructed by {path}", num, reconstruct, dataset.labels[chosen]),
-            side(f"the validation images of {data}", num, read))
+def evenly(total, num):
+    """The places of num of total images, or of all where num is None or more, evenly spread: (n,) int64."""
+    num = min(num or total, total)
+    return torch.arange(num) * total // num
 
 
 def open_images(path, image_size):

@@ -179,15 +179,21 @@ class Encoder(nn.Module):
         self.to_code = nn.Linear(width, code_dim)
 
     def forward(self, images):
+        return self.project(self.features(images))
+
+    def features(self, images):
+        """What the latents come from, (B, M, width)."""
         B = len(images)
         x = self.patches((images + 1) / 2).flatten(2).transpose(1, 2)  # (B, P, width); pixels enter in [0, 1]
         places = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1) + self.positions.to(x.dtype)
         x = torch.cat([places, self.latents.expand(B, -1, -1).to(x.dtype)], dim=1)  # (B, 1 + P + M, width)
         M = len(self.latents) or places.shape[1] - 1
-        x = through(self.blocks, self.norm_in(x), recompute=self.recompute)[:, -M:]  # (B, M, width)
-        x = self.norm_out(x)
+        return self.norm_out(through(self.blocks, self.norm_in(x), recompute=self.recompute)[:, -M:])
+
+    def project(self, x):
+        """(B, M, width) -> latents (B, M, code_dim)."""
         if self.reshaped_latents:
-            x = x.reshape(B, -1, M).transpose(1, 2)
+            x = x.reshape(len(x), -1, x.shape[1]).transpose(1, 2)
         return self.to_code(x)
 
 

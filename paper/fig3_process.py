@@ -7,6 +7,7 @@ Writes figure3.png, a row for each time t: the counts of all codes as bars (grey
 outlined what it took away), and the image that they decode to. Prints what each row sums to before and after adjusting.
 """
 import argparse
+import time
 
 import torch
 from PIL import Image, ImageDraw
@@ -28,6 +29,7 @@ COLOURS = {"kept": "#8a8f98", "added": "#2e9d57", "taken": "#d0473a"}
 
 def main(argv=None):
     args = parse(argv)
+    began = time.time()
     denoiser, tokenizer, checkpoint = sample.load(args.ckpt, torch.device("cpu"))
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     try:
@@ -46,7 +48,7 @@ def main(argv=None):
               f"| {(after != x0).sum()} |")
     decoded = sample.decode(tokenizer, counts_to_tokens(torch.cat([after for _, after in states])))
     draw(states, decoded).save(args.out)
-    print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}")
+    print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}; {common.duration(time.time() - began)}")
 
 
 def state(x0, x1, t, uniform, num_tokens):
@@ -95,4 +97,4 @@ def parse(argv):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -54,8 +54,8 @@ def main(argv=None):
     print("| code | images | most frequent class | purity | chance |\n|---|---|---|---|---|")
     for i in best.tolist():
         print(f"| {codes[i]} | {sizes[codes[i]]} | {dataset.class_names[classes[i]]} | {purities[i]:.1%} | {chance[i]:.1%} |")
-    print(f"mean purity of the {len(codes)} clusters (codes that {args.least} or more of {len(dataset)} images hold {args.k} times "
-          f"or more): {purities.mean():.1%}, by chance {chance.mean():.1%}")
+    print(f"mean purity of the {len(codes)} clusters (codes that {args.least} or more of {len(dataset)} images hold {args.k} "
+          f"times or more): {purities.mean():.1%}, by chance {chance.mean():.1%}")
     members = [holds[:, codes[i]].nonzero()[:10, 0].tolist() for i in best]
     columns = max(map(len, members))
     rows = [torch.nn.functional.pad(dataset.__getitems__([(i, 0) for i in row])[0], (0,) * 7 + (columns - len(row),), value=255)
@@ -105,4 +105,4 @@ def parse(argv):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

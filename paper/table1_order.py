@@ -1,10 +1,10 @@
 """Table 1 and Fig. 4 (Sec. 4.2.1): does the order of the tokens change what is decoded from them?
 
     python -m paper.table1_order                          tokenizer.pt of the digits, digits FID
-    python -m paper.table1_order --ckpt tokenizer.pt --data data/imagenet       the paper's own table, rFID
+    python -m paper.table1_order --ckpt tokenizer.pt --data data/imagenet --workers 8        the paper's own table, rFID
 
 Prints a Markdown table: for each of the five orders the distance of the reconstructed validation images to the images, and the
-largest change of a pixel against the order that the encoder gives. paper/reconstruct.py draws Fig. 4, here as figure4.png.
+largest change of a pixel against the order that the encoder gives. Writes figure4.png, the first images and what is decoded.
 The paper: rFID 3.62 in every order.
 """
 import argparse
@@ -13,12 +13,15 @@ import time
 import torch
 
 import common
-from evaluate_fid import frechet_distance, measure, network, reconstructed
-from paper import reconstruct
+import evaluate_fid
+import sample
+from data.reading import read_ahead
+from paper import reconstruct, variants
 
 CKPT = "tokenizer.pt"
 OUT = "figure4.png"
-BATCH = 250      # images at once
+SHOWN = 10       # images in the picture
+WORKERS = 0      # processes that read images
 SEED = 0         # of the shuffled order
 DEVICE = "auto"  # auto, cpu, cuda
 
@@ -26,37 +29,48 @@ DEVICE = "auto"  # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, _, _ = common.start_processes(args.device)
+    device, rank, processes = common.start_processes(args.device, tf32=False)  # TF32 would blur what the orders differ by
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     data = args.data or checkpoint.get("config", {}).get("data")
-    M = checkpoint["model_config"]["num_tokens"]
-    shuffle = torch.randperm(M, generator=common.generator("cpu", "order", args.seed)).to(device)
-    rows, largest, first = [], [], None
     try:
-        net = digits_classifier(args, device, 0) if data == "digits" and not args.inception else inception(args, device, 0)
-        for i, name in enumerate(reconstruct.COLUMNS[1:]):
-            images, originals = reconstructed(checkpoint, args, data, device,
-                                              lambda tokens: reconstruct.five_orders(tokens, shuffle)[i])  # noqa: B023
-            if i == 0:
-                against, first = measure(net, originals, args.batch, False, device), images
-            found = measure(net, images, args.batch, False, device)
-            rows.append(frechet_distance(found.mu, found.sigma, against.mu, against.sigma))
-            largest.append(largest_change(first, images, args.batch))
+        tokenizer, dataset = evaluate_fid.open_tokenizer(args.ckpt, checkpoint, data, device)
+        net = evaluate_fid.network(args, data, device, rank)
+        statistics = [evaluate_fid.Statistics(net.dims, device) for _ in reconstruct.COLUMNS]
+        changes = measure(tokenizer, dataset, net, statistics, args, device, rank, processes)
+        if rank == 0:
+            against, *found = (one.mean_and_covariance() for one in statistics)
+            fids = [evaluate_fid.frechet_distance(*order, *against) for order in found]
     except ValueError as problem:
         common.stop(str(problem))
-    fid = "digits FID" if data == "digits" and not args.inception else "rFID"
-    print("| order | " + " | ".join(reconstruct.COLUMNS[1:]) + " |\n|" + "---|" * 6)
-    print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in rows) + " |")
-    print("| largest change of a pixel, of 255 | " + " | ".join(map(str, largest)) + " |")
-    places = ["digits"] if data == "digits" else [f"{data}/val"]
-    reconstruct.main([*places, f"--ckpt={args.ckpt}", f"--out={args.out}", f"--seed={args.seed}", f"--device={args.device}"])
-    print(f"{common.duration(time.time() - began)}")
+    if rank == 0:
+        fid = "digits FID" if isinstance(net, evaluate_fid.DigitsClassifier) else "rFID"
+        print("| order | " + " | ".join(reconstruct.COLUMNS[1:]) + " |\n|" + "---|" * 6)
+        print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in fids) + " |")
+        print("| largest change of a pixel, of 255 | " + " | ".join(map(str, changes)) + " |")
+        print(f"{args.out}: the first images; {common.duration(time.time() - began)}")
 
 
-def largest_change(images, others, batch):
-    """The largest difference of a pixel between two sides of the same images, 0..255."""
-    parts = common.chunks(slice(0, images.num), batch)
-    return max(int((images.read(part).int() - others.read(part).int()).abs().max()) for part in parts)
+def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
+    """See the images once, dealt out to the processes: add the features of the images and of the five orders to statistics, draw
+    the first images, and return the largest change of a pixel in each order, five numbers in 0..255."""
+    shuffle = torch.randperm(tokenizer.num_tokens, generator=common.generator("cpu", "order", args.seed)).to(device)
+    parts = evaluate_fid.evenly(len(dataset), args.num).split(evaluate_fid.NETWORK_BATCH)[rank::processes]
+    batches = read_ahead(dataset, ([(i, 0) for i in part.tolist()] for part in parts), args.workers)
+    changes = torch.zeros(len(reconstruct.COLUMNS) - 1, dtype=torch.int64)
+    for i, (images, _) in enumerate(common.tqdm(batches, total=len(parts), disable=rank > 0, mininterval=5)):
+        tokens = tokenizer.encode(images.to(device) / 127.5 - 1)
+        orders = reconstruct.five_orders(tokens, shuffle)
+        decoded = [sample.decode(tokenizer, order) for order in orders]  # each (n, ch, H, W) uint8
+        for one, seen in zip(statistics, [images, *decoded]):
+            one.add(net(seen.to(device))[0])
+        changes = changes.maximum(torch.stack([(other.long() - decoded[0].long()).abs().max() for other in decoded]))
+        if i == rank == 0:
+            rows = torch.stack([images, *decoded], 1)[:SHOWN]  # (SHOWN, 6, ch, H, W)
+            common.grid(rows.flatten(0, 1), len(reconstruct.COLUMNS), column_labels=reconstruct.COLUMNS).save(args.out)
+    for one in statistics:
+        for tensor in one.sums():
+            common.sum_over_processes(tensor)
+    return torch.stack(common.from_all_processes(changes)).amax(0).tolist()
 
 
 def parse(argv):
@@ -64,14 +78,22 @@ def parse(argv):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
     parser.add_argument("--data", help="digits, or a folder that holds val/ (what the checkpoint was trained on)")
-    parser.add_argument("--num", type=int, help="validation images (all)")
+    parser.add_argument("--num", "--num_images", type=int, help="validation images (all); under torchrun write --num_images")
     parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
     parser.add_argument("--out", default=OUT, help=f"the picture of Fig. 4, .png ({OUT})")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"images at once ({BATCH})")
+    parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read images ({WORKERS})")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the shuffled order ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
-    return parser.parse_args(argv)
+    parser.set_defaults(classifier=variants.CLASSIFIER)
+    args = parser.parse_args(argv)
+    if not args.out.endswith(".png"):
+        parser.error(f"--out must end in .png, got {args.out}")
+    for name, least in (("num", 2), ("workers", 0), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    common.check_folder(args.out)
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -45,6 +45,12 @@ def pairs(num_tokens, codebook_sizes):
     return list(dict.fromkeys([(BOTH[0], C) for C in codebook_sizes] + [(M, BOTH[1]) for M in num_tokens]))
 
 
+def add_pairs(parser):
+    """The options that pairs() takes."""
+    parser.add_argument("--num_tokens", type=int, nargs="*", default=NUM_TOKENS, help=f"values of M {NUM_TOKENS}")
+    parser.add_argument("--codebook_sizes", type=int, nargs="*", default=CODEBOOK_SIZES, help=f"values of C {CODEBOOK_SIZES}")
+
+
 def train(M, C, args, device):
     """A row of the table, of models trained here."""
     tokenizer = variants.tokenizer(num_tokens=M, codebook_size=C, device=args.device, **TOKENIZER)
@@ -69,8 +75,7 @@ def parse(argv):
     parser = common.Parser(prog="python -m paper.table6_sweep", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", help="checkpoints of train_tokenizer.py and train_fsdd.py (the digits' are trained)")
-    parser.add_argument("--num_tokens", type=int, nargs="*", default=NUM_TOKENS, help=f"values of M {NUM_TOKENS}")
-    parser.add_argument("--codebook_sizes", type=int, nargs="*", default=CODEBOOK_SIZES, help=f"values of C {CODEBOOK_SIZES}")
+    add_pairs(parser)
     variants.add_options(parser, num=NUM)
     parser.add_argument("--steps", type=int, help=f"from noise to data ({STEPS}, with --ckpt the checkpoint's)")
     return parser.parse_args(argv)
