@@ -15,6 +15,14 @@ from torch import nn
 
 from fsdd import Denoiser, draw, greedy_adjust, guided_probabilities, sample_noise
 
+
+def zeros(layer):
+    """A linear layer whose weights are zero, as the denoiser's last one is at the start."""
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
+    return layer
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Autoregressive: p(x) = product over i of p(x_i | x_0 .. x_{i-1})
 
@@ -22,6 +30,7 @@ from fsdd import Denoiser, draw, greedy_adjust, guided_probabilities, sample_noi
 def autoregressive(length, symbols, num_classes, width, layers, heads):
     """A denoiser made causal, over sequences of so many symbols 0..symbols - 1. Symbol number `symbols` starts a sequence."""
     model = Denoiser(length, symbols, num_classes, width, layers, heads)
+    model.to_logits = zeros(nn.Linear(width, symbols))  # none for the symbol that starts a sequence
     for block in model.blocks:
         block.attention.causal = True
     return model
@@ -31,7 +40,7 @@ def autoregressive_logits(model, x, labels, symbols):
     """x (B, L) int64, labels (B,) -> logits (B, L, symbols) of every place; those at place i hang on x[:, :i] only."""
     start = x.new_full((len(x), 1), symbols)
     no_time = torch.zeros(len(x), device=x.device)
-    return model(torch.cat([start, x[:, :-1]], dim=1), no_time, labels)[..., :symbols]
+    return model(torch.cat([start, x[:, :-1]], dim=1), no_time, labels)
 
 
 def autoregressive_loss(model, x, labels, symbols):
@@ -45,7 +54,7 @@ def autoregressive_generate(model, labels, guidance=(1.0, 1.0, 1.0), top_p=1.0, 
     length, symbols = model.codebook_size, model.num_tokens
     x = labels.new_full((len(labels), 1), symbols)
     for i in range(length):
-        p = guided_probabilities(model, x, 0.0, labels, guidance[3 * i // length])[:, -1, :symbols]  # (B, symbols)
+        p = guided_probabilities(model, x, 0.0, labels, guidance[3 * i // length])[:, -1]  # (B, symbols)
         u = torch.rand(len(x), generator=generator, device=x.device)
         x = torch.cat([x, draw(p, u, top_p, top_k)[:, None]], dim=1)
     return x[:, 1:]
@@ -86,9 +95,7 @@ def continuous(codebook_size, num_tokens, num_classes, width, layers, heads):
     """A denoiser of real numbers: (B, C, 1), t (B,), labels (B,) -> (B, C, 1)."""
     model = Denoiser(codebook_size, num_tokens, num_classes, width, layers, heads)
     model.count_embedding = nn.Linear(1, width)
-    model.to_logits = nn.Linear(width, 1)
-    for layer in (model.to_logits.weight, model.to_logits.bias, model.count_embedding.bias):
-        nn.init.zeros_(layer)
+    model.to_logits = zeros(nn.Linear(width, 1))
     return model
 
 
@@ -99,10 +106,12 @@ def standardize(counts, num_tokens):
 
 
 def quantize(x, num_tokens):
-    """The inverse of standardize, x (B, C) of any values: whole counts >= 0 near them that sum to M, by greedy adjusting."""
+    """The inverse of standardize, x (B, C) of any values: rounded to whole counts in [0, M], then adjusted by the steps that add
+    least to the squared distance until they sum to M."""
     mean = num_tokens / x.shape[1]
-    counts = x * (mean * (1 - 1 / x.shape[1])) ** 0.5 + mean
-    return greedy_adjust(counts.round(), lambda k: -2 * (k - counts.clamp(0, num_tokens)) ** 2, num_tokens)
+    counts = (x * (mean * (1 - 1 / x.shape[1])) ** 0.5 + mean).nan_to_num().clamp(0, num_tokens)
+    # greedy adjusting with a Gaussian so wide that what it compares, differences of probability, are those of squared distance
+    return greedy_adjust(counts.round(), lambda k: -1e-6 * (k - counts.double()) ** 2, num_tokens)
 
 
 def velocity(model, x_t, t, labels):

@@ -24,7 +24,7 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, sample_noise
 from paper import baselines, variants
 
-LEARNING_RATES = (0.5, 1.0, 2.0)  # times --lr and --muon_lr
+LEARNING_RATES = (0.5, 1.0, 2.0, 4.0)  # times --lr and --muon_lr
 GUIDANCE = ("1", "4", "4,30,30")  # weights in the thirds of the steps; the second while the learning rate is searched
 CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})  # the first while ...
 METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
@@ -118,13 +118,14 @@ def tune_and_measure(method, world, cfg):
     results = [measure(method, factor, seed, setting, cfg.num, world, cfg) for seed in range(cfg.seeds)]
     model = trained(method, factor, 0, world, cfg)
     labels = sample.choose_labels(None, 20, world.train_set.class_names, 10)
-    images = decode(world.tokenizer, generated(method, model, labels, setting, ("picture", 0), world, cfg))
+    images = decode(world.tokenizer, generated(method, model, labels, setting, (0,), world, cfg))
     return SimpleNamespace(factor=factor, setting=setting, results=results, images=images,
                            parameters=sum(parameter.numel() for parameter in model.parameters()))
 
 
 def measure(method, factor, seed, setting, num, world, cfg):
-    """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average}.
+    """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average, "read": the share
+    that the digits' classifier reads as asked for, or None}.
 
     num samples, each drawn from seed, of the training with that seed and learning rate. What was measured before is kept.
     """
@@ -149,7 +150,7 @@ def measure(method, factor, seed, setting, num, world, cfg):
     if world.rank == 0:
         off = torch.cat(off).double()
         result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference),
-                  "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
+                  "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item(), "read": found.read_as_label}
         common.write_json(common.read_json(kept) | {key: result}, kept)
     return common.from_all_processes(result)[0]
 
@@ -185,8 +186,8 @@ def loss(method, model, x, labels, t, x1, uniform, order, world):
 
 
 def generated(method, model, labels, setting, key, world, cfg):
-    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise hangs on."""
-    labels, random = labels.to(world.device), common.generator(world.device, *map(str, key[:1]), *key[1:])
+    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: numbers that the noise hangs on."""
+    labels, random = labels.to(world.device), common.generator(world.device, "table 5", *key)
     setting = setting | {"guidance": common.three_numbers(setting["guidance"]), "generator": random}
     with common.autocast(world.device, cfg.bf16):
         if method.startswith("AR-"):
@@ -266,17 +267,18 @@ def trained(method, factor, seed, world, cfg):
 
 def print_table(found, cfg):
     """The table in Markdown."""
-    fid = "digits FID" if cfg.data == "digits" and not cfg.inception else "gFID"
-    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | break the sum | by, tokens | parameters, M | "
-          "learning rate x | guidance | top_p | top_k |\n|" + "---|" * 13)
+    fid = "gFID" if cfg.data != "digits" or cfg.inception else "digits FID"
+    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | read as asked for | break the sum | by, tokens | "
+          "parameters | learning rate, guidance, top-p, top-k |\n|" + "---|" * 11)
     for method, row in found.items():
         *priors, paper = METHODS[method]
         fids = torch.tensor([result["fid"] for result in row.results])
         spread = f" ± {fids.std():.1f}" if len(fids) > 1 else ""
-        broken, by = (sum(result[name] for result in row.results) / len(row.results) for name in ("broken", "by"))
-        off = f"{broken:.1%} | {by:.1f}" if broken else "none | "
-        print(f"| {method} | {' | '.join(priors)} | {paper} | {fids.mean():.1f}{spread} | {off} | {row.parameters / 1e6:.3f} "
-              f"| {row.factor:g} | " + " | ".join(str(row.setting[name]) for name in ("guidance", "top_p", "top_k")) + " |")
+        broken, by, read = (sum(result[name] or 0 for result in row.results) / len(row.results) for name in ("broken", "by", "read"))
+        cells = [method, *priors, paper, f"{fids.mean():.1f}{spread}", f"{read:.1%}" if read else "", f"{broken:.1%}",
+                 f"{by:.1f}" if broken else "", f"{row.parameters / 1e6:.3f} M",
+                 f"x {row.factor:g}, {row.setting['guidance']}, {row.setting['top_p']}, {row.setting['top_k']}"]
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":

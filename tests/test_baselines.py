@@ -1,0 +1,224 @@
+"""The baselines of Table 5."""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dual_transform import tokens_to_counts
+from fsdd import Denoiser, sample_noise
+from paper import baselines
+from tokenizer import Attention
+
+SIZE = {"num_classes": 2, "width": 16, "layers": 2, "heads": 2}
+STATES = torch.tensor([[2, 0, 1], [0, 3, 0], [1, 1, 1], [0, 0, 3]])  # a tiny world: C = 3, M = 3
+SHARES = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.0, 0.1, 0.2, 0.7]])  # of the states in either class
+
+
+def random_weights(model):
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def shares_of(found, states):
+    """The share of rows of found (N, C) that are each of states (S, C), (S,)."""
+    return (found[:, None] == states).all(2).double().mean(0)
+
+
+# Autoregressive
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_no_place_sees_what_comes_after(fused):
+    """Broken: a symbol would be predicted from itself, and nothing be left to learn."""
+    model = random_weights(baselines.autoregressive(7, 5, **SIZE))
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attention = fused
+    x, labels = torch.randint(5, (4, 7)), torch.tensor([0, 1, 2, 0])
+    logits = baselines.autoregressive_logits(model, x, labels, 5)
+    assert logits.shape == (4, 7, 5)
+    for i in range(7):
+        other = x.clone()
+        other[:, i] = (x[:, i] + 1) % 5
+        changed = (baselines.autoregressive_logits(model, other, labels, 5) - logits).abs().amax((0, 2)) > 1e-5
+        assert changed.tolist() == [j > i for j in range(7)]
+
+
+@pytest.mark.parametrize("length, symbols", [(3, 4), (5, 2), (1, 6)])
+def test_likelihoods_sum_to_one(length, symbols):
+    """Broken: the model would give weight to what is no sequence, such as the symbol that starts one."""
+    model = random_weights(baselines.autoregressive(length, symbols, **SIZE))
+    x = torch.tensor(list(itertools.product(range(symbols), repeat=length)))
+    for label in range(3):
+        log_p = log_likelihood(model, x, label, symbols)
+        assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
+        assert log_p.exp().std() > 0.01 / len(x)  # and not the uniform distribution, which always sums to one
+        loss = baselines.autoregressive_loss(model, x, torch.full((len(x),), label), symbols).item()
+        assert loss == pytest.approx(-log_p.mean().item() / length, rel=1e-5)
+
+
+def log_likelihood(model, x, label, symbols):
+    logits = baselines.autoregressive_logits(model, x, torch.full((len(x),), label), symbols)
+    return F.log_softmax(logits.double(), -1).gather(2, x[:, :, None])[:, :, 0].sum(1)  # (N,)
+
+
+@pytest.mark.parametrize("label, weight", [(0, 1.0), (1, 1.0), (0, 3.0)])
+def test_sequences_come_as_often_as_their_likelihood_says(label, weight):
+    """Broken: generation would not be that of the model that was trained, or guidance act at another place."""
+    model = random_weights(baselines.autoregressive(3, 3, **SIZE))
+    x = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    found = baselines.autoregressive_generate(model, torch.full((20000,), label), (weight,) * 3,
+                                              generator=torch.Generator().manual_seed(0))
+    expected = log_likelihood(model, x, label, 3).exp()
+    if weight != 1:  # guided place by place, each renormalized
+        p, null = (F.softmax(baselines.autoregressive_logits(model, x, torch.full((27,), number), 3).double(), -1)
+                   for number in (label, 2))
+        guided = (null + weight * (p - null)).clamp(min=0)
+        expected = (guided / guided.sum(-1, keepdim=True)).gather(2, x[:, :, None])[:, :, 0].prod(1)
+    assert (shares_of(found, x) - expected).abs().max() < 0.015
+
+
+# Discrete flow matching
+
+
+def test_flow_process_goes_from_data_to_noise():
+    """Broken: training would see other states than generation passes through."""
+    x0, x1 = torch.zeros(500, 40, dtype=torch.int64), torch.ones(500, 40, dtype=torch.int64)
+    for t in (0.0, 0.3, 0.9, 1.0):
+        x = baselines.flow_process(x0, x1, torch.full((500,), t), torch.rand(500, 40))
+        assert x.double().mean().item() == pytest.approx(t, abs=0.015) and (t not in (0, 1) or (x == t).all())
+
+
+class Exact:
+    """The denoiser that a perfect training of the tiny world would give: p(x_0 | X_t) by Bayes' rule over all noise."""
+    codebook_size, num_tokens, num_classes = 3, 3, 2
+
+    def __init__(self):
+        draws = torch.tensor(list(itertools.product(range(3), repeat=3)))
+        self.noise = tokens_to_counts(draws, 3)  # (27, C), all equally likely
+
+    def __call__(self, x_t, t, labels):
+        kept = (x_t[:, None] == STATES).double() * (1 - t[:, None, None])  # (B, S, C)
+        jumped = (x_t[:, None] == self.noise).double() * t[:, None, None]  # (B, 27, C)
+        likelihood = (kept[:, :, None] + jumped[:, None]).prod(3).mean(2)  # (B, S): of X_t given the state
+        posterior = likelihood * SHARES.double()[labels]
+        posterior = posterior / posterior.sum(1, keepdim=True).clamp(min=1e-300)
+        return (posterior @ F.one_hot(STATES, 4).double().flatten(1)).view(-1, 3, 4).clamp(min=1e-30).log()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_flow_matching_reaches_a_known_distribution(label):
+    """Broken: the steps from noise to data would not follow the process that the denoiser is trained for."""
+    labels = torch.full((8000,), label)
+    generator = torch.Generator().manual_seed(1)
+    found = baselines.flow_generate(Exact(), labels, steps=100, generator=generator)
+    assert (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.03
+    few = baselines.flow_generate(Exact(), labels, steps=1, generator=generator)  # all at once: each count by itself
+    assert (few.sum(1) != 3).double().mean() > 0.2 or label == 1
+
+
+def test_flow_loss_is_least_for_the_exact_denoiser():
+    """Broken: training would aim at something else than p(x_0 | X_t)."""
+    labels = torch.arange(2).repeat(10000)
+    x0 = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]]
+    t, x1, uniform = 1 - torch.rand(20000), sample_noise(20000, 3, 3, "multinomial"), torch.rand(20000, 3)
+    exact = Exact()
+    loss = lambda change: baselines.flow_loss(change, x0, labels, t, x1, uniform).item()  # noqa: E731
+    best = loss(exact)
+    assert best < 1.0
+    for change in (lambda *a: 0.7 * exact(*a), lambda *a: 1.5 * exact(*a), lambda x, t, y: exact(x, (t + 0.2).clamp(max=1), y),
+                   lambda x, t, y: exact(x, t, 1 - y)):
+        assert loss(change) > best + 0.003
+
+
+# Continuous
+
+
+def test_standardized_counts():
+    """Broken: noise and data would be of different scales, or a state not sum to M."""
+    counts = sample_noise(5000, 12, 30, "multinomial")
+    x = baselines.standardize(counts, 30)
+    assert x.sum(1).abs().max() < 1e-4 and x.std().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(baselines.quantize(x, 30), counts)
+
+
+def test_quantized_numbers_are_the_nearest_counts():
+    """Broken: rounding would lose the sum that every state of the continuous diffusion has, or go farther than it must."""
+    C, M = 4, 5
+    every = torch.tensor([x for x in itertools.product(range(M + 1), repeat=C) if sum(x) == M])
+    for spread in (0.5, 1.0, 3.0):
+        x = spread * torch.randn(200, C)
+        counts = baselines.quantize(x, M)
+        assert (counts.sum(1) == M).all() and counts.min() >= 0
+        if spread == 0.5:  # no number is far below 0 or above M
+            aim = (x * (M / C * (1 - 1 / C)) ** 0.5 + M / C).clamp(0, M)
+            distance = (every - aim[:, None]).square().sum(2).amin(1)
+            assert torch.allclose((counts - aim).square().sum(1), distance, atol=1e-4)
+    wild = torch.tensor([[math.nan, 1.0, 0.0, 2.0], [math.inf, -math.inf, 0.0, 0.0], [1e30, 1e30, -1e30, 0.0]])
+    assert (baselines.quantize(wild, M).sum(1) == M).all()
+
+
+class ExactVelocity:
+    """E[X_1 - X_0 | X_t] of the tiny world, where X_1 is Gaussian on the plane of sum 0."""
+    codebook_size, num_tokens, num_classes = 3, 3, 2
+
+    def __call__(self, x_t, t, labels):
+        x_t, states = x_t[:, :, 0].double(), baselines.standardize(STATES, 3).double()
+        t, mixture = t[:, None].double(), torch.cat([SHARES, SHARES.mean(0, keepdim=True)]).double()
+        distance = (x_t[:, None] - (1 - t[:, :, None]) * states).square().sum(2)  # (B, S)
+        posterior = (mixture[labels].log() - distance / (2 * t ** 2)).softmax(1)
+        return ((x_t - posterior @ states) / t)[:, :, None]
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_continuous_diffusion_reaches_a_known_distribution(label):
+    """Broken: Euler's steps would not go along the path that the velocity is trained for."""
+    found = baselines.continuous_generate(ExactVelocity(), torch.full((4000,), label), steps=100,
+                                          generator=torch.Generator().manual_seed(1))
+    assert (found.sum(1) == 3).all() and (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.03
+
+
+def test_continuous_loss_is_least_for_the_exact_velocity():
+    """Broken: training would aim at something else than the mean of X_1 - X_0 at X_t."""
+    labels = torch.arange(2).repeat(10000)
+    x0 = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]]
+    t, normal, exact = 1 - torch.rand(20000), torch.randn(20000, 3), ExactVelocity()
+    loss = lambda model: baselines.continuous_loss(model, x0, labels, t, normal, 3).item()  # noqa: E731
+    best = loss(exact)
+    for change in (lambda *a: 0.9 * exact(*a), lambda *a: 1.1 * exact(*a), lambda x, t, y: exact(x, t, 1 - y)):
+        assert loss(change) > best + 0.003
+
+
+@pytest.mark.parametrize("method", ["flow", "continuous"])
+def test_training_reaches_a_known_distribution(method):
+    """Broken: model, loss and generation would not fit together."""
+    size = {"num_classes": 2, "width": 32, "layers": 1, "heads": 2}
+    model = baselines.continuous(3, 3, **size) if method == "continuous" else Denoiser(3, 3, **size)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(400):
+        labels = torch.randint(2, (256,))
+        x0, t = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]], 1 - torch.rand(256)
+        if method == "continuous":
+            loss = baselines.continuous_loss(model, x0, labels, t, torch.randn(256, 3), 3)
+        else:
+            loss = baselines.flow_loss(model, x0, labels, t, sample_noise(256, 3, 3, "multinomial"), torch.rand(256, 3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    generate = baselines.continuous_generate if method == "continuous" else baselines.flow_generate
+    for label in (0, 1):
+        found = generate(model, torch.full((3000,), label), steps=50, generator=torch.Generator().manual_seed(2))
+        print(method, label, shares_of(found, STATES).tolist())
+        assert (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.1
+
+
+def test_all_have_as_many_parameters():
+    """Broken: Table 5 would compare models of different sizes."""
+    size = {"num_classes": 10, "width": 96, "layers": 3, "heads": 3}
+    models = [Denoiser(96, 32, **size), baselines.autoregressive(32, 96, **size), baselines.autoregressive(96, 33, **size),
+              baselines.continuous(96, 32, **size)]
+    numbers = [sum(weight.numel() for weight in model.parameters()) for model in models]
+    assert max(numbers) < 1.03 * min(numbers)
