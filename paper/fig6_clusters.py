@@ -13,10 +13,9 @@ import time
 import torch
 
 import common
-from data import open_dataset
 from data.reading import in_order
 from dual_transform import tokens_to_counts
-from tokenizer import SetTokenizer
+from evaluate_fid import open_tokenizer
 
 CKPT = "tokenizer.pt"
 OUT = "figure6.png"
@@ -33,11 +32,8 @@ def main(argv=None):
     began = time.time()
     device, _, _ = common.start_processes(args.device)
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
-    tokenizer = SetTokenizer(**checkpoint["model_config"])
-    tokenizer.load_state_dict(checkpoint["weights"])
-    tokenizer.to(device).eval()
     try:
-        dataset = open_dataset(args.data or checkpoint.get("config", {}).get("data", "digits"), "test", tokenizer.image_size)
+        tokenizer, dataset = open_tokenizer(args.ckpt, checkpoint, args.data or checkpoint.get("config", {}).get("data"), device)
     except ValueError as problem:
         common.stop(str(problem))
     counts, labels = count_codes(tokenizer, dataset, device, args.workers)  # (N, C), (N,)

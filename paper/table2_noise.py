@@ -17,12 +17,11 @@ import time
 import torch
 
 import common
-from data import open_dataset
 from data.reading import read_ahead
 from dual_transform import tokens_to_counts
+from evaluate_fid import open_tokenizer
 from paper import variants
 from paper.table6_sweep import TOKENIZER
-from tokenizer import SetTokenizer
 
 LAYOUTS = ("grid", "sequence", "set")             # in the paper VQGAN, TiTok, TokenSet
 SIZES = {"num_tokens": 16, "codebook_size": 128}  # of all three: a grid has as many tokens as patches
@@ -66,16 +65,8 @@ def load(path, data, device):
     ValueError where the two do not fit.
     """
     checkpoint = common.load_checkpoint(path, "python train_tokenizer.py", "tokenizer")
-    channels, data = checkpoint["model_config"]["channels"], data or checkpoint.get("config", {}).get("data")
-    if data is None:
-        raise ValueError(f"{path} does not say what it was trained on; give the images by --data: digits, or a folder with val/")
-    tokenizer = SetTokenizer(**checkpoint["model_config"])
-    tokenizer.load_state_dict(checkpoint["weights"])
-    dataset = open_dataset(data, "test", tokenizer.image_size)
-    if dataset.channels != channels:
-        raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} {channels}; give by --data "
-                         "what it was trained on")
-    return tokenizer.to(device).eval().requires_grad_(False), dataset
+    tokenizer, dataset = open_tokenizer(path, checkpoint, data or checkpoint.get("config", {}).get("data"), device)
+    return tokenizer.requires_grad_(False), dataset
 
 
 def batches(dataset, num, image_size, device, rank, processes, workers):

@@ -51,7 +51,7 @@ HYPERPARAMETERS = [
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
     *[(name, CHANGED.get(name, digits), imagenet256, meaning)
       for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS if name not in ("tokenizer", "tokens", "out")],
-    ("out",              variants.FOLDER + "/table5.pt", variants.FOLDER + "/table5.pt", "trainings stand beside it, under longer names"),
+    ("out",              "table5.png",   "table5.png",   "a picture, samples of each method"),
 ]
 
 
@@ -71,8 +71,8 @@ def main(argv=None):
     print(f"{world.C} codes, sets of {world.M} tokens; {cfg.steps} steps of {cfg.batch_size}; {cfg.num} samples")
     print_table(found, cfg)
     picture = common.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
-    picture.save("table5.png")
-    print(f"table5.png: samples of each; {common.duration(time.time() - began)}")
+    picture.save(cfg.out)
+    print(f"{cfg.out}: samples of each; {common.duration(time.time() - began)}")
 
 
 def prepare(stage1, device, rank, processes, cfg):

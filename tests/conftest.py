@@ -1,5 +1,16 @@
+"""What several test files need."""
+import numpy as np
 import pytest
 import torch
+
+import common
+import data.reading
+import evaluate_fid
+import sample
+from data import open_dataset
+from fsdd import Denoiser
+from paper import variants
+from tokenizer import SetTokenizer
 
 
 def pytest_addoption(parser):
@@ -21,3 +32,51 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     """Every test draws the same random numbers at every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder with tiny checkpoints of the digits, the classifier (trained on few digits), and images as .npz."""
+    folder = tmp_path_factory.mktemp("digits")
+    torch.manual_seed(0)
+    tokenizer_config = dict(image_size=28, channels=1, patch_size=7, num_tokens=6, codebook_size=64, code_dim=5, width=32,
+                            heads=2, encoder_layers=1, decoder_layers=1)
+    model_config = dict(codebook_size=64, num_tokens=6, num_classes=10, width=16, layers=1, heads=2)
+    tokenizer, denoiser = SetTokenizer(**tokenizer_config), Denoiser(**model_config)
+    for parameter in [*tokenizer.parameters(), *denoiser.parameters()]:
+        if parameter.ndim > 1:  # large random matrices, so that different digits get different tokens and those other pixels
+            torch.nn.init.normal_(parameter, std=0.3)
+    stage1 = {"kind": "tokenizer", "model_config": tokenizer_config, "weights": tokenizer.state_dict(),
+              "class_names": list("0123456789"), "config": {"data": "digits"}}
+    torch.save(stage1, folder / "tokenizer.pt")
+    torch.save(stage1 | {"kind": "fsdd", "model_config": model_config, "weights": denoiser.state_dict(), "tokenizer": stage1,
+                         "generation": {"prior": "multinomial", "steps": 3, "guidance": [1.0, 1.0, 1.0], "top_p": 1.0,
+                                        "top_k": 2, "adjust_from": 0.65}}, folder / "fsdd.pt")
+    net = evaluate_fid.train_classifier(few_digits("train", 1000))
+    common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, str(folder / "digits_classifier.pt"))
+    sample.main(["--ckpt", str(folder / "fsdd.pt"), "--num=150", "--seed=9", f"--out={folder}/generated.npz", "--device=cpu"])
+    np.savez(folder / "test.npz", arr_0=few_digits("test", 300).images.permute(0, 2, 3, 1).numpy())
+    return folder
+
+
+def few_digits(split, number):
+    dataset = open_dataset("digits", split, 28)
+    dataset.images, dataset.labels = dataset.images[:number], dataset.labels[:number]
+    return dataset
+
+
+@pytest.fixture
+def small_digits(monkeypatch):
+    """evaluate_fid sees 600 training and 400 test digits."""
+    number = {"train": 600, "test": 400}
+    monkeypatch.setattr(evaluate_fid, "open_dataset", lambda where, split, size: few_digits(split, number[split]))
+
+
+@pytest.fixture
+def cache(digits, small_digits, tmp_path, monkeypatch):
+    """An empty folder of variants, which the tests work above; they train on 300 digits and are measured on 400."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(variants, "FOLDER", "cache")
+    monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
+    monkeypatch.setattr(data.reading, "open_dataset", lambda where, split, size, **training: few_digits(split, 300))
+    return tmp_path / "cache"

@@ -6,7 +6,6 @@ from PIL import Image
 from fsdd import forward_process, sample_noise
 from paper import fig3_process
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import digits  # noqa: F401 (fixture)
 
 
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
@@ -20,7 +19,7 @@ def test_states_are_those_of_the_forward_process(prior):
         assert (before - after).abs().sum() >= abs(int(before.sum()) - 9)
 
 
-def test_the_figure(digits, tmp_path, capsys):  # noqa: F811
+def test_the_figure(digits, tmp_path, capsys):
     """Broken: the picture would lack a time, or the table the sums."""
     fig3_process.main([f"--ckpt={digits}/fsdd.pt", f"--out={tmp_path}/f.png"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

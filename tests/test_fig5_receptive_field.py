@@ -71,7 +71,7 @@ def test_heat():
 
 def test_single_images_are_measured_one_by_one(tmp_path, monkeypatch):
     """Broken: a token that looks elsewhere in every image would be called global, or the mean would not be that over images."""
-    monkeypatch.setattr(table2_noise, "open_dataset", lambda where, split, size: few_digits(split, 100))
+    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 100))
     save_tokenizer(tmp_path / "set.pt")
     tokenizer, dataset = table2_noise.load(f"{tmp_path}/set.pt", None, torch.device("cpu"))
 
@@ -92,7 +92,7 @@ def test_single_images_are_measured_one_by_one(tmp_path, monkeypatch):
 
 def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
     """Broken: a tokenizer would be missing from the table or the picture, or a smaller M would break it."""
-    monkeypatch.setattr(table2_noise, "open_dataset", lambda where, split, size: few_digits(split, 30))
+    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 30))
     save_tokenizer(tmp_path / "set.pt", num_tokens=3)
     save_tokenizer(tmp_path / "grid.pt", layout="grid")
     fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png", "--device=cpu"])
@@ -105,7 +105,7 @@ def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
         assert page.height == 18 + 2 * 120 and page.width > 3 * 120
 
 
-def test_the_digits_are_trained(quick, capsys):  # noqa: F811
+def test_the_digits_are_trained(quick, capsys):
     """Broken: without checkpoints there would be no figure, or the grid and the set would not be those of Table 2."""
     fig5_receptive_field.main(["--device=cpu", f"--out={quick}/figure5.png", "--tokens=2"])
     rows = table(capsys.readouterr().out)

@@ -4,7 +4,7 @@ from PIL import Image
 
 from paper import fig6_clusters
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import digits, few_digits  # noqa: F401 (a fixture)
+from tests.conftest import few_digits
 
 
 def test_purity_by_hand():
@@ -15,9 +15,9 @@ def test_purity_by_hand():
     assert torch.allclose(shares, torch.tensor([2 / 3, 2 / 4, 1.0], dtype=torch.float64)) and classes.tolist() == [0, 1, 2]
 
 
-def test_the_table_and_the_figure(digits, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_the_table_and_the_figure(digits, tmp_path, capsys, monkeypatch):
     """Broken: the clusters would not be those of the tokens, or chance not that of clusters of the same sizes."""
-    monkeypatch.setattr(fig6_clusters, "open_dataset", lambda where, split, size: few_digits(split, 500))
+    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 500))
     fig6_clusters.main([f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--k=1", "--least=5", "--shown=4"])
     said = capsys.readouterr().out
     rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| ")][1:]
@@ -28,8 +28,8 @@ def test_the_table_and_the_figure(digits, tmp_path, capsys, monkeypatch):  # noq
         assert page.height == 4 * 56
 
 
-def test_mistakes_get_one_sentence(digits, tmp_path, monkeypatch):  # noqa: F811
+def test_mistakes_get_one_sentence(digits, tmp_path, monkeypatch):
     """Broken: without a checkpoint or a cluster the script would end in a traceback."""
     assert_one_sentence(run_here(fig6_clusters.main, folder=tmp_path), "no checkpoint tokenizer.pt", "train_tokenizer.py")
-    monkeypatch.setattr(fig6_clusters, "open_dataset", lambda where, split, size: few_digits(split, 50))
+    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 50))
     assert_one_sentence(run_here(fig6_clusters.main, f"--ckpt={digits}/tokenizer.pt", "--k=7", folder=tmp_path), "--k")

@@ -6,11 +6,11 @@ from PIL import Image
 import evaluate_fid
 from paper import table1_order, variants
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import digits, evaluate, few_digits, small_digits  # noqa: F401 (fixtures)
+from tests.test_evaluate_fid import evaluate
 
 
 @pytest.fixture
-def table(digits, small_digits, tmp_path, capsys, monkeypatch):  # noqa: F811
+def table(digits, small_digits, tmp_path, capsys, monkeypatch):
     """A function: options -> the table's two rows of numbers, over 400 test digits."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
@@ -25,7 +25,7 @@ def table(digits, small_digits, tmp_path, capsys, monkeypatch):  # noqa: F811
     return rows
 
 
-def test_the_table(table, digits, tmp_path):  # noqa: F811
+def test_the_table(table, digits, tmp_path):
     """Broken: the orders would be compared with other images than the validation images, by another distance than rFID."""
     fids, changes = table()
     expected = evaluate("--ckpt", digits / "tokenizer.pt", folder=tmp_path)["digits_fid"]
@@ -56,7 +56,7 @@ def test_a_decoder_that_sees_the_order_shows(table, monkeypatch):
     assert changes == pytest.approx(expected, abs=1) and min(expected[1:]) > 3  # 1: a brightness may be rounded
 
 
-def test_processes_see_every_image_once(digits, small_digits, tmp_path):  # noqa: F811
+def test_processes_see_every_image_once(digits, small_digits, tmp_path):
     """Broken: under torchrun an image would count twice or not at all."""
     args = table1_order.parse([f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--num=230"])
     checkpoint = torch.load(args.ckpt, weights_only=True)
@@ -77,6 +77,6 @@ def test_processes_see_every_image_once(digits, small_digits, tmp_path):  # noqa
     (["--data=nowhere"], ["no folder nowhere"]), (["--out=a.jpg"], ["--out", "a.jpg"]), (["--out=no/a.png"], ["no folder no"]),
     (["--inception=none.pth"], ["no file none.pth"]),
 ])
-def test_mistakes_get_one_sentence(arguments, words, digits):  # noqa: F811
+def test_mistakes_get_one_sentence(arguments, words, digits):
     """Broken: a mistake on the command line would end in a traceback."""
     assert_one_sentence(run_here(table1_order.main, *arguments, folder=digits), *words)

@@ -19,7 +19,7 @@ def quick(monkeypatch, tmp_path):
     """Variants of two steps on few digits, in a folder of their own."""
     monkeypatch.setattr(table2_noise, "TOKENIZER", TINY)
     monkeypatch.setattr(variants, "FOLDER", f"{tmp_path}/cache")
-    for place in ("data.reading.open_dataset", "paper.table2_noise.open_dataset"):
+    for place in ("data.reading.open_dataset", "evaluate_fid.open_dataset"):
         monkeypatch.setattr(place, lambda where, split, size, **_: few_digits(split, 60))
     return tmp_path
 
@@ -90,7 +90,7 @@ def test_images_lie_evenly_in_the_data(share, monkeypatch):
 def test_the_table(tmp_path, capsys, monkeypatch):
     """Broken: a row would not be that tokenizer's, the two ways to count would be exchanged, or noise would change from run to
     run or with the number of images at once."""
-    monkeypatch.setattr(table2_noise, "open_dataset", lambda where, split, size: few_digits(split, 90))
+    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 90))
     model = save_tokenizer(tmp_path / "set.pt")
     save_tokenizer(tmp_path / "sequence.pt", layout="sequence", num_tokens=7)
     save_tokenizer(tmp_path / "grid.pt", layout="grid")
@@ -117,7 +117,7 @@ def test_the_table(tmp_path, capsys, monkeypatch):
 
 def test_without_noise_all_stays(tmp_path, monkeypatch):
     """Broken: the shares would be less than all where nothing is different, or more than all."""
-    monkeypatch.setattr(table2_noise, "open_dataset", lambda where, split, size: few_digits(split, 90))
+    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 90))
     monkeypatch.setattr(table2_noise, "add_noise", lambda images, noise, snr: images)
     save_tokenizer(tmp_path / "set.pt")
     args = table2_noise.parse([f"--ckpt={tmp_path}/set.pt"])

@@ -11,14 +11,14 @@ from dual_transform import tokens_to_counts
 from paper import table3_linear_probe, variants
 from tests.image_folder import make_image_folder
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import digits, few_digits, small_digits  # noqa: F401 (fixtures)
+from tests.conftest import few_digits
 
 CPU = torch.device("cpu")
 ARGS = SimpleNamespace(epochs=30, seed=0)
 
 
 @pytest.fixture
-def few(small_digits, monkeypatch):  # noqa: F811
+def few(small_digits, monkeypatch):
     """The script sees 600 training and 400 test digits."""
     monkeypatch.setattr(table3_linear_probe, "open_dataset", evaluate_fid.open_dataset)
 
@@ -54,7 +54,7 @@ def test_random_labels_are_read_by_chance():
     assert abs(probe(torch.randn(2000, 8), labels, torch.randn(1000, 8), test_labels, 5) - 0.2) < 0.05
 
 
-def test_what_is_read_of_an_image(digits):  # noqa: F811
+def test_what_is_read_of_an_image(digits):
     """Broken: the counts would not be those of encode(), the latents not those that it quantizes, or images change places."""
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     tokenizer, _ = evaluate_fid.open_tokenizer("", checkpoint, "digits", CPU)
@@ -79,7 +79,7 @@ def test_large_images_are_shrunk():
     assert pixels.dtype == torch.uint8 and (pixels - squares).abs().max() <= 0.5
 
 
-def test_the_table(digits, few, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_the_table(digits, few, tmp_path, capsys, monkeypatch):
     """Broken: a row would lack, be another tokenizer's, or not stand beside the pixels and chance."""
     monkeypatch.chdir(tmp_path)
     asked = []
@@ -118,6 +118,6 @@ def test_images_of_a_folder(tmp_path, capsys):
     (["--ckpt", "tokenizer.pt", "--data=nowhere"], ["no folder nowhere"]), (["--num_train=0"], ["--num_train", "at least 1"]),
     (["--ckpt", "fsdd.pt"], ["fsdd.pt is not a tokenizer checkpoint"]),
 ])
-def test_mistakes_get_one_sentence(arguments, words, digits):  # noqa: F811
+def test_mistakes_get_one_sentence(arguments, words, digits):
     """Broken: a mistake on the command line would end in a traceback."""
     assert_one_sentence(run_here(table3_linear_probe.main, *arguments, folder=digits), *words)

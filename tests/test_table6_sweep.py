@@ -5,8 +5,8 @@ import pytest
 
 from paper import table6_sweep
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import digits, evaluate, small_digits  # noqa: F401 (fixtures)
-from tests.test_variants import DENOISER, TOKENIZER, cache  # noqa: F401 (fixture)
+from tests.test_evaluate_fid import evaluate
+from tests.test_variants import DENOISER, TOKENIZER
 
 
 def test_pairs_are_the_papers():
@@ -16,7 +16,7 @@ def test_pairs_are_the_papers():
     assert table6_sweep.pairs((), (64,)) == [(32, 64)] and table6_sweep.pairs((16,), ()) == [(16, 128)]
 
 
-def test_the_table_of_models_trained_here(cache, capsys, monkeypatch):  # noqa: F811
+def test_the_table_of_models_trained_here(cache, capsys, monkeypatch):
     """Broken: a row would be of models of another M or C, or its two distances change places."""
     monkeypatch.setattr(table6_sweep, "TOKENIZER", {name: TOKENIZER[name] for name in TOKENIZER.keys() - {"device"}})
     monkeypatch.setattr(table6_sweep, "DENOISER", {name: DENOISER[name] for name in DENOISER.keys() - {"device"}})
@@ -35,7 +35,7 @@ def test_the_table_of_models_trained_here(cache, capsys, monkeypatch):  # noqa: 
     assert re.findall(r"\| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", capsys.readouterr().out) == rows
 
 
-def test_the_table_of_checkpoints(cache, digits, capsys):  # noqa: F811
+def test_the_table_of_checkpoints(cache, digits, capsys):
     """Broken: a tokenizer and a denoiser of its M and C would not share a row, or one alone be left out."""
     both = [f"{digits}/fsdd.pt", f"{digits}/tokenizer.pt"]
     table6_sweep.main(["--ckpt", *both, "--num=30", "--device=cpu"])
@@ -45,7 +45,7 @@ def test_the_table_of_checkpoints(cache, digits, capsys):  # noqa: F811
     assert f"| 6 | 64 | {rfid} | - |" in capsys.readouterr().out
 
 
-def test_mistakes_get_one_sentence(cache, digits, tmp_path):  # noqa: F811
+def test_mistakes_get_one_sentence(cache, digits, tmp_path):
     """Broken: a mistake on the command line would end in a traceback."""
     assert_one_sentence(run_here(table6_sweep.main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt", "train_fsdd.py")
     assert_one_sentence(run_here(table6_sweep.main, "--codebook_sizes=many", folder=tmp_path), "--codebook_sizes", "many")

@@ -1,5 +1,4 @@
 """Table 7: the size of the denoiser against generation."""
-import re
 
 import pytest
 import torch
@@ -8,9 +7,8 @@ import common
 import train_fsdd
 from paper import table7_size, variants
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import digits, small_digits  # noqa: F401 (fixtures)
 from tests.test_sample import save_random_checkpoint
-from tests.test_variants import DENOISER, SET, TOKENIZER, cache  # noqa: F401 (fixture)
+from tests.test_variants import DENOISER, SET, TOKENIZER
 
 
 def table(capsys, *options):
@@ -27,7 +25,7 @@ def test_the_papers_sizes(tmp_path):
         assert table7_size.size(f"{tmp_path}/fsdd.pt")[1] / 1e6 == pytest.approx(expected, abs=0.05)
 
 
-def test_the_digits_two_sizes(cache, capsys, monkeypatch):  # noqa: F811
+def test_the_digits_two_sizes(cache, capsys, monkeypatch):
     """Broken: the smaller denoiser would differ in more than its size, be of another tokenizer, or stand in the other's row."""
     common.save_checkpoint(torch.load(variants.tokenizer(**SET, **TOKENIZER), weights_only=True), "tokenizer.pt")
     own = torch.load(variants.fsdd("tokenizer.pt", **DENOISER, lr=1e-3), weights_only=True)
@@ -43,13 +41,13 @@ def test_the_digits_two_sizes(cache, capsys, monkeypatch):  # noqa: F811
     assert all(torch.equal(weights[name], smaller["tokenizer"]["weights"][name]) for name in weights)
 
 
-def test_checkpoints_that_are_given(cache, digits, capsys):  # noqa: F811
+def test_checkpoints_that_are_given(cache, digits, capsys):
     """Broken: with --ckpt something would be trained, or a row be missing."""
     rows = table(capsys, "--ckpt", f"{digits}/fsdd.pt", f"{digits}/fsdd.pt", "--num=30")
     assert len(rows) == 2 and rows[0] == rows[1] and not cache.exists()
 
 
-def test_mistakes_get_one_sentence(cache, digits, tmp_path):  # noqa: F811
+def test_mistakes_get_one_sentence(cache, digits, tmp_path):
     """Broken: a mistake would end in a traceback, or denoisers of two tokenizers be compared."""
     main = table7_size.main
     assert_one_sentence(run_here(main, folder=tmp_path), "no checkpoint fsdd.pt", "python train_fsdd.py")

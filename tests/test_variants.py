@@ -7,28 +7,16 @@ import pytest
 import torch
 
 import common
-import data.reading
 import evaluate_fid
 import train_fsdd
 import train_tokenizer
 from paper import variants
-from tests.test_evaluate_fid import digits, few_digits, small_digits  # noqa: F401 (fixtures)
 from tests.test_train_tokenizer import assert_same_checkpoint
 
 TOKENIZER = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "steps": 3, "device": "cpu"}
 SET = {"num_tokens": 4, "codebook_size": 16}
 DENOISER = {"width": 16, "heads": 2, "layers": 1, "batch_size": 8, "steps": 3, "sample_steps": 2, "device": "cpu"}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def cache(digits, small_digits, tmp_path, monkeypatch):  # noqa: F811
-    """An empty folder of variants, which the tests work above; they train on 300 digits and are measured on 400."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(variants, "FOLDER", "cache")
-    monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
-    monkeypatch.setattr(data.reading, "open_dataset", lambda where, split, size, **training: few_digits(split, 300))
-    return tmp_path / "cache"
 
 
 def refuse(*args, **options):
@@ -87,7 +75,7 @@ def test_a_variant_that_was_cut_off_goes_on(cache, monkeypatch):
     assert_same_checkpoint("whole.pt", whole)
 
 
-def test_what_was_measured_of_a_variant_is_kept(cache, digits, monkeypatch):  # noqa: F811
+def test_what_was_measured_of_a_variant_is_kept(cache, digits, monkeypatch):
     """Broken: a second table would measure again, or take an FID that other settings gave."""
     tokenizer = variants.tokenizer(**SET, **TOKENIZER)
     denoiser = variants.fsdd(tokenizer, **DENOISER)
