@@ -385,6 +385,13 @@ def check_folder(path):
         stop(f"there is no folder {folder} to write {path} to")
 
 
+def check_picture(parser, path):
+    """Stop before the work where a picture can't be written to path."""
+    if not path.endswith(".png"):
+        parser.error(f"--out must end in .png, got {path}")
+    check_folder(path)
+
+
 def save_checkpoint(checkpoint, path):
     """Write a checkpoint so that a kill at any moment leaves the old file or the new one, whole."""
     torch.save(checkpoint, path + ".tmp")

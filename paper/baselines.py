@@ -28,7 +28,10 @@ def zeros(layer):
 
 
 def autoregressive(length, symbols, num_classes, width, layers, heads):
-    """A denoiser made causal, over sequences of so many symbols 0..symbols - 1. Symbol number `symbols` starts a sequence."""
+    """A denoiser made causal, over sequences of so many symbols 0..symbols - 1. Symbol number `symbols` starts a sequence.
+
+    To the denoiser the places are its C codes, and the symbols its counts 0..M.
+    """
     model = Denoiser(length, symbols, num_classes, width, layers, heads)
     model.to_logits = zeros(nn.Linear(width, symbols))  # none for the symbol that starts a sequence
     for block in model.blocks:
@@ -95,6 +98,8 @@ def continuous(codebook_size, num_tokens, num_classes, width, layers, heads):
     """A denoiser of real numbers: (B, C, 1), t (B,), labels (B,) -> (B, C, 1)."""
     model = Denoiser(codebook_size, num_tokens, num_classes, width, layers, heads)
     model.count_embedding = nn.Linear(1, width)
+    nn.init.normal_(model.count_embedding.weight, std=0.02)  # as that of counts
+    nn.init.zeros_(model.count_embedding.bias)
     model.to_logits = zeros(nn.Linear(width, 1))
     return model
 

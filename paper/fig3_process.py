@@ -92,7 +92,9 @@ def parse(argv):
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the noise ({SEED})")
     args = parser.parse_args(argv)
-    common.check_folder(args.out)
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    common.check_picture(parser, args.out)
     return args
 
 

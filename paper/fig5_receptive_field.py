@@ -112,9 +112,7 @@ def parse(argv):
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")
     args = parser.parse_args(argv)
     table2_noise.check_options(parser, args, num=1, tokens=1)
-    if not args.out.endswith(".png"):
-        parser.error(f"--out must end in .png, got {args.out}")
-    common.check_folder(args.out)
+    common.check_picture(parser, args.out)
     return args
 
 

@@ -30,7 +30,9 @@ DEVICE = "auto"  # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, _, _ = common.start_processes(args.device)
+    device, _, processes = common.start_processes(args.device)
+    if processes > 1:
+        common.stop("one process is enough for this; leave out torchrun")
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     try:
         tokenizer, dataset = open_tokenizer(args.ckpt, checkpoint, args.data or checkpoint.get("config", {}).get("data"), device)
@@ -96,7 +98,7 @@ def parse(argv):
     for name, least in (("k", 1), ("least", 1), ("shown", 1), ("workers", 0), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    common.check_folder(args.out)
+    common.check_picture(parser, args.out)
     return args
 
 

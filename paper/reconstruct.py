@@ -63,12 +63,10 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the shuffled order ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
     args = parser.parse_args(argv)
-    if not args.out.endswith(".png"):
-        parser.error(f"--out must end in .png, got {args.out}")
     for name, least in (("num", 1), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    common.check_folder(args.out)
+    common.check_picture(parser, args.out)
     return args
 
 

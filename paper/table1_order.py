@@ -86,12 +86,10 @@ def parse(argv):
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
     parser.set_defaults(classifier=variants.CLASSIFIER)
     args = parser.parse_args(argv)
-    if not args.out.endswith(".png"):
-        parser.error(f"--out must end in .png, got {args.out}")
     for name, least in (("num", 2), ("workers", 0), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    common.check_folder(args.out)
+    common.check_picture(parser, args.out)
     return args
 
 

@@ -1,13 +1,17 @@
-"""Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with equal parameters, data and steps.
+"""Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and parameters that
+differ by less than 5 %.
 
-    python -m paper.table5_priors                                      the digits, tokenizer.pt
+    python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
     torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own table
 
 Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, then guidance out of GUIDANCE and a
 cut of the distributions out of CUTS, by the FID of --num_search samples. The best setting is then trained with every seed and
-measured with --num other samples. Trainings and measurements are kept in paper/cache: a run that was cut off goes on.
+measured with --num_images other samples. Trainings and measurements are kept in paper/cache: a run that was cut off goes on.
 Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the fixed sum
 and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
+
+On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other, without a
+cache of keys and values: its samples cost far more than all others.
 """
 import os
 import sys
@@ -24,9 +28,10 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, sample_noise
 from paper import baselines, variants
 
-LEARNING_RATES = (0.5, 1.0, 2.0, 4.0)  # times --lr and --muon_lr
-GUIDANCE = ("1", "4", "4,30,30")  # weights in the thirds of the steps; the second while the learning rate is searched
-CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})  # the first while ...
+LEARNING_RATES = (0.5, 1.0, 2.0, 4.0)   # times --lr and --muon_lr; judged by FIRST's samples
+GUIDANCE = ("1", "2", "4", "4,30,30")   # weight, or weights in the thirds of the steps; the last is FSDD's in train_fsdd.py
+CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})  # the last is FSDD's there
+FIRST = {"guidance": "4", **CUTS[0]}
 METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
     "AR-order1": (" ", "x", " ", 6.55),
     "AR-order2": (" ", "x", " ", 6.62),
@@ -43,21 +48,20 @@ HYPERPARAMETERS = [
     ("ckpt",             "tokenizer.pt", "tokenizer.pt", "checkpoint of train_tokenizer.py"),
     ("methods",          ",".join(METHODS), ",".join(METHODS), "which, with commas between"),
     ("seeds",            3,              1,              "trainings of every method with its best setting"),
-    ("search",           True,           False,          "search learning rate, guidance and cut; else --lr and the recipe's"),
+    ("search_lr",        True,           False,          "search the learning rate; else it is --lr"),
     ("num_search",       500,            10000,          "samples a setting is judged by in the search"),
-    ("num",              1000,           50000,          "samples of the table"),
+    ("num_images",       1000,           50000,          "samples of the table"),
     ("batch",            250,            100,            "samples drawn together"),
     ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "what samples are compared with; digits: the training set"),
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
-    *[(name, CHANGED.get(name, digits), imagenet256, meaning)
-      for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS if name not in ("tokenizer", "tokens", "out")],
+    *[(name, CHANGED.get(name, digits), imagenet256, meaning) for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS
+      if name not in ("tokenizer", "tokens", "out", "seed", "guidance", "top_p", "top_k", "picture_every")],
     ("out",              "table5.png",   "table5.png",   "a picture, samples of each method"),
 ]
 
 
 def main(argv=None):
     began = time.time()
-    os.makedirs(variants.FOLDER, exist_ok=True)
     cfg, _ = common.parse(HYPERPARAMETERS, __doc__, "prior", argv)
     stage1 = common.load_checkpoint(cfg.ckpt, "python train_tokenizer.py", "tokenizer")
     device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
@@ -68,7 +72,7 @@ def main(argv=None):
         common.stop(str(problem))
     if rank > 0:
         return
-    print(f"{world.C} codes, sets of {world.M} tokens; {cfg.steps} steps of {cfg.batch_size}; {cfg.num} samples")
+    print(f"{world.C} codes, sets of {world.M} tokens; {cfg.steps} steps of {cfg.batch_size}; {cfg.num_images} samples")
     print_table(found, cfg)
     picture = common.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
     picture.save(cfg.out)
@@ -80,13 +84,18 @@ def prepare(stage1, device, rank, processes, cfg):
     unknown = [method for method in cfg.methods.split(",") if method not in METHODS]
     if unknown:
         raise ValueError(f"--methods must be some of {', '.join(METHODS)}, got {', '.join(unknown)}")
-    cfg.tokenizer, cfg.tokens = cfg.ckpt, variants.tokens_of(cfg.ckpt)
-    tokenizer, train_set, _, model_config, generation = train_fsdd.prepare(stage1, device, cfg)
+    if min(cfg.num_images, cfg.num_search) < 2:
+        raise ValueError("--num_images and --num_search must be at least 2, as a covariance needs")
+    if not cfg.out.endswith(".png"):
+        raise ValueError(f"--out must end in .png, got {cfg.out}")
+    variants.make_folder()
+    cfg.tokenizer, cfg.tokens, cfg.seed, cfg.picture_every = cfg.ckpt, variants.tokens_of(cfg.ckpt), 0, cfg.steps
+    cfg.guidance, cfg.top_p, cfg.top_k = FIRST.values()  # the search finds each method's
+    tokenizer, train_set, _, model_config, _ = train_fsdd.prepare(stage1, device, cfg)
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
-                            M=tokenizer.num_tokens, C=tokenizer.codebook_size, generation=generation)
+                            M=tokenizer.num_tokens, C=tokenizer.codebook_size)
     world.size = {name: model_config[name] for name in ("num_classes", "width", "layers", "heads")}
     world.rows = common.share_of_batch(cfg, len(train_set), rank, processes)
-    world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
     args = SimpleNamespace(ckpt=cfg.ckpt, inception=cfg.inception, classifier=variants.CLASSIFIER)
     world.net = evaluate_fid.network(args, cfg.data, device, rank)
     if cfg.ref:
@@ -101,36 +110,36 @@ def prepare(stage1, device, rank, processes, cfg):
     else:
         seen = evaluate_fid.measure(world.net, reference, cfg.batch, False, device, rank, processes)
         world.reference = seen and (seen.mu, seen.sigma)
+    world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
     return world
 
 
 def tune_and_measure(method, world, cfg):
     """The result of one row of the table: the setting that was chosen, and what its trainings were measured to be."""
-    factor, setting = 1.0, {"guidance": GUIDANCE[1], **CUTS[0]}
-    if cfg.search:
-        judge = lambda factor, setting: measure(method, factor, 0, setting, cfg.num_search, world, cfg)["fid"]  # noqa: E731
-        factor = min(LEARNING_RATES, key=lambda factor: judge(factor, setting))
-        cuts = CUTS if method != "Continuous Diffusion" else CUTS[:1]  # there is no distribution to cut
-        setting = min(({"guidance": guidance, **cut} for guidance in GUIDANCE for cut in cuts),
-                      key=lambda setting: judge(factor, setting))
-    elif method == "FSDD":
-        setting = {name: world.generation[name] for name in ("guidance", "top_p", "top_k")}
-    results = [measure(method, factor, seed, setting, cfg.num, world, cfg) for seed in range(cfg.seeds)]
+    judge = lambda factor, setting: measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]  # noqa: E731
+    factors = LEARNING_RATES if cfg.search_lr else (1.0,)
+    factor = min(factors, key=lambda factor: judge(factor, FIRST)) if len(factors) > 1 else factors[0]
+    cuts = CUTS if method != "Continuous Diffusion" else CUTS[:1]  # there is no distribution to cut
+    setting = min(({"guidance": guidance, **cut} for guidance in GUIDANCE for cut in cuts),
+                  key=lambda setting: judge(factor, setting))
+    results = [measure(method, factor, seed, setting, "table", cfg.num_images, world, cfg) for seed in range(cfg.seeds)]
     model = trained(method, factor, 0, world, cfg)
     labels = sample.choose_labels(None, 20, world.train_set.class_names, 10)
-    images = decode(world.tokenizer, generated(method, model, labels, setting, (0,), world, cfg))
+    images = decode(world.tokenizer, generated(method, model, labels, setting, ("picture",), world, cfg))
     return SimpleNamespace(factor=factor, setting=setting, results=results, images=images,
                            parameters=sum(parameter.numel() for parameter in model.parameters()))
 
 
-def measure(method, factor, seed, setting, num, world, cfg):
+def measure(method, factor, seed, setting, purpose, num, world, cfg):
     """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average, "read": the share
     that the digits' classifier reads as asked for, or None}.
 
-    num samples, each drawn from seed, of the training with that seed and learning rate. What was measured before is kept.
+    num samples of the training with a seed and learning rate, drawn from noise that hangs on seed and purpose, a word. What was
+    measured before is kept.
     """
     path = path_of(method, factor, seed, cfg)
-    kept, key = path + ".json", f"{setting} {num} {cfg.sample_steps} {cfg.ref} {cfg.prior}"
+    kept = path + ".json"
+    key = str([purpose, num, setting, cfg.sample_steps, cfg.adjust_from, cfg.batch, cfg.ref, world.net.name])
     result = common.from_all_processes(common.read_json(kept).get(key))[0]
     if result:
         return result
@@ -140,7 +149,7 @@ def measure(method, factor, seed, setting, num, world, cfg):
     labels = sample.choose_labels(None, num, names, len(names))
 
     def read(part):
-        counts = generated(method, model, labels[part], setting, (seed, num, part.start), world, cfg)
+        counts = generated(method, model, labels[part], setting, (purpose, seed, part.start), world, cfg)
         sums.append(counts.sum(1).cpu())
         return decode(world.tokenizer, counts)
 
@@ -159,7 +168,7 @@ def measure(method, factor, seed, setting, num, world, cfg):
 # The seven: a model, its loss, its samples
 
 
-def build(method, world):
+def build(method, world, cfg):
     """The untrained model of a method."""
     if method.startswith("AR-"):
         return baselines.autoregressive(world.M, world.C, **world.size)
@@ -167,11 +176,14 @@ def build(method, world):
         return baselines.autoregressive(world.C, world.M + 1, **world.size)
     if method == "Continuous Diffusion":
         return baselines.continuous(world.C, world.M, **world.size)
-    return Denoiser(world.C, world.M, **world.size)
+    return Denoiser(world.C, world.M, **world.size, unused_rows=cfg.unused_rows)
 
 
 def loss(method, model, x, labels, t, x1, uniform, order, world):
-    """The loss of a micro-batch. x: tokens (B, M).  x1: noise (B, C).  uniform: (B, C) in [0, 1).  order: permutations (B, M)."""
+    """The loss of a micro-batch; every method takes of the draws, the same for all, what it needs.
+
+    x: tokens (B, M).  t: (B,) in (0, 1].  x1: noise (B, C).  uniform: (B, C) in [0, 1).  order: permutations (B, M).
+    """
     x0 = tokens_to_counts(x, world.C)
     if method.startswith("AR-"):
         return baselines.autoregressive_loss(model, x.gather(1, order), labels, world.C)
@@ -186,8 +198,9 @@ def loss(method, model, x, labels, t, x1, uniform, order, world):
 
 
 def generated(method, model, labels, setting, key, world, cfg):
-    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: numbers that the noise hangs on."""
-    labels, random = labels.to(world.device), common.generator(world.device, "table 5", *key)
+    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise hangs on, a word and
+    numbers."""
+    labels, random = labels.to(world.device), common.generator(world.device, *key)
     setting = setting | {"guidance": common.three_numbers(setting["guidance"]), "generator": random}
     with common.autocast(world.device, cfg.bf16):
         if method.startswith("AR-"):
@@ -221,8 +234,8 @@ def decode(tokenizer, counts):
 
 def path_of(method, factor, seed, cfg):
     """Where a training's checkpoint stands: a name that all its settings are in."""
-    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search", "num_search", "num", "batch", "ref", "inception",
-                                      "sample_steps", "guidance", "top_p", "top_k", "adjust_from"}
+    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "num_search", "num_images", "batch", "ref",
+                                      "inception", "sample_steps", "guidance", "top_p", "top_k", "adjust_from"}
     settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
     mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
     return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{factor:g}-seed{seed}-{mark}.pt"
@@ -233,8 +246,8 @@ def trained(method, factor, seed, world, cfg):
     run = SimpleNamespace(**vars(cfg) | {"lr": factor * cfg.lr, "muon_lr": factor * cfg.muon_lr, "seed": seed,
                                          "out": path_of(method, factor, seed, cfg)})
     torch.manual_seed(seed)
-    model = build(method, world).to(world.device)
-    checkpoint = common.load_checkpoint(run.out, "the same command", "prior") if os.path.isfile(run.out) else None
+    model = build(method, world, cfg).to(world.device)
+    checkpoint = common.load_checkpoint(run.out, "the same command, with the file removed", "prior") if os.path.isfile(run.out) else None
     start = common.check_resume(checkpoint, world.train_set)
     if start == run.steps:
         model.load_state_dict(checkpoint["weights"])
@@ -260,7 +273,8 @@ def trained(method, factor, seed, world, cfg):
         averaged = train_fsdd.train(model, world.tokens, world.train_set.labels, world.rows, checkpoint, start, header, run, signals,
                                     forward_backward, draw_samples=lambda averaged: None)
     if signals.agreed:
-        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        if world.rank == 0:
+            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         sys.exit(128 + signals.agreed)
     return averaged.eval()
 

@@ -42,6 +42,8 @@ def main(argv=None):
 
 def pairs(num_tokens, codebook_sizes):
     """The pairs (M, C) of the table: every C with the M of BOTH, then every M with the C of BOTH, as in the paper."""
+    if not (*num_tokens, *codebook_sizes):
+        raise ValueError("--num_tokens and --codebook_sizes can't both be empty")
     return list(dict.fromkeys([(BOTH[0], C) for C in codebook_sizes] + [(M, BOTH[1]) for M in num_tokens]))
 
 
@@ -67,7 +69,9 @@ def measure(args, device, rank, processes):
         options = {"data": args.data, "inception": args.inception}
         if checkpoint["kind"] == "fsdd":
             options |= {"ref": args.ref, "num": args.num, "steps": args.steps}
-        found.setdefault((M, C), {})[checkpoint["kind"]] = variants.fid(path, device, rank, processes, **options)
+        if checkpoint["kind"] in found.setdefault((M, C), {}):
+            raise ValueError(f"{path} is the second {checkpoint['kind']} checkpoint with M = {M} and C = {C}; the table has room for one")
+        found[M, C][checkpoint["kind"]] = variants.fid(path, device, rank, processes, **options)
     return [(*pair, row.get("tokenizer"), row.get("fsdd")) for pair, row in found.items()]
 
 
@@ -78,7 +82,7 @@ def parse(argv):
     add_pairs(parser)
     variants.add_options(parser, num=NUM)
     parser.add_argument("--steps", type=int, help=f"from noise to data ({STEPS}, with --ckpt the checkpoint's)")
-    return parser.parse_args(argv)
+    return variants.check_options(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def two_sizes(args):
                          "python train_fsdd.py")
     changed = {name: settings[name] for name, value, *_ in train_fsdd.HYPERPARAMETERS
                if settings.get(name, value) != value and name not in variants.NO_MATTER}
-    smaller = {name: checkpoint["model_config"][name] // SMALLER for name in ("width", "heads")}
+    smaller = {name: max(1, checkpoint["model_config"][name] // SMALLER) for name in ("width", "heads")}
     return variants.fsdd(TOKENIZER, **changed | smaller, device=args.device), CKPT
 
 
@@ -69,7 +69,7 @@ def parse(argv):
     parser.add_argument("--ckpt", nargs="+", help=f"checkpoints of train_fsdd.py ({CKPT} of the digits, and a smaller one)")
     variants.add_options(parser, num=evaluate_fid.NUM_DIGITS)
     parser.add_argument("--steps", type=int, help="from noise to data (the checkpoint's)")
-    return parser.parse_args(argv)
+    return variants.check_options(parser, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

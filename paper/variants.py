@@ -2,7 +2,7 @@
 
 A variant is a run of train_tokenizer.py or train_fsdd.py with some options. Its checkpoint stands in FOLDER under a name made of
 those options and a hash of all settings, so that a second run finds it, and changed defaults make a new one. A run that was
-cut off goes on where it was.
+cut off goes on where it was. Whoever changes the code of a model or of its training removes the folder.
 """
 import hashlib
 import os
@@ -28,9 +28,16 @@ def tokenizer(**options):
 
 def fsdd(tokenizer_path, **options):
     """The path of a digits' denoiser of a tokenizer's sets, trained with options of train_fsdd.py, now if it is not there."""
-    os.makedirs(FOLDER, exist_ok=True)
     places = {"tokenizer": tokenizer_path, "tokens": tokens_of(tokenizer_path)}
     return trained(train_fsdd, "fsdd", options | places, {"of": digest(tokenizer_path)} | options)
+
+
+def make_folder():
+    """Make FOLDER; ValueError where that can't be."""
+    try:
+        os.makedirs(FOLDER, exist_ok=True)
+    except OSError as problem:
+        raise ValueError(f"the folder {FOLDER}, which trained models are kept in, can't be made ({problem})") from None
 
 
 def tokens_of(tokenizer_path):
@@ -53,6 +60,7 @@ def trained(script, kind, options, named):
     """The path of what a training script makes with options; named: what of them its name shows."""
     if dist.is_initialized():
         raise ValueError("what is trained on the digits here is trained by one process; leave out torchrun")
+    make_folder()
     arguments = ["--recipe=digits", *(f"--{name}={value}" for name, value in options.items())]
     cfg, _ = common.parse(script.HYPERPARAMETERS, "", kind, arguments)
     settings = {name: value for name, value in (vars(cfg) | named).items() if name not in NO_MATTER}
@@ -62,7 +70,6 @@ def trained(script, kind, options, named):
         if common.load_checkpoint(path, "the same command, with the file removed", kind)["step"] == cfg.steps:
             return path
         arguments.append("--resume")
-    os.makedirs(FOLDER, exist_ok=True)
     code = script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"])
     if code:  # a signal stopped it
         sys.exit(code)
@@ -72,12 +79,13 @@ def trained(script, kind, options, named):
 def fid(checkpoint, device, rank=0, processes=1, **options):
     """rFID of a tokenizer's checkpoint or gFID of a denoiser's, as evaluate_fid.py measures it with options; on the digits,
     digits FID. Only the main process knows it. What was measured of a variant is kept beside it. ValueError as there."""
-    key = " ".join(f"--{name}={value}" for name, value in options.items() if value is not None)
+    options = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    key = " ".join(options)
     kept = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""
-    known = common.read_json(kept)
+    known = common.from_all_processes(common.read_json(kept))[0]
     if key not in known:
         common.set_tf32(False)
-        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *key.split()])
+        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *options])
         results = evaluate_fid.evaluate(args, device, rank, processes)
         if rank == 0:
             known[key] = results.get("digits_fid", results.get("fid"))
@@ -99,3 +107,11 @@ def add_options(parser, num):
     parser.add_argument("--num", "--num_images", type=int, help=f"images to generate (digits: {num}); under torchrun write "
                                                                 "--num_images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+
+
+def check_options(parser, args):
+    """args; ends with one sentence where a number is too small, before anything is trained."""
+    for name, least in (("num", 2), ("steps", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    return args

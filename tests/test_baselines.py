@@ -198,14 +198,14 @@ def test_training_reaches_a_known_distribution(method):
     size = {"num_classes": 2, "width": 32, "layers": 1, "heads": 2}
     model = baselines.continuous(3, 3, **size) if method == "continuous" else Denoiser(3, 3, **size)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-    for step in range(600):
-        labels = torch.randint(2, (256,))
-        x0, t = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]], 1 - torch.rand(256)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    for step in range(500):
+        labels = torch.randint(2, (128,))
+        x0, t = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]], 1 - torch.rand(128)
         if method == "continuous":
-            loss = baselines.continuous_loss(model, x0, labels, t, torch.randn(256, 3), 3)
+            loss = baselines.continuous_loss(model, x0, labels, t, torch.randn(128, 3), 3)
         else:
-            loss = baselines.flow_loss(model, x0, labels, t, sample_noise(256, 3, 3, "multinomial"), torch.rand(256, 3))
+            loss = baselines.flow_loss(model, x0, labels, t, sample_noise(128, 3, 3, "multinomial"), torch.rand(128, 3))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,7 +213,6 @@ def test_training_reaches_a_known_distribution(method):
     generate = baselines.continuous_generate if method == "continuous" else baselines.flow_generate
     for label in (0, 1):
         found = generate(model, torch.full((3000,), label), steps=50, generator=torch.Generator().manual_seed(2))
-        print(method, label, shares_of(found, STATES).tolist())
         assert (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.1
 
 

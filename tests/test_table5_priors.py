@@ -10,17 +10,21 @@ import train_fsdd
 from dual_transform import counts_to_tokens
 from fsdd import sample_noise
 from paper import table5_priors
-from tests.test_common import assert_one_sentence, run_here
+from tests.test_common import ROOT, assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import assert_same_checkpoint
 
-SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num=40", "--num_search=20",
+SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40", "--num_search=20",
          "--device=cpu"]
 
 
 def table(capsys, ckpt, *options, steps=3, seeds=2):
     """The rows that are printed: {method: cells}."""
     table5_priors.main([f"--ckpt={ckpt}", *SMALL, f"--steps={steps}", f"--seeds={seeds}", *options])
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    return rows_of(capsys.readouterr().out)
+
+
+def rows_of(said):
+    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| ")][1:]
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 
 
@@ -46,7 +50,7 @@ def test_the_table(digits, cache, capsys, monkeypatch):
 @pytest.mark.parametrize("method", ["AR-random", "Continuous Diffusion"])
 def test_a_run_that_was_cut_off_goes_on(method, digits, cache, capsys, monkeypatch):
     """Broken: hours of training would be lost, or go on in another way than without the break."""
-    options = [f"--methods={method}", "--search=no", "--save_every=2"]
+    options = [f"--methods={method}", "--search_lr=no", "--save_every=2"]
     whole = table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1)
     path, = cache.glob("*-seed0-*.pt")
     path.rename("unbroken.pt")
@@ -88,7 +92,7 @@ def test_orders(digits, cache, monkeypatch):
     monkeypatch.setattr(train_fsdd, "read_batch", lambda *_: (tokens, torch.zeros(8, dtype=torch.int64), torch.rand(8)))
     orders = {}
     for method in ("AR-order1", "AR-order2", "AR-random"):
-        table5_priors.main([f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=2", "--seeds=1", "--search=no",
+        table5_priors.main([f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=2", "--seeds=1", "--search_lr=no",
                             f"--methods={method}"])
         orders[method] = {tuple(row.tolist()) for x in seen for row in x}
         seen.clear()
@@ -97,11 +101,51 @@ def test_orders(digits, cache, monkeypatch):
     assert orders["AR-order1"] != orders["AR-order2"]
 
 
-def test_mistakes_get_one_sentence(digits, cache, tmp_path):
+def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
     """Broken: a mistake would end in a traceback, or be found after hours."""
     main = table5_priors.main
     assert_one_sentence(run_here(main, folder=tmp_path), "no checkpoint tokenizer.pt", "python train_tokenizer.py")
     ckpt = f"--ckpt={digits}/tokenizer.pt"
     assert_one_sentence(run_here(main, ckpt, "--methods=FSDD,VAE", folder=tmp_path), "--methods", "VAE", "SetAR")
+    monkeypatch.setattr(train_fsdd, "encode_training_set", None)  # of ImageNet it takes an hour
     assert_one_sentence(run_here(main, ckpt, *SMALL, "--ref=none.npz", folder=tmp_path), "there is no none.npz")
-    assert_one_sentence(run_here(main, ckpt, "--seeds=0", folder=tmp_path), "--seeds")
+    for option, words in {"--seeds=0": "--seeds", "--num_images=1": "--num_images", "--out=a.jpg": "--out"}.items():
+        assert_one_sentence(run_here(main, ckpt, option, folder=tmp_path), words)
+    checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
+    checkpoint["model_config"] |= {"layout": "grid", "num_tokens": 16}
+    checkpoint["weights"] = train_fsdd.SetTokenizer(**checkpoint["model_config"]).state_dict()
+    torch.save(checkpoint, tmp_path / "grid.pt")
+    assert_one_sentence(run_here(main, "--ckpt=grid.pt", folder=tmp_path), "makes a grid", "--layout set")
+
+
+def test_what_is_measured_hangs_on_all_its_settings(digits, cache, capsys):
+    """Broken: a distance measured with one setting would be shown for another; or that of the search for the table's."""
+    options = ["--methods=FSDD", "--search_lr=no"]
+    first = table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)["FSDD"]
+    assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first  # as many as the search
+    kept, = cache.glob("*.pt.json")
+    before = len(common.read_json(kept))
+    assert before == 12 + 2
+    for more in ("--adjust_from=0.01", "--batch=30"):
+        table(capsys, f"{digits}/tokenizer.pt", *options, more, seeds=1)
+    assert len(common.read_json(kept)) == before + 2 * 13
+
+
+def test_the_same_table_from_two_processes(digits, cache, capsys, tmp_path):
+    """Broken: under torchrun a process would train or measure something else, or wait for another for ever."""
+    (tmp_path / "few.py").write_text(f"""import sys
+sys.path.insert(0, {ROOT!r})
+import common, data.reading, evaluate_fid
+from paper import table5_priors, variants
+from tests.conftest import few_digits
+variants.CLASSIFIER, variants.FOLDER = "{digits}/digits_classifier.pt", "cache2"
+data.reading.open_dataset = lambda where, split, size, **training: few_digits(split, 300)
+evaluate_fid.open_dataset = lambda where, split, size: few_digits(split, 600 if split == "train" else 400)
+common.run(table5_priors.main)
+""")
+    options = ["--methods=AR-random,Continuous Diffusion", "--search_lr=no", "--bf16=off", "--batch=15"]
+    finished = run(tmp_path / "few.py", f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=3", "--seeds=1", *options,
+                   folder=tmp_path, processes=2)
+    assert finished.returncode == 0, finished.stderr
+    rows = rows_of(finished.stdout)
+    assert len(rows) == 2 and rows == table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)

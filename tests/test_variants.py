@@ -103,3 +103,14 @@ def test_no_variants_under_torchrun(cache, monkeypatch):
 def test_numbers():
     """Broken: a table would show None where nothing was measured."""
     assert [variants.number(value) for value in (None, 0.0, 12.345)] == ["-", "0.0", "12.3"]
+
+
+def test_all_processes_agree_on_what_is_kept(cache, monkeypatch):
+    """Broken: a process that does not see the file of the main process yet would measure alone, and wait for ever."""
+    cache.mkdir()
+    common.write_json({"--num=9": 5.0}, "cache/fsdd.pt.json")
+    monkeypatch.setattr(evaluate_fid, "evaluate", refuse)
+    monkeypatch.setattr(common, "from_all_processes", lambda mine: [{"--num=9": 5.0}, mine])
+    assert variants.fid("cache/fsdd.pt", CPU, 1, 2, num=9) == 5.0
+    os.remove("cache/fsdd.pt.json")
+    assert variants.fid("cache/fsdd.pt", CPU, 1, 2, num=9) == 5.0
