@@ -30,20 +30,22 @@ MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fus
               "log_every", "save_every", "picture_every")  # settings that --resume may be given anew
 
 
-def parse(table, description, kind, argv=None):
+def parse(table, description, kind, argv=None, prog=None):
     """Settings from the table of hyperparameters at the top of a training script and from the command line.
 
     table: rows (name, value in the recipe digits, value in the recipe imagenet256, meaning). Every row is an option --name,
     its type that of its value. --recipe chooses the column; left out, it is imagenet256 where data/imagenet/train exists and
     digits elsewhere, and the first line printed says which and why. With --resume all settings are the checkpoint's.
-    kind: of the checkpoint that the script writes, "tokenizer" or "fsdd".
+    kind: of the checkpoint that the script writes, "tokenizer" or "fsdd"; None where there is no --resume.
+    prog: how the script is called, where that is not its file's name.
     Returns (a SimpleNamespace with one attribute a row, recipe and resume; the checkpoint to go on from or None).
     """
     recipes = ("digits", "imagenet256")
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=recipes, help="which column of the table")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint at --out, with its settings")
+    if kind:
+        parser.add_argument("--resume", action="store_true", help="go on from the checkpoint at --out, with its settings")
     for name, digits, imagenet256, meaning in table:
         parser.add_argument("--" + name, type=yes_or_no if isinstance(digits, bool) else type(digits),
                             metavar=type(digits).__name__.upper(),

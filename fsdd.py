@@ -222,7 +222,7 @@ class Denoiser(nn.Module):
         """
         c = self.time_mlp(time_features(1 - t))
         c = c + self.class_embedding(labels).to(c.dtype)  # (B, width)
-        x = (self.count_embedding(x_t) + self.code_embedding[:, :x_t.shape[1]]).to(c.dtype)  # (B, C, width), in bfloat16 under autocast
+        x = (self.count_embedding(x_t) + self.code_embedding[:, :x_t.shape[1]]).to(c.dtype)  # (B, C, width), bfloat16 in autocast
         x = through(self.blocks, x, c, recompute=self.recompute)
         shift, scale = self.modulation_out(c)[:, None].chunk(2, dim=2)
         return self.to_logits(self.norm_out(x) * (1 + scale) + shift)

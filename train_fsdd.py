@@ -121,7 +121,8 @@ def prepare(stage1, device, cfg):
     common.set_switches(tokenizer, cfg)
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     if tokenizer.layout != "set":
-        raise ValueError(f"{cfg.tokenizer} makes a {tokenizer.layout}, of which counts would lose the order; train it with --layout set")
+        raise ValueError(f"{cfg.tokenizer} makes a {tokenizer.layout}, of which counts would lose the order; train it with "
+                         "--layout set")
     if C > 2 ** 16:
         raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C} codes")
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
@@ -195,7 +196,8 @@ def forward_backward(model, tokens, indices, labels, rows, random, model_config,
     x0 = tokens_to_counts(x0, C)  # (rows, C)
     x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
     uniform = torch.rand(B, C, generator=random, device=device)[rows]
-    return gradients(model, lambda part: fsdd_loss(model, x0[part], labels[part], t[part], x1[part], uniform[part]), rows, device, cfg)
+    loss_of = lambda part: fsdd_loss(model, x0[part], labels[part], t[part], x1[part], uniform[part])  # noqa: E731
+    return gradients(model, loss_of, rows, device, cfg)
 
 
 def read_batch(tokens, indices, labels, rows, random, null, cfg):

@@ -79,7 +79,10 @@ def flow_loss(denoiser, x0, labels, t, x1, uniform):
 
 
 def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=(1.0, 1.0, 1.0), top_p=1.0, top_k=0, generator=None):
-    """Counts (B, C) int64 for labels (B,), of any sum. From t to t - dt each count jumps to a draw of x_0 with probability dt / t."""
+    """Counts (B, C) int64 for labels (B,), of any sum.
+
+    From t to t - dt each count jumps to a draw of x_0 with probability dt / t.
+    """
     B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
     x = sample_noise(B, C, M, prior, generator, device)
     for step in range(steps):

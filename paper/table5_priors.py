@@ -52,7 +52,7 @@ HYPERPARAMETERS = [
     ("num_search",       500,            10000,          "samples a setting is judged by in the search"),
     ("num_images",       1000,           50000,          "samples of the table"),
     ("batch",            250,            100,            "samples drawn together"),
-    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "what samples are compared with; digits: the training set"),
+    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "what samples are compared with, see evaluate_fid.py"),
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
     *[(name, CHANGED.get(name, digits), imagenet256, meaning) for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS
       if name not in ("tokenizer", "tokens", "out", "seed", "guidance", "top_p", "top_k", "picture_every")],
@@ -62,7 +62,7 @@ HYPERPARAMETERS = [
 
 def main(argv=None):
     began = time.time()
-    cfg, _ = common.parse(HYPERPARAMETERS, __doc__, "prior", argv)
+    cfg, _ = common.parse(HYPERPARAMETERS, __doc__, None, argv, "python -m paper.table5_priors")
     stage1 = common.load_checkpoint(cfg.ckpt, "python train_tokenizer.py", "tokenizer")
     device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
     try:
@@ -98,20 +98,21 @@ def prepare(stage1, device, rank, processes, cfg):
     world.rows = common.share_of_batch(cfg, len(train_set), rank, processes)
     args = SimpleNamespace(ckpt=cfg.ckpt, inception=cfg.inception, classifier=variants.CLASSIFIER)
     world.net = evaluate_fid.network(args, cfg.data, device, rank)
-    if cfg.ref:
-        reference = evaluate_fid.open_images(cfg.ref, None)
-    elif cfg.data == "digits":
-        reference = evaluate_fid.training_digits()
-    else:
-        raise ValueError(f"--ref must say what samples are compared with; {evaluate_fid.NEEDS}")
-    if reference.statistics:
-        evaluate_fid.check_features(reference, None, world.net)
-        world.reference = reference.statistics
-    else:
-        seen = evaluate_fid.measure(world.net, reference, cfg.batch, False, device, rank, processes)
-        world.reference = seen and (seen.mu, seen.sigma)
+    world.reference = reference(world, cfg)
     world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
     return world
+
+
+def reference(world, cfg):
+    """(mu, sigma) of the images that samples are compared with, known to the main process."""
+    if not cfg.ref and cfg.data != "digits":
+        raise ValueError(f"--ref must say what samples are compared with; {evaluate_fid.NEEDS}")
+    images = evaluate_fid.open_images(cfg.ref, None) if cfg.ref else evaluate_fid.training_digits()
+    if images.statistics:
+        evaluate_fid.check_features(images, None, world.net)
+        return images.statistics
+    seen = evaluate_fid.measure(world.net, images, cfg.batch, False, world.device, world.rank, world.processes)
+    return seen and (seen.mu, seen.sigma)
 
 
 def tune_and_measure(method, world, cfg):
@@ -158,8 +159,8 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
     off = [(part - world.M).abs() for part in sample.gather(torch.cat(sums), world.rank, world.processes)]
     if world.rank == 0:
         off = torch.cat(off).double()
-        result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference),
-                  "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item(), "read": found.read_as_label}
+        result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference), "read": found.read_as_label,
+                  "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
         common.write_json(common.read_json(kept) | {key: result}, kept)
     return common.from_all_processes(result)[0]
 
@@ -247,7 +248,9 @@ def trained(method, factor, seed, world, cfg):
                                          "out": path_of(method, factor, seed, cfg)})
     torch.manual_seed(seed)
     model = build(method, world, cfg).to(world.device)
-    checkpoint = common.load_checkpoint(run.out, "the same command, with the file removed", "prior") if os.path.isfile(run.out) else None
+    checkpoint = None
+    if os.path.isfile(run.out):
+        checkpoint = common.load_checkpoint(run.out, "the same command, with the file removed", "prior")
     start = common.check_resume(checkpoint, world.train_set)
     if start == run.steps:
         model.load_state_dict(checkpoint["weights"])
@@ -270,8 +273,8 @@ def trained(method, factor, seed, world, cfg):
         print(f"training {method}, learning rate x {factor:g}, seed {seed}", flush=True)
     header = {"kind": "prior", "method": method, "images": world.train_set.fingerprint(), "model_config": world.size}
     with common.SignalsNoted() as signals:
-        averaged = train_fsdd.train(model, world.tokens, world.train_set.labels, world.rows, checkpoint, start, header, run, signals,
-                                    forward_backward, draw_samples=lambda averaged: None)
+        averaged = train_fsdd.train(model, world.tokens, world.train_set.labels, world.rows, checkpoint, start, header, run,
+                                    signals, forward_backward, draw_samples=lambda averaged: None)
     if signals.agreed:
         if world.rank == 0:
             print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
@@ -288,7 +291,8 @@ def print_table(found, cfg):
         *priors, paper = METHODS[method]
         fids = torch.tensor([result["fid"] for result in row.results])
         spread = f" ± {fids.std():.1f}" if len(fids) > 1 else ""
-        broken, by, read = (sum(result[name] or 0 for result in row.results) / len(row.results) for name in ("broken", "by", "read"))
+        broken, by, read = (sum(result[name] or 0 for result in row.results) / len(row.results)
+                            for name in ("broken", "by", "read"))
         cells = [method, *priors, paper, f"{fids.mean():.1f}{spread}", f"{read:.1%}" if read else "", f"{broken:.1%}",
                  f"{by:.1f}" if broken else "", f"{row.parameters / 1e6:.3f} M",
                  f"x {row.factor:g}, {row.setting['guidance']}, {row.setting['top_p']}, {row.setting['top_k']}"]

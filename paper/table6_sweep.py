@@ -70,7 +70,8 @@ def measure(args, device, rank, processes):
         if checkpoint["kind"] == "fsdd":
             options |= {"ref": args.ref, "num": args.num, "steps": args.steps}
         if checkpoint["kind"] in found.setdefault((M, C), {}):
-            raise ValueError(f"{path} is the second {checkpoint['kind']} checkpoint with M = {M} and C = {C}; the table has room for one")
+            raise ValueError(f"{path} is the second {checkpoint['kind']} checkpoint with M = {M} and C = {C}; the table has room "
+                             "for one")
         found[M, C][checkpoint["kind"]] = variants.fid(path, device, rank, processes, **options)
     return [(*pair, row.get("tokenizer"), row.get("fsdd")) for pair, row in found.items()]
 
