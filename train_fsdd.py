@@ -103,6 +103,7 @@ def main(argv=None):
     header = {"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names,
               "images": train_set.fingerprint(), "generation": generation,
               "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}}
+    common.set_switches(tokenizer, cfg)
     with common.SignalsNoted() as signals:
         averaged = train(model, tokens, train_set.labels, rows, checkpoint, start, header, cfg, signals, forward_backward,
                          lambda averaged: draw_samples(averaged, tokenizer, header, device, cfg))
@@ -118,7 +119,6 @@ def prepare(stage1, device, cfg):
     """The tokenizer, the two datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't fit."""
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
-    common.set_switches(tokenizer, cfg)
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     if tokenizer.layout != "set":
         raise ValueError(f"{cfg.tokenizer} makes a {tokenizer.layout}, of which counts would lose the order; train it with "
