@@ -48,7 +48,7 @@ def test_a_killed_run_resumes_exactly(stage1, tmp_path):
 def test_any_number_of_processes_trains_alike(stage1, tmp_path):
     """Broken: the global batch, its noise and times, or the average of the gradients would hang on the number of processes."""
     logs = []
-    for processes in (1, 2, 3):
+    for processes in (1, 3):  # unequal shares of the batch
         folder = tmp_path / str(processes)
         folder.mkdir()
         finished = run("train_fsdd.py", *TINY, *stage1, "--steps=4", "--optimizer=adamw", folder=folder, processes=processes)

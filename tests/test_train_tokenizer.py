@@ -71,16 +71,16 @@ def assert_same_checkpoint(path, other):
         compare(ours[name], theirs[name], name)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_resumes_exactly(processes, tmp_path):
-    """Broken: after a kill at any moment, --resume would not give the very numbers of the unbroken run."""
+def test_a_killed_run_resumes_exactly(tmp_path):
+    """Broken: after a kill at any moment, --resume would not give the very numbers of the unbroken run (two processes:
+    test_imagenet256.py)."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
-    finished = run("train_tokenizer.py", *TINY, folder=whole, processes=processes)
+    finished = run("train_tokenizer.py", *TINY, folder=whole)
     assert finished.returncode == 0, finished.stderr
-    kill_in_the_middle("train_tokenizer.py", TINY, killed, killed / "tokenizer.csv", processes)
+    kill_in_the_middle("train_tokenizer.py", TINY, killed, killed / "tokenizer.csv", 1)
     assert 3 <= torch.load(killed / "tokenizer.pt", weights_only=True)["step"] < 60
-    finished = run("train_tokenizer.py", "--resume", folder=killed, processes=processes)
+    finished = run("train_tokenizer.py", "--resume", folder=killed)
     assert finished.returncode == 0, finished.stderr
     assert read_log(whole / "tokenizer.csv") == read_log(killed / "tokenizer.csv")
     assert_same_checkpoint(whole / "tokenizer.pt", killed / "tokenizer.pt")
