@@ -101,7 +101,7 @@ def test_any_number_of_processes_trains_alike(files, tmp_path):
     """Broken: a phase's losses, noise or averaged gradients would hang on the number of processes."""
     short = ["--steps=2", "--proxy_steps=1", "--adversarial_from=0", "--warmup=1", "--proxy_warmup=1"]
     logs, states = [], []
-    for processes in (1, 2, 3):
+    for processes in (1, 3):  # unequal shares
         folder = place(files, tmp_path / str(processes))
         finished = run("train_tokenizer.py", *STAGE1, *short, folder=folder, processes=processes)
         assert finished.returncode == 0, finished.stderr

@@ -43,7 +43,7 @@ def arrays(path):
 def test_same_images_for_any_number_of_processes(checkpoint, tmp_path):
     """Broken: the images would hang on the number of processes, or come out in another order."""
     results = []
-    for processes in (1, 2, 3):
+    for processes in (1, 3):  # unequal shares
         out = tmp_path / f"{processes}.npz"
         finished = run("sample.py", "--ckpt", checkpoint, "--num_images=23", "--batch=5", "--bf16=off", "--out", out, folder=tmp_path,
                        processes=processes)

@@ -89,7 +89,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 def test_any_number_of_processes_trains_alike(tmp_path):
     """Broken: the global batch, its shuffle, or the average of the gradients would hang on the number of processes."""
     logs = []
-    for processes in (1, 3):  # 1, 2 and 3: test_imagenet256.py
+    for processes in (1, 3):  # unequal shares
         folder = tmp_path / str(processes)
         folder.mkdir()
         finished = run("train_tokenizer.py", *TINY, "--steps=4", "--optimizer=adamw", folder=folder, processes=processes)
