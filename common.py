@@ -30,6 +30,9 @@ MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fus
               "log_every", "save_every", "picture_every")  # settings that --resume may be given anew
 
 
+BEFORE = {"times": "uniform", "sampler": "paper"}  # what checkpoints that don't know these settings were trained with
+
+
 def parse(table, description, kind, argv=None, prog=None):
     """Settings from the table of hyperparameters at the top of a training script and from the command line.
 
@@ -62,7 +65,7 @@ def parse(table, description, kind, argv=None, prog=None):
         checkpoint = load_checkpoint(out, "the same command without --resume", kind)
         if "config" not in checkpoint:
             stop(f"{out} holds weights without a training to go on from (imported weights have none); leave out --resume")
-        settings, why = settings | checkpoint["config"], f"as in {out}"
+        settings, why = settings | BEFORE | checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")

@@ -17,6 +17,8 @@ from torch import nn
 from dual_transform import tokens_to_counts
 from tokenizer import Attention, through
 
+ADJUST_FROM = 0.65  # the paper's sampler: from this s = 1 - t on, the drawn x_0 is adjusted to sum to M
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise and the forward process (Sec. 3.3.1)
 
@@ -36,6 +38,21 @@ def sample_noise(batch, codebook_size, num_tokens, prior, generator=None, device
     else:
         raise ValueError(f"prior must be 'multinomial' or 'distinct', got {prior!r}")
     return tokens_to_counts(codes, codebook_size)
+
+
+def sample_times(uniform, times):
+    """The times t (B,) in (0, 1] that the denoiser is trained at.
+
+    uniform: (B,) in [0, 1).  times: "uniform" (the paper), or
+    "flips", uniform in the share of flips that have happened. Where X_0 and X_1 differ by 1, Eq. 5-6 give P(X_t = X_1) =
+    sigmoid(8 (2t - 1)): under 2 % for t < 0.26, over 98 % for t > 0.74. With uniform t the denoiser spends half of its training on
+    vectors in which nothing is undecided, or nothing known.
+    """
+    if times == "uniform":
+        return 1 - uniform
+    if times == "flips":
+        return 0.5 + torch.logit(0.001 + 0.998 * uniform) / 16
+    raise ValueError(f"times must be 'uniform' or 'flips', got {times!r}")
 
 
 def forward_process(x0, x1, t, uniform=None):
@@ -104,27 +121,37 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
 def draw(p, uniform, top_p=1.0, top_k=0):
     """One draw from each categorical distribution, cut to its likeliest outcomes.
 
-    p: (..., K), each row sums to 1.  uniform: (...) in [0, 1), what the draw hangs on.
-    top_p: keep the smallest set of outcomes whose probability exceeds top_p (never empty; 1 keeps all).
-    top_k: keep the k likeliest outcomes (0 keeps all).
+    p: (..., K), each row sums to 1.  uniform: (...) in [0, 1), what the draw depends on.  top_p, top_k: see cut().
     Returns the outcomes (...) int64 in [0, K).
     """
-    order = None
-    if top_p < 1 or top_k:
-        p, order = p.sort(dim=-1, descending=True)
-        p = p * (p.cumsum(-1) - p <= top_p)  # what comes before an outcome decides, so that the first one always stays
-        p[..., top_k or p.shape[-1]:] = 0
+    p, order = cut(p, top_p, top_k)
     cumulative = p.cumsum(-1)
     outcome = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)  # inverse of the distribution function
     outcome = outcome.clamp(max=p.shape[-1] - 1)
     return outcome if order is None else order.gather(-1, outcome[..., None])[..., 0]
 
 
+def cut(p, top_p=1.0, top_k=0):
+    """Categorical distributions (..., K) without their unlikely outcomes: (p, order), p in descending order and not normalized,
+    order the outcomes (..., K) that it is of. Where nothing is cut, p as it is and None.
+
+    top_p: keep the smallest set of outcomes whose probability exceeds top_p (never empty; 1 keeps all).
+    top_k: keep the k likeliest outcomes (0 keeps all).
+    """
+    if top_p >= 1 and not top_k:
+        return p, None
+    p, order = p.sort(dim=-1, descending=True)
+    p = p * (p.cumsum(-1) - p <= top_p)  # what comes before an outcome decides, so that the first one always stays
+    p[..., top_k or p.shape[-1]:] = 0
+    return p, order
+
+
 def greedy_adjust(x, log_prob, num_tokens):
     """Greedy adjusting (Algorithm 1): change as few counts as it takes, the likeliest steps first, until the sum is M.
 
     x: (B, C) integers of any sum.  num_tokens: M.
-    log_prob: log-probability of every count, a tensor (B, C, M + 1) or a function: counts (B, C) int64 -> (B, C).
+    log_prob: log-probability of every count, a function: counts (B, C) int64 -> (B, C), or a tensor (B, C, K + 1) of the counts
+    up to K, which no count then exceeds.
     Returns (B, C) int64 in [0, M], every row sums to M.
 
     Algorithm 1 is one round, which falls short when there is more to take away than there are codes with a count above 0
@@ -132,26 +159,33 @@ def greedy_adjust(x, log_prob, num_tokens):
     least one step towards M, so it ends.  Equal scores (whole rows of them once a Gaussian is a spike) are told apart by
     the ratio of the two probabilities; the release goes by index there.
     """
+    largest = num_tokens
     if torch.is_tensor(log_prob):
-        table = log_prob
+        table, largest = log_prob, log_prob.shape[2] - 1
         log_prob = lambda k: table.gather(2, k[:, :, None])[:, :, 0]  # noqa: E731
-    x = x.long().clamp(0, num_tokens)
+    x = x.long().clamp(0, largest)
     while True:
         delta = x.sum(1, keepdim=True) - num_tokens  # (B, 1), line 2
-        rounds = int(delta.abs().max()) if len(x) else 0
-        if rounds == 0:
+        if not delta.any():
             return x
         stepped = x - delta.sign()  # (B, C): each count, one step towards the right sum
-        allowed = (stepped >= 0) & (stepped <= num_tokens)
-        before, after = log_prob(x).double(), log_prob(stepped.clamp(0, num_tokens)).double()
+        allowed = (stepped >= 0) & (stepped <= largest)
+        before, after = log_prob(x).double(), log_prob(stepped.clamp(0, largest)).double()
         d = after.exp() - before.exp()  # line 3, in [-1, 1]
         ratio = (after - before).nan_to_num(0.0)
         d = d + 1e-12 * ratio.sign() * ratio.abs().log1p()  # too small to matter but where d is equal
-        d = d.nan_to_num(-1.0).masked_fill(~allowed, -math.inf)
-        best = d.topk(min(rounds, x.shape[1]), dim=1)  # line 4, for the row with most to do
-        rank = torch.arange(best.values.shape[1], device=x.device)
-        take = (rank < delta.abs()) & (best.values > -math.inf)  # each row takes its own |delta| best
-        x = x.scatter_add(1, best.indices, -delta.sign() * take)  # line 6
+        x = take_steps(x, d.nan_to_num(-1.0).masked_fill(~allowed, -math.inf), delta.abs(), -delta.sign())
+
+
+def take_steps(x, score, number, step):
+    """Lines 4-6 of Algorithm 1: in every row the codes with the highest scores take a step.
+
+    x: (B, C) int64.  score: (B, C), -inf where a code may not step.  number, step: (B, 1), how many codes, and by what.
+    """
+    best = score.topk(min(int(number.max()), x.shape[1]), dim=1)  # for the row with most to do, (B, n)
+    rank = torch.arange(best.values.shape[1], device=x.device)
+    chosen = (rank < number) & (best.values > -math.inf)  # every row takes its own number
+    return x.scatter_add(1, best.indices, step * chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,39 +281,35 @@ def fsdd_loss(denoiser, x0, labels, t, x1, uniform=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generation (Sec. 3.3.2)
+# Generation (Sec. 3.3.2): from X_1 to X_0 in steps from t to s = t - dt, each by one of two samplers
 
 
-def refine(denoiser, labels, prior="multinomial", steps=25, guidance=(4.0, 50.0, 55.0), top_p=0.8, top_k=0,
-           adjust_from=0.65, generator=None):
+def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, guidance=(4.0, 50.0, 55.0), top_p=0.8, top_k=0,
+           generator=None):
     """Generate count vectors step by step: yields X_1 (noise), then X_t after each step, at last X_0.
 
     Every one is (B, C) int64 and every row sums to M.
 
-    labels: (B,) int64.  prior: the noise the denoiser was trained with.
-    guidance: weight in the first, second and last third of the steps; 1 is the plain model.
-    top_p, top_k: how x_0 is drawn, see draw(); top_k also cuts the draw of X_t, and x_0 is then not adjusted.
-    adjust_from: from this s = 1 - t on, the drawn x_0 is adjusted to sum M.
+    denoiser: called as Denoiser.forward(); it needs codebook_size, num_tokens and num_classes.  labels: (B,) int64.
+    prior: the noise the denoiser was trained with.
+    sampler: "paper" (Eq. 9-10, the authors' release) or "exchange" (Eq. 8 with its exact posterior), see the two steps below.
+    guidance: one weight, or one each for the first, second and last third of the steps; 1 is the plain model.
+    top_p, top_k: cut p(x_0 | X_t) to its likeliest counts, see cut(); in the paper's sampler top_k also cuts the draw of X_s.
     The defaults are the authors' for the best FID; top_k=2, top_p=1 is their sharper, less diverse setting.
     """
+    if sampler not in ("paper", "exchange"):
+        raise ValueError(f"sampler must be 'paper' or 'exchange', got {sampler!r}")
     B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
+    weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
     x = sample_noise(B, C, M, prior, generator, device)
     yield x
     for step in range(steps):
-        s, s_next = step / steps, (step + 1) / steps
-        u0, u = torch.rand(2, B, C, generator=generator, device=device)
-        p = guided_probabilities(denoiser, x, 1 - s, labels, guidance[3 * step // steps])  # p(x_0 | X_t), (B, C, M + 1)
-        x0 = draw(p, u0, top_p, top_k)
-        if s >= adjust_from and not top_k:
-            x0 = greedy_adjust(x0, p.log(), M)
-        # Eq. 10. The noise end that X_t and x_0 imply is X_1 = x_0 + (X_t - x_0) / t, so |X_1 - x_0| = |X_t - x_0| / t
-        t, dt = 1 - s, s_next - s
-        mean = x + dt / t * (x0 - x)
-        f = 1 / (1 + math.exp(100 * (s_next - 0.8)))  # noise in the first 80 % of the steps, then none
-        std = (x - x0).abs() / t / 4 * f
-        x, log_prob = discrete_gaussian(mean, std, M, u, top_k)  # Eq. 9
-        # In the last step the Gaussian is a spike at x_0 and cannot tell one step from another; the denoiser's p can.
-        x = greedy_adjust(x, log_prob if step + 1 < steps else p.log(), M)
+        t, s = 1 - step / steps, 1 - (step + 1) / steps
+        p = guided_probabilities(denoiser, x, t, labels, weights[len(weights) * step // steps])  # p(x_0 | X_t), (B, C, M + 1)
+        if sampler == "paper":
+            x = paper_step(x, p, t, s, top_p, top_k, generator)
+        else:
+            x = exchange_step(x, p, t, s, prior, top_p, top_k, generator)
         yield x
 
 
@@ -288,6 +318,116 @@ def generate(denoiser, labels, **settings):
     for x in refine(denoiser, labels, **settings):
         pass
     return x
+
+
+def paper_step(x, p, t, s, top_p, top_k, generator):
+    """X_t -> X_s as in the paper: draw x_0, then X_s from a Gaussian between the two (Eq. 9-10), adjusted by Algorithm 1.
+
+    x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).  Returns (B, C), every row sums to M.
+    """
+    M = p.shape[2] - 1
+    u0, u = torch.rand(2, *x.shape, generator=generator, device=x.device)
+    x0 = draw(p, u0, top_p, top_k)
+    if 1 - t >= ADJUST_FROM and not top_k:
+        x0 = greedy_adjust(x0, p.log(), M)
+    # Eq. 10. The noise end that X_t and x_0 imply is X_1 = x_0 + (X_t - x_0) / t, so |X_1 - x_0| = |X_t - x_0| / t
+    mean = x + (t - s) / t * (x0 - x)
+    f = 1 / (1 + math.exp(100 * (0.2 - s)))  # noise in the first 80 % of the steps, then none
+    std = (x - x0).abs() / t / 4 * f
+    x, log_prob = discrete_gaussian(mean, std, M, u, top_k)  # Eq. 9
+    # In the last step the Gaussian is a spike at x_0 and cannot tell one step from another; the denoiser's p can.
+    return greedy_adjust(x, log_prob if s > 0 else p.log(), M)
+
+
+def exchange_step(x, p, t, s, prior, top_p, top_k, generator):
+    """X_t -> X_s by Eq. 8: every code's X_s is drawn from the exact posterior, summed over x_0, then the sum is restored by
+    exchange().
+
+        p(X_s | X_t) = sum over a of q(X_s | X_t, x_0 = a) p(x_0 = a | X_t)        for each code
+
+    x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).  Returns (B, C), every row sums to M.
+    """
+    C, M = p.shape[1], p.shape[2] - 1
+    b, p_b = noise_of_a_code(C, M, prior)
+    possible = (p.amax((0, 1)) > 1e-5).nonzero().max()
+    K = int(max(possible, b.max(), x.max()))  # the largest count that matters: 3 to 10, where M is 128
+    p, order = cut(p[:, :, :K + 1], top_p, top_k)
+    if order is not None:
+        p = torch.zeros_like(p).scatter(2, order, p)
+    p = p / p.sum(2, keepdim=True)  # (B, C, K + 1)
+    F_t, F_s = distribution_function(t, b, K), distribution_function(s, b, K)
+    q = torch.empty_like(p)  # p(X_s | X_t), (B, C, K + 1)
+    for k in x.unique().tolist():  # a few small counts: nearly all are 0 or 1
+        q[x == k] = p[x == k] @ posterior(k, F_t, F_s, p_b).to(p)
+    return exchange(x, q, generator)
+
+
+def posterior(k, F_t, F_s, p_b):
+    """q(X_s = j | X_t = k, x_0 = a) for one code, a table (a, j), (K + 1, K + 1), each row sums to 1.
+
+    Eq. 5-6 say how a count is distributed at each time, not how it moves from one time to the next. We let it move as little as
+    that allows: its quantile u, drawn once, stays, so that X_t = F_t^-1(u) and X_s = F_s^-1(u). X_t = k then says that u lies in
+    (F_t(k - 1), F_t(k)], and how much of this interval lies in (F_s(j - 1), F_s(j)] is the probability of X_s = j. The noise end
+    b is not known any more; it is summed over.
+
+    F_t, F_s: see distribution_function().  p_b: (N,), the probability of every b.
+    """
+    below_t, upto_t = F_t[:, :, k, None], F_t[:, :, k + 1, None]  # (K + 1, N, 1)
+    overlap = (F_s[:, :, 1:].minimum(upto_t) - F_s[:, :, :-1].maximum(below_t)).clamp(min=0)  # (K + 1, N, K + 1)
+    # An a that can't have led to k, which the denoiser may believe in all the same, forgets k: the second term is X_s given a.
+    q = torch.einsum("n,anj->aj", p_b, overlap + 1e-30 * F_s.diff())
+    return q / q.sum(1, keepdim=True)
+
+
+def distribution_function(t, b, largest):
+    """F_t(j | a, b) = P(X_t <= j) of Eq. 5-6 before adjusting, at j = -1, 0, .. K for all data ends a = 0 .. K: (K + 1, N, K + 2).
+
+    t: a number in [0, 1].  b: noise ends (N,).  largest: K.
+    """
+    k = torch.arange(largest + 1, dtype=torch.float64)  # (K + 1,)
+    a, b = k[:, None], b[None].double()
+    mean, std = t * b + (1 - t) * a, (b - a).abs() / 4  # Eq. 6, (K + 1, N)
+    if t in (0, 1):
+        std = torch.zeros_like(std)  # the two ends, as in forward_process()
+    p = (-((k - mean[..., None]) / std.clamp(min=1e-6)[..., None]) ** 2 / 2).softmax(2)
+    return F.pad(p.cumsum(2), (1, 0)).clamp(max=1)
+
+
+def noise_of_a_code(codebook_size, num_tokens, prior):
+    """How one code's count in X_1 is distributed: the counts b (N,) that it may have, and their probabilities (N,)."""
+    C, M = codebook_size, num_tokens
+    if prior == "distinct":
+        return torch.tensor([0, 1]), torch.tensor([1 - M / C, M / C], dtype=torch.float64)
+    b = torch.arange(M + 1)
+    p = torch.tensor([math.comb(M, i) * (1 / C) ** i * (1 - 1 / C) ** (M - i) for i in range(M + 1)], dtype=torch.float64)
+    return b[p > 1e-12], p[p > 1e-12]  # of M = 128 and C = 4096 these are 0 to 5
+
+
+def exchange(x, q, generator=None):
+    """Draw X_s from X_t so that every row keeps its sum M: as many tokens go as come.
+
+    x: X_t (B, C).  q: how every code's X_s is distributed by itself (B, C, K + 1).  Returns (B, C).
+
+    Drawn each by itself, the counts have the sum M + delta. Algorithm 1 would take the likeliest delta steps back, which are
+    just those that were made: of steps up and down only min(up, down) survive, and with n small steps next to nothing, so that all
+    is decided in the last one. (An oracle's samples in 5, 25, 100 steps are TV off the data; tests/test_fsdd.py.)
+    So we meet half-way. A half of the surplus is taken back, and for the other half as many codes that have not
+    moved make the opposite step, each drawn by the probability of where it comes to. In the limit of small steps as many
+    tokens are then exchanged as the independent codes would have moved.
+    """
+    M, K = int(x[0].sum()), q.shape[2] - 1
+    u, v = torch.rand(2, *x.shape, generator=generator, device=x.device)
+    coin = torch.rand(len(x), 1, generator=generator, device=x.device) < 0.5
+    y = draw(q, u)
+    delta = y.sum(1, keepdim=True) - M  # (B, 1)
+    stepped = y - delta.sign()  # as in greedy_adjust
+    log_q = q.gather(2, stepped.clamp(0, K)[:, :, None])[:, :, 0].log().masked_fill((stepped < 0) | (stepped > K), -math.inf)
+    score = log_q - (-v.log()).log()  # Gumbel noise: the best are a draw without replacement, with probabilities in proportion to q
+    surplus = (y - x) * delta.sign() > 0  # the codes whose step made the sum wrong
+    back = (delta.abs() + coin) // 2  # (B, 1); an odd one goes either way
+    y = take_steps(y, score.masked_fill(~surplus, -math.inf), back, -delta.sign())
+    y = take_steps(y, score.masked_fill(surplus, -math.inf), delta.abs() - back, -delta.sign())
+    return greedy_adjust(y, q.log(), M)  # where there were too few codes of one kind
 
 
 @torch.no_grad()

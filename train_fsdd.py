@@ -19,7 +19,7 @@ from tqdm import tqdm
 import common
 from data.reading import batch_indices, in_order, open_datasets
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
-from fsdd import Denoiser, fsdd_loss, generate, sample_noise
+from fsdd import Denoiser, fsdd_loss, generate, sample_noise, sample_times
 from sample import check_sampling, decode, gather
 from tokenizer import SetTokenizer
 
@@ -40,6 +40,7 @@ HYPERPARAMETERS = [
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
     ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as in the paper's number of parameters"),
+    ("times",            "flips",        "uniform",       "density of t: uniform (the paper) or flips, see fsdd.sample_times()"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
     ("steps",            1200,           1000000,         "optimizer steps"),
@@ -55,11 +56,11 @@ HYPERPARAMETERS = [
     ("clip",             1.0,            0.0,             "largest norm of the gradient, 0 = any"),
     ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
     # generation: pictures during training, and the defaults of sample.py
-    ("sample_steps",     50,             25,              "steps from noise to data"),
-    ("guidance",         "4,30,30",      "4,50,55",       "guidance weight in the first, second and last third of the steps"),
+    ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10) or exchange (Eq. 8 with its exact posterior)"),
+    ("sample_steps",     10,             25,              "steps from noise to data"),
+    ("guidance",         "4",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
-    ("top_k",            2,              0,               "draw from the k likeliest counts, 0 = all"),
-    ("adjust_from",      0.65,           0.65,            "from this s = 1 - t on, x_0 is adjusted to sum to M"),
+    ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
     # the machine
     ("seed",             0,              0,               "all random draws hang on it"),
     ("device",           "auto",         "auto",          "auto, cpu, cuda"),
@@ -134,12 +135,13 @@ def prepare(stage1, device, cfg):
     if cfg.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
     sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
+    sample_times(torch.zeros(1), cfg.times)  # and a density of times
     model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names)}
     width, layers, heads = MODELS[cfg.model]
     model_config |= {"width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,
                      "unused_rows": cfg.unused_rows}
-    generation = {"prior": cfg.prior, "steps": cfg.sample_steps, "guidance": common.three_numbers(cfg.guidance),
-                  "top_p": cfg.top_p, "top_k": cfg.top_k, "adjust_from": cfg.adjust_from}
+    generation = {"prior": cfg.prior, "sampler": cfg.sampler, "steps": cfg.sample_steps,
+                  "guidance": common.three_numbers(cfg.guidance), "top_p": cfg.top_p, "top_k": cfg.top_k}
     check_sampling(generation)
     return tokenizer, train_set, test_set, model_config, generation
 
@@ -207,7 +209,7 @@ def read_batch(tokens, indices, labels, rows, random, null, cfg):
     mirrored, dropped, t = torch.rand(3, cfg.batch_size, generator=random, device=device)[:, rows]  # each (rows,)
     versions = (mirrored * len(tokens)).long().cpu()  # as it is or, where tokens has a second version, mirrored
     x = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (rows, M)
-    return x, torch.where(dropped < cfg.label_drop, null, labels[indices].to(device)), 1 - t
+    return x, torch.where(dropped < cfg.label_drop, null, labels[indices].to(device)), sample_times(t, cfg.times)
 
 
 def gradients(model, loss_of, rows, device, cfg):

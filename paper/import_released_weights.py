@@ -32,11 +32,11 @@ from tokenizer import SetTokenizer
 
 GENERATION = {  # the release's settings for its best FID, which become the checkpoint's
     "prior": "distinct",            # X_1: M distinct codes
+    "sampler": "paper",             # Eq. 9-10; sample.py --sampler exchange takes the other
     "steps": 25,
     "guidance": [4.0, 50.0, 55.0],  # weight in the thirds of the steps
     "top_p": 0.8,
     "top_k": 0,
-    "adjust_from": 0.65,            # from this s on, x_0 is adjusted to sum to M
 }
 HEAD_WIDTH = 64  # of one attention head; shapes don't show the heads, all three published models have width / 64 of them
 

@@ -1,6 +1,7 @@
 """Fixed-Sum Discrete Diffusion: every state sums to M, and every distribution is the paper's (Sec. 3.3)."""
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -62,6 +63,24 @@ def test_noise_refuses():
         sample_noise(1, 4, 2, "uniform")
     with pytest.raises(ValueError, match="5 > 4"):
         sample_noise(1, 4, 5, "distinct")
+
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def test_times():
+    """Broken: training would look at other times than it says; with flips, X_t would not be as often noise as data."""
+    uniform = torch.rand(100_000, generator=generator(25))
+    assert torch.equal(fsdd.sample_times(uniform, "uniform"), 1 - uniform)
+    t = fsdd.sample_times(uniform, "flips")
+    assert 0 < t.min() < 0.08 and 0.92 < t.max() <= 1
+    x0, x1 = torch.tensor([[1, 0]]).expand(len(t), 2), torch.tensor([[0, 1]]).expand(len(t), 2)
+    x, _ = discrete_gaussian(t[:, None] * x1 + (1 - t[:, None]) * x0, torch.full((len(t), 2), 0.25), 1, torch.rand(x0.shape))
+    share = t.argsort().view(10, -1)  # ten parts of the training in the order of t: the share of flips rises evenly
+    flipped = (x[:, 0] == 0).double()[share].mean(1)
+    assert (flipped - torch.linspace(0.05, 0.95, 10)).abs().max() < 0.02
+    with pytest.raises(ValueError, match="'uniform' or 'flips', got 'even'"):
+        fsdd.sample_times(uniform, "even")
 
 
 # --- forward process -------------------------------------------------------------------------------------------------
@@ -297,12 +316,12 @@ def test_size_of_the_papers_models(width, layers, heads, released):
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sampler", ["paper", "exchange"])
 @pytest.mark.parametrize("settings", [{}, {"prior": "distinct"}, {"top_k": 2, "top_p": 1.0}, {"steps": 1}, {"steps": 2},
-                                      {"top_p": 1.0, "guidance": (1.0, 1.0, 1.0)}, {"adjust_from": 0.0},
-                                      {"adjust_from": 2.0}])
-def test_every_step_of_generation_sums_to_M(settings):
+                                      {"top_p": 1.0, "guidance": (1.0, 1.0, 1.0)}, {"guidance": 3, "steps": 100}])
+def test_every_step_of_generation_sums_to_M(settings, sampler):
     """Broken: the fixed-sum constraint in generation."""
-    states = list(fsdd.refine(small_denoiser(), torch.arange(30) % 3, generator=generator(20), **settings))
+    states = list(fsdd.refine(small_denoiser(), torch.arange(30) % 3, sampler=sampler, generator=generator(20), **settings))
     assert len(states) == settings.get("steps", 25) + 1
     for x in states:
         assert x.dtype == torch.int64 and (x.sum(1) == 6).all() and x.min() >= 0
@@ -321,11 +340,13 @@ class Oracle(torch.nn.Module):
         return torch.nn.functional.one_hot(x0, self.num_tokens + 1) * 50.0
 
 
+@pytest.mark.parametrize("sampler", ["paper", "exchange"])
+@pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 @pytest.mark.parametrize("steps", [1, 3, 25])
-def test_generation_ends_at_what_the_denoiser_knows(steps):
+def test_generation_ends_at_what_the_denoiser_knows(steps, prior, sampler):
     """Broken: Eq. 8-10 would not lead from noise to X_0 even with a perfect denoiser."""
     x0 = skewed_counts(30, 20, 16, 21)
-    *_, end = fsdd.refine(Oracle(x0), torch.zeros(30, dtype=torch.int64), steps=steps, generator=generator(22))
+    *_, end = fsdd.refine(Oracle(x0), torch.zeros(30, dtype=torch.int64), prior, sampler, steps, generator=generator(22))
     assert torch.equal(end, x0)
 
 
@@ -379,5 +400,174 @@ def test_guidance_by_thirds(monkeypatch):
 def test_generation_hangs_on_the_generator_alone():
     """Broken: the same seed would not give the same images."""
     denoiser, labels = small_denoiser(), torch.arange(9) % 3
-    first, again, other = (fsdd.generate(denoiser, labels, generator=generator(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    for sampler in ("paper", "exchange"):
+        first, again, other = (fsdd.generate(denoiser, labels, sampler=sampler, generator=generator(seed)) for seed in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_unknown_sampler_is_refused():
+    """Broken: a misspelt sampler would quietly be another one."""
+    with pytest.raises(ValueError, match="'paper' or 'exchange', got 'exchang'"):
+        fsdd.generate(small_denoiser(), torch.zeros(1, dtype=torch.int64), sampler="exchang")
+
+
+# --- the exchange sampler --------------------------------------------------------------------------------------------
+
+
+def marginal(t, a, C, M, prior):
+    """p(X_t = k | x_0 = a) of one code, before adjusting, (M + 1,), by the dense formula."""
+    p = torch.zeros(M + 1, dtype=torch.float64)
+    for b, p_b in zip(*fsdd.noise_of_a_code(C, M, prior)):
+        end = a if t == 0 else int(b)
+        still = t in (0, 1) or int(b) == a
+        mean, std = torch.tensor(t * float(b) + (1 - t) * a), torch.tensor(abs(float(b) - a) / 4)
+        p += p_b * (torch.eye(M + 1, dtype=torch.float64)[end] if still else dense_gaussian(mean, std, M))
+    return p
+
+
+@pytest.mark.parametrize("prior", ["multinomial", "distinct"])
+def test_noise_of_a_code(prior):
+    """Broken: the posterior would be that of another noise than sample_noise() draws."""
+    b, p = fsdd.noise_of_a_code(20, 8, prior)
+    counts = sample_noise(50_000, 20, 8, prior, generator(30))[:, 3]
+    expected = torch.zeros(9, dtype=torch.float64).index_put((b,), p)
+    assert expected.sum() == pytest.approx(1, abs=1e-9)
+    assert_same_distribution(counts, expected)
+
+
+@pytest.mark.parametrize("prior", ["multinomial", "distinct"])
+@pytest.mark.parametrize("t, s", [(1.0, 0.9), (1.0, 0.0), (0.8, 0.5), (0.52, 0.48), (0.3, 0.05), (0.04, 0.0)])
+def test_posterior_leads_from_marginal_to_marginal(t, s, prior):
+    """Broken: the steps of Eq. 8 would not follow the forward process: sum over k of q(X_s | X_t = k, x_0) q(X_t = k | x_0) must
+    be q(X_s | x_0)."""
+    C, M = 10, 6
+    b, p_b = fsdd.noise_of_a_code(C, M, prior)
+    F_t, F_s = fsdd.distribution_function(t, b, M), fsdd.distribution_function(s, b, M)
+    tables = torch.stack([fsdd.posterior(k, F_t, F_s, p_b) for k in range(M + 1)])  # (k, a, j)
+    assert torch.allclose(tables.sum(2), torch.ones(M + 1, M + 1, dtype=torch.float64))
+    for a in range(M + 1):
+        assert torch.allclose(marginal(t, a, C, M, prior) @ tables[:, a], marginal(s, a, C, M, prior), atol=1e-6)
+    if s == 0:
+        assert torch.allclose(tables, torch.eye(M + 1, dtype=torch.float64).expand_as(tables))  # X_0 is x_0
+    stays = tables[1, 1, 1]
+    assert stays > 0.5 or s < t - 0.2  # and a small step moves little
+
+
+@pytest.mark.parametrize("C, M", [(6, 4), (64, 32), (3, 50), (1, 7), (200, 5)])
+@pytest.mark.parametrize("kind", ["random", "spikes", "all go up", "all go down", "far"])
+def test_exchange_keeps_the_sum(C, M, kind):
+    """Broken: some distribution would leave a row with a wrong sum or a negative count, or never end."""
+    g = generator(31)
+    x = sample_noise(40, C, M, "multinomial", g)
+    shape = (40, C, M + 1)
+    q = {"random": torch.rand(shape, generator=g), "spikes": (torch.rand(shape, generator=g) < 0.1).float() + 1e-30,
+         "all go up": torch.nn.functional.one_hot((x + 1).clamp(max=M), M + 1).float(),
+         "all go down": torch.nn.functional.one_hot((x - 1).clamp(min=0), M + 1).float(),
+         "far": torch.nn.functional.one_hot(M - x, M + 1).float()}[kind]
+    out = fsdd.exchange(x, q / q.sum(2, keepdim=True), g)
+    assert out.dtype == torch.int64 and (out.sum(1) == M).all() and out.min() >= 0 and out.max() <= M
+
+
+def test_exchange_moves_as_many_tokens_as_independent_codes():
+    """Broken: small steps would freeze, as they do by Algorithm 1, or run away; or likely moves would take all."""
+    n, C, M = 20_000, 40, 20
+    x = torch.cat([torch.ones(n, M), torch.zeros(n, C - M)], dim=1).long()
+    rate = torch.linspace(0.002, 0.02, M).repeat(2)  # of going down where x is 1, of going up where it is 0
+    q = torch.zeros(n, C, 3)
+    q.scatter_(2, x[:, :, None], (1 - rate).expand(n, -1)[:, :, None])
+    q.scatter_(2, 1 - x[:, :, None], rate.expand(n, -1)[:, :, None])
+    moved = (fsdd.exchange(x, q, generator(32)) != x).double().mean(0)  # (C,), about rate
+    assert moved.sum() / rate.sum() == pytest.approx(1, abs=0.03)
+    assert ((moved / rate.double() - 1).abs() < 0.3).all()
+    u = torch.rand(n, C, generator=generator(33))
+    frozen = (greedy_adjust(draw(q, u), q.log(), M) != x).double().mean(0)
+    assert frozen.sum() / rate.sum() < 0.4
+
+
+def test_exchange_is_cheap_at_full_size():
+    """Broken: at C = 4096, M = 128 a step outside the denoiser would take more time than the paper's sampler does, or a table of all
+    counts a code."""
+    B, C, M = 4, 4096, 128
+    logits = torch.full((B, C, M + 1), -20.0)
+    logits[:, :, :4] = torch.tensor([0.0, -3.0, -5.0, -9.0])
+    p, x = logits.softmax(2), sample_noise(B, C, M, "distinct", generator(34))
+
+    def seconds(step):
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    ours = lambda: fsdd.exchange_step(x, p, 0.6, 0.5, "distinct", 1.0, 0, generator(35))  # noqa: E731
+    assert seconds(ours) < seconds(lambda: fsdd.paper_step(x, p, 0.6, 0.5, 0.8, 0, generator(35)))
+    with LargestTensor() as largest:
+        ours()
+    assert largest.elements < B * C * (M + 1) / 10
+
+
+# --- a world in which the answer is known ----------------------------------------------------------------------------
+
+
+class World:
+    """Count vectors over C codes that sum to M, some of them the data, and a denoiser that is exact.
+
+    q(X_t | x_0) is tabulated over all states by the forward process as it stands, adjusting included, and p(x_0 | X_t) follows by
+    Bayes's rule. So what generation gets wrong is the sampler's alone.
+    """
+
+    num_classes = 1
+
+    def __init__(self, C, M, images, prior, draws=4000):
+        self.codebook_size, self.num_tokens, self.prior, self.draws = C, M, prior, draws
+        self.states = torch.tensor([x for x in itertools.product(range(M + 1), repeat=C) if sum(x) == M])  # (S, C)
+        self.place = (M + 1) ** torch.arange(C)
+        self.index = torch.zeros((M + 1) ** C, dtype=torch.int64).index_put((self.states @ self.place,), torch.arange(len(self.states)))
+        self.data = self.states[torch.randperm(len(self.states), generator=generator(40))[:images]]
+        self.weights = torch.rand(images, generator=generator(41), dtype=torch.float64) + 0.2
+        self.weights /= self.weights.sum()
+        self.tables = {}
+
+    def find(self, x):
+        """(n, C) -> the numbers (n,) of the states."""
+        return self.index[x @ self.place]
+
+    def table(self, t):
+        """q(X_t = state | x_0 = image), (images, S)."""
+        if t not in self.tables:
+            n, g = len(self.data) * self.draws, generator(42)
+            x1 = sample_noise(n, self.codebook_size, self.num_tokens, self.prior, g)
+            uniform = torch.rand(x1.shape, generator=g)
+            x = forward_process(self.data.repeat_interleave(self.draws, 0), x1, torch.full((n,), t), uniform)
+            found = self.find(x).view(len(self.data), self.draws)
+            self.tables[t] = torch.stack([row.bincount(minlength=len(self.states)) for row in found]).double() / self.draws
+        return self.tables[t]
+
+    def __call__(self, x, t, labels):
+        known = (self.table(t[0].item())[:, self.find(x)] + 1e-9) * self.weights[:, None]  # (images, n)
+        one_hot = torch.nn.functional.one_hot(self.data, self.num_tokens + 1).double()
+        return torch.einsum("in,icm->ncm", known / known.sum(0), one_hot).clamp(min=1e-12).log().float()
+
+    def distance(self, x):
+        """Total variation between samples (n, C) and the data."""
+        truth = torch.zeros(len(self.states), dtype=torch.float64).index_put((self.find(self.data),), self.weights)
+        return (self.find(x).bincount(minlength=len(truth)) / len(x) - truth).abs().sum().item() / 2
+
+    def distance_of_samples(self, sampler, steps, number=4000):
+        return self.distance(fsdd.generate(self, torch.zeros(number, dtype=torch.int64), prior=self.prior, sampler=sampler,
+                                           steps=steps, guidance=1.0, top_p=1.0, generator=generator(43)))
+
+
+@pytest.mark.parametrize("C, M, images, prior", [(6, 4, 4, "multinomial"), (6, 4, 4, "distinct"), (8, 3, 5, "multinomial")])
+def test_exchange_samples_the_data(C, M, images, prior):
+    """Broken: more steps of the exchange sampler would not come closer to the data, or not as close as the draws' own noise; or the
+    paper's sampler would do as well. Prints all distances."""
+    world = World(C, M, images, prior)
+    draws = torch.multinomial(world.weights, 4000, replacement=True, generator=generator(44))
+    noise = world.distance(world.data[draws])
+    ours, papers = ({steps: world.distance_of_samples(sampler, steps) for steps in (5, 25, 100)} for sampler in ("exchange", "paper"))
+    print(f"C = {C}, M = {M}, {prior}: draws of the data {noise:.3f}, exchange {ours}, paper {papers}")
+    assert ours[5] > ours[25] > ours[100] - 0.01
+    assert max(ours[25], ours[100]) < noise + 0.06
+    assert all(ours[steps] < papers[steps] for steps in (25, 100))

@@ -346,8 +346,8 @@ def test_lists_of_the_published_sizes():
 def test_checkpoint_has_the_releases_settings(imported):
     """Broken: sample.py would draw with other settings than the release's best, or the sizes be read wrong."""
     folder, _, _, (denoiser, tokenizer, checkpoint) = imported
-    assert checkpoint["generation"] == {"prior": "distinct", "steps": 25, "guidance": [4.0, 50.0, 55.0], "top_p": 0.8, "top_k": 0,
-                                        "adjust_from": 0.65}
+    assert checkpoint["generation"] == {"prior": "distinct", "sampler": "paper", "steps": 25, "guidance": [4.0, 50.0, 55.0],
+                                        "top_p": 0.8, "top_k": 0}
     assert checkpoint["class_names"] == [str(i) for i in range(30)]
     assert (denoiser.codebook_size, denoiser.num_tokens, denoiser.num_classes, len(denoiser.blocks)) == (40, 24, 30, 2)
     assert (tokenizer.image_size, tokenizer.num_tokens, tokenizer.codebook_size) == (48, 24, 40)

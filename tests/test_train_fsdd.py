@@ -153,8 +153,9 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, tmp_path):
     assert "bits an image" in finished.stdout and "on the sets of 10000 test images" in finished.stdout.splitlines()[-1]
     assert (tmp_path / "fsdd.png").stat().st_size > 1000
     checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
-    assert checkpoint["generation"] == {"prior": "multinomial", "steps": 50, "guidance": [1.0, 2.0, 3.0], "top_p":
-                                        checkpoint["config"]["top_p"], "top_k": checkpoint["config"]["top_k"], "adjust_from": 0.65}
+    config = checkpoint["config"]
+    assert checkpoint["generation"] == {"prior": "multinomial", "sampler": "exchange", "steps": config["sample_steps"], "guidance":
+                                        [1.0, 2.0, 3.0], "top_p": config["top_p"], "top_k": config["top_k"]}
     assert checkpoint["tokenizer"]["model_config"]["num_tokens"] == checkpoint["model_config"]["num_tokens"] == 4
     assert checkpoint["class_names"] == list("0123456789")
 
