@@ -358,7 +358,8 @@ def exchange_step(x, p, t, s, prior, top_p, top_k, generator):
     F_t, F_s = distribution_function(t, b, K), distribution_function(s, b, K)
     q = torch.empty_like(p)  # p(X_s | X_t), (B, C, K + 1)
     for k in x.unique().tolist():  # a few small counts: nearly all are 0 or 1
-        q[x == k] = p[x == k] @ posterior(k, F_t, F_s, p_b).to(p)
+        table = posterior(k, F_t, F_s, p_b).to(x.device)
+        q[x == k] = (p[x == k].double() @ table).float()  # in float64, which autocast leaves alone
     return exchange(x, q, generator)
 
 

@@ -1,12 +1,13 @@
 """Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and parameters that
-differ by less than 5 %.
+differ by less than 5 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and with the paper's.
 
     python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
     torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own table
 
-Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, then guidance out of GUIDANCE and a
-cut of the distributions out of CUTS, by the FID of --num_search samples. The best setting is then trained with every seed and
-measured with --num_images other samples. Trainings and measurements are kept in paper/cache: a run that was cut off goes on.
+Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for --search_steps, then
+guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search samples. The best setting is trained
+with every seed and measured with --num_images other samples. Trainings and measurements are kept in paper/cache: a run that was cut
+off goes on.
 Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the fixed sum
 and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
 
@@ -28,9 +29,9 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, sample_noise
 from paper import baselines, variants
 
-LEARNING_RATES = (0.5, 1.0, 2.0, 4.0)   # times --lr and --muon_lr; judged by FIRST's samples
-GUIDANCE = ("1", "2", "4", "4,30,30")   # weight, or weights in the thirds of the steps; the last is FSDD's in train_fsdd.py
-CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})  # the last is FSDD's there
+LEARNING_RATES = (0.5, 1.0, 2.0)        # times --lr and --muon_lr; compared by FIRST's samples
+GUIDANCE = ("1", "2", "4", "4,30,30")   # weight, or weights in the thirds of the steps
+CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 FIRST = {"guidance": "4", **CUTS[0]}
 METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
     "AR-order1": (" ", "x", " ", 6.55),
@@ -39,23 +40,25 @@ METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
     "SetAR": ("x", "x", " ", 6.92),
     "Discrete Diffusion": ("x", "x", " ", 6.23),
     "Continuous Diffusion": ("x", " ", "x", 75.45),
-    "FSDD": ("x", "x", "x", 5.56),
+    "FSDD (paper)": ("x", "x", "x", 5.56),  # uniform times, the paper's sampler
+    "FSDD": ("x", "x", "x", ""),            # times uniform in flips, the exchange sampler
 }
 CHANGED = {  # rows of train_fsdd.py that are others here on the digits, for the time's sake
-    "width": 96, "layers": 3, "heads": 3, "batch_size": 64, "steps": 800, "sample_steps": 25,
+    "width": 64, "layers": 3, "heads": 2, "batch_size": 64, "steps": 2820, "sample_steps": 25,
 }
 HYPERPARAMETERS = [
     ("ckpt",             "tokenizer.pt", "tokenizer.pt", "checkpoint of train_tokenizer.py"),
     ("methods",          ",".join(METHODS), ",".join(METHODS), "which, with commas between"),
     ("seeds",            3,              1,              "trainings of every method with its best setting"),
     ("search_lr",        True,           False,          "search the learning rate; else it is --lr"),
+    ("search_steps",     940,            1000000,        "steps of the trainings that the learning rate is searched by"),
     ("num_search",       500,            10000,          "samples a setting is judged by in the search"),
     ("num_images",       1000,           50000,          "samples of the table"),
     ("batch",            250,            100,            "samples drawn together"),
     ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "what samples are compared with, see evaluate_fid.py"),
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
     *[(name, CHANGED.get(name, digits), imagenet256, meaning) for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS
-      if name not in ("tokenizer", "tokens", "out", "seed", "guidance", "top_p", "top_k", "picture_every")],
+      if name not in ("tokenizer", "tokens", "out", "seed", "times", "sampler", "guidance", "top_p", "top_k", "picture_every")],
     ("out",              "table5.png",   "table5.png",   "a picture, samples of each method"),
 ]
 
@@ -91,6 +94,7 @@ def prepare(stage1, device, rank, processes, cfg):
     variants.make_folder()
     cfg.tokenizer, cfg.tokens, cfg.seed, cfg.picture_every = cfg.ckpt, variants.tokens_of(cfg.ckpt), 0, cfg.steps
     cfg.guidance, cfg.top_p, cfg.top_k = FIRST.values()  # the search finds each method's
+    cfg.times, cfg.sampler = "uniform", "paper"
     tokenizer, train_set, _, model_config, _ = train_fsdd.prepare(stage1, device, cfg)
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
                             M=tokenizer.num_tokens, C=tokenizer.codebook_size)
@@ -117,12 +121,13 @@ def reference(world, cfg):
 
 def tune_and_measure(method, world, cfg):
     """The result of one row of the table: the setting that was chosen, and what its trainings were measured to be."""
-    judge = lambda factor, setting: measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]  # noqa: E731
+    shorter = SimpleNamespace(**vars(cfg) | {"steps": cfg.search_steps})
+    judge = lambda factor, setting, cfg: measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]  # noqa: E731
     factors = LEARNING_RATES if cfg.search_lr else (1.0,)
-    factor = min(factors, key=lambda factor: judge(factor, FIRST)) if len(factors) > 1 else factors[0]
+    factor = min(factors, key=lambda factor: judge(factor, FIRST, shorter)) if len(factors) > 1 else factors[0]
     cuts = CUTS if method != "Continuous Diffusion" else CUTS[:1]  # there is no distribution to cut
     setting = min(({"guidance": guidance, **cut} for guidance in GUIDANCE for cut in cuts),
-                  key=lambda setting: judge(factor, setting))
+                  key=lambda setting: judge(factor, setting, cfg))
     results = [measure(method, factor, seed, setting, "table", cfg.num_images, world, cfg) for seed in range(cfg.seeds)]
     model = trained(method, factor, 0, world, cfg)
     labels = sample.choose_labels(None, 20, world.train_set.class_names, 10)
@@ -140,7 +145,7 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
     """
     path = path_of(method, factor, seed, cfg)
     kept = path + ".json"
-    key = str([purpose, num, setting, cfg.sample_steps, cfg.adjust_from, cfg.batch, cfg.ref, world.net.name])
+    key = str([purpose, num, setting, cfg.sample_steps, cfg.batch, cfg.ref, world.net.name])
     result = common.from_all_processes(common.read_json(kept).get(key))[0]
     if result:
         return result
@@ -214,7 +219,7 @@ def generated(method, model, labels, setting, key, world, cfg):
         setting |= {"prior": cfg.prior}
         if method == "Discrete Diffusion":
             return baselines.flow_generate(model, labels, **setting)
-        return generate(model, labels, **setting, adjust_from=cfg.adjust_from)
+        return generate(model, labels, **setting, sampler="paper" if method == "FSDD (paper)" else "exchange")
 
 
 def decode(tokenizer, counts):
@@ -235,8 +240,8 @@ def decode(tokenizer, counts):
 
 def path_of(method, factor, seed, cfg):
     """Where a training's checkpoint stands: a name that all its settings are in."""
-    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "num_search", "num_images", "batch", "ref",
-                                      "inception", "sample_steps", "guidance", "top_p", "top_k", "adjust_from"}
+    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "search_steps", "num_search", "num_images", "batch",
+                                      "ref", "inception", "times", "sampler", "sample_steps", "guidance", "top_p", "top_k"}
     settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
     mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
     return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{factor:g}-seed{seed}-{mark}.pt"
@@ -246,6 +251,7 @@ def trained(method, factor, seed, world, cfg):
     """The model of a method with its averaged weights, trained now as far as it is not."""
     run = SimpleNamespace(**vars(cfg) | {"lr": factor * cfg.lr, "muon_lr": factor * cfg.muon_lr, "seed": seed,
                                          "out": path_of(method, factor, seed, cfg)})
+    run.times = "flips" if method == "FSDD" else "uniform"
     torch.manual_seed(seed)
     model = build(method, world, cfg).to(world.device)
     checkpoint = None

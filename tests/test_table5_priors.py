@@ -14,7 +14,7 @@ from tests.test_common import ROOT, assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import assert_same_checkpoint
 
 SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40", "--num_search=20",
-         "--device=cpu"]
+         "--search_steps=2", "--device=cpu"]
 
 
 def table(capsys, ckpt, *options, steps=3, seeds=2):
@@ -40,7 +40,7 @@ def test_the_table(digits, cache, capsys, monkeypatch):
         assert setting.startswith(("x 1, ", "x 2, "))
         keeps = method.startswith("AR-") or priors[2] == "x"  # M tokens one by one, or a sum that the model knows
         assert (broken == "0.0%") == keeps and bool(by) != keeps
-        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 2  # learning rates
+        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3  # two learning rates, the best for longer
         assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed1-*.pt"))) == 1  # the best of them
     monkeypatch.setattr(train_fsdd, "train", None)  # what is there is not trained or measured again
     monkeypatch.setattr(table5_priors.evaluate_fid, "frechet_distance", None)
@@ -126,7 +126,7 @@ def test_what_is_measured_hangs_on_all_its_settings(digits, cache, capsys):
     kept, = cache.glob("*.pt.json")
     before = len(common.read_json(kept))
     assert before == 12 + 2
-    for more in ("--adjust_from=0.01", "--batch=30"):
+    for more in ("--sample_steps=3", "--batch=30"):
         table(capsys, f"{digits}/tokenizer.pt", *options, more, seeds=1)
     assert len(common.read_json(kept)) == before + 2 * 13
 
