@@ -30,7 +30,7 @@ MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fus
               "log_every", "save_every", "picture_every")  # settings that --resume may be given anew
 
 
-BEFORE = {"times": "uniform", "sampler": "paper"}  # what checkpoints that don't know these settings were trained with
+BEFORE = {"times": "uniform", "sampler": "paper", "gelu": "tanh"}  # what checkpoints that don't know these settings were trained with
 
 
 def parse(table, description, kind, argv=None, prog=None):

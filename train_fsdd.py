@@ -41,6 +41,7 @@ HYPERPARAMETERS = [
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
     ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as in the paper's number of parameters"),
     ("times",            "flips",        "uniform",       "density of t: uniform (the paper) or flips, see fsdd.sample_times()"),
+    ("gelu",             "none",         "tanh",          "GELU: tanh (DiT) or none, the exact one, which is faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
     ("steps",            1200,           1000000,         "optimizer steps"),
@@ -139,7 +140,7 @@ def prepare(stage1, device, cfg):
     model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names)}
     width, layers, heads = MODELS[cfg.model]
     model_config |= {"width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,
-                     "unused_rows": cfg.unused_rows}
+                     "unused_rows": cfg.unused_rows, "gelu": cfg.gelu}
     generation = {"prior": cfg.prior, "sampler": cfg.sampler, "steps": cfg.sample_steps,
                   "guidance": common.three_numbers(cfg.guidance), "top_p": cfg.top_p, "top_k": cfg.top_k}
     check_sampling(generation)

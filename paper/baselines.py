@@ -27,12 +27,12 @@ def zeros(layer):
 # Autoregressive: p(x) = product over i of p(x_i | x_0 .. x_{i-1})
 
 
-def autoregressive(length, symbols, num_classes, width, layers, heads):
+def autoregressive(length, symbols, num_classes, width, layers, heads, gelu="tanh"):
     """A denoiser made causal, over sequences of so many symbols 0..symbols - 1. Symbol number `symbols` starts a sequence.
 
     To the denoiser the places are its C codes, and the symbols its counts 0..M.
     """
-    model = Denoiser(length, symbols, num_classes, width, layers, heads)
+    model = Denoiser(length, symbols, num_classes, width, layers, heads, gelu=gelu)
     model.to_logits = zeros(nn.Linear(width, symbols))  # none for the symbol that starts a sequence
     for block in model.blocks:
         block.attention.causal = True
@@ -97,9 +97,9 @@ def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=(1.0
 # Continuous: counts as real numbers, of which every state sums to M, but none before the end is whole
 
 
-def continuous(codebook_size, num_tokens, num_classes, width, layers, heads):
+def continuous(codebook_size, num_tokens, num_classes, width, layers, heads, gelu="tanh"):
     """A denoiser of real numbers: (B, C, 1), t (B,), labels (B,) -> (B, C, 1)."""
-    model = Denoiser(codebook_size, num_tokens, num_classes, width, layers, heads)
+    model = Denoiser(codebook_size, num_tokens, num_classes, width, layers, heads, gelu=gelu)
     model.count_embedding = nn.Linear(1, width)
     nn.init.normal_(model.count_embedding.weight, std=0.02)  # as that of counts
     nn.init.zeros_(model.count_embedding.bias)

@@ -98,7 +98,7 @@ def prepare(stage1, device, rank, processes, cfg):
     tokenizer, train_set, _, model_config, _ = train_fsdd.prepare(stage1, device, cfg)
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
                             M=tokenizer.num_tokens, C=tokenizer.codebook_size)
-    world.size = {name: model_config[name] for name in ("num_classes", "width", "layers", "heads")}
+    world.size = {name: model_config[name] for name in ("num_classes", "width", "layers", "heads", "gelu")}
     world.rows = common.share_of_batch(cfg, len(train_set), rank, processes)
     args = SimpleNamespace(ckpt=cfg.ckpt, inception=cfg.inception, classifier=variants.CLASSIFIER)
     world.net = evaluate_fid.network(args, cfg.data, device, rank)
