@@ -15,12 +15,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
-import evaluate_fid  # noqa: E402
 import sample  # noqa: E402
 import train_tokenizer  # noqa: E402
-from data import open_dataset  # noqa: E402
+from data import digits_classifier, open_dataset  # noqa: E402
+from data.digits_classifier import share_read_as  # noqa: E402
 from dual_transform import counts_to_tokens, tokens_to_counts  # noqa: E402
-from evaluate_fid import share_read_as  # noqa: E402
 from fsdd import refine  # noqa: E402
 
 failed = []
@@ -91,9 +90,9 @@ def check_samples(net, tokenizer, tokens, test):
 
 def check_classifier():
     """The classifier that evaluate_fid.py trains, anew."""
-    if os.path.exists(evaluate_fid.CLASSIFIER):
-        os.remove(evaluate_fid.CLASSIFIER)
-    net = evaluate_fid.digits_classifier(argparse.Namespace(ckpt="fsdd.pt", classifier=None), torch.device("cpu"), 0)
+    if os.path.exists(digits_classifier.FILE):
+        os.remove(digits_classifier.FILE)
+    net = digits_classifier.open_classifier(digits_classifier.FILE, torch.device("cpu"), 0)
     accuracy = net.accuracy.item()
     check("classifier on real test digits", f"{accuracy:.2%}", accuracy >= 0.99, ">= 99 %")
     return net

@@ -1,10 +1,10 @@
 """The authors' published weights (Sec. 4.1) -> tokenizer.pt and fsdd.pt, which every script here takes like its own.
 
-    python -m paper.import_released_weights --tokenizer set_tokenizer_128_4096.pth --fsdd fsdd_small_128_4096.pth --out fsdd.pt
+    python -m paper.import_released_weights --tokenizer set_tokenizer_128_4096.pth --fsdd fsdd_small_128_4096.pth
 
-tokenizer.pt stands beside fsdd.pt, or where --tokenizer_out says; without --fsdd it is all that is written. What stood at
-either place is kept as .previous. The sizes are read off the tensors: small and base go the same way. Where to get the files:
-README.md.
+tokenizer.pt stands beside fsdd.pt, or where --tokenizer_out says; without --fsdd it is all that is written. What stood
+at either place is kept as .previous. The sizes are read off the tensors: small and base go the same way. Where to get
+the files: README.md.
 
 The release's ways, and what becomes of them:
     M latents of length width are read as width rows of M    the flag reshaped_latents of SetTokenizer
@@ -12,11 +12,12 @@ The release's ways, and what becomes of them:
     time runs as s = 1 - t                                   nothing to convert: our denoiser is told s = 1 - t too
     X_1 is M distinct codes                                  generation settings, prior "distinct"
     linear maps stored as 1 x 1 convolutions                 two axes of length 1 go, see the tables
-    pixels in [0, 1]                                         nothing to convert: SetTokenizer turns its [-1, 1] into that and back
+    pixels in [0, 1]                                         nothing to convert: SetTokenizer converts its [-1, 1]
 
-Used is every tensor of both files. Not used: what an FSDD file holds beside "ema", such as "args", an argparse.Namespace of
-the training's options, which says nothing that is not in the shapes; and maskgit-vqgan-imagenet-f16-256.bin, which only
-training needs (tokenizer.VQGAN has its names): the published tokenizer holds its own copy of the decoder, trained further.
+Used is every tensor of both files. Not used: what an FSDD file holds beside "ema", such as "args", an
+argparse.Namespace of the training's options, which says nothing that is not in the shapes; and
+maskgit-vqgan-imagenet-f16-256.bin, which only training needs (published/maskgit_vqgan.py has its names): the published
+tokenizer holds its own copy of the decoder, trained further.
 """
 import argparse
 import filecmp
@@ -28,6 +29,7 @@ import torch
 
 import common
 from fsdd import Denoiser
+from published.weights import check_tensors, listed
 from tokenizer import SetTokenizer
 
 GENERATION = {  # the release's settings for its best FID, which become the checkpoint's
@@ -38,10 +40,10 @@ GENERATION = {  # the release's settings for its best FID, which become the chec
     "top_p": 0.8,
     "top_k": 0,
 }
-HEAD_WIDTH = 64  # of one attention head; shapes don't show the heads, all three published models have width / 64 of them
+HEAD_WIDTH = 64  # of an attention head; shapes don't show the heads: all three published models have width / 64
 
-# Our names <- theirs. * stands for our shape, so that "* 1 1" is a tensor with two more axes of length 1 in the release.
-# {i} is a number, {end} is weight or bias, {side} is encoder or decoder, {rest} is any name.
+# Our names <- theirs. * stands for our shape, so that "* 1 1" is a tensor with two more axes of length 1 in the
+# release. {i} is a number, {end} is weight or bias, {side} is encoder or decoder, {rest} is any name.
 TOKENIZER_NAMES = [
     # ours                                  the release's                                shape
     ("encoder.latents",                     "latent_tokens",                             "*"),
@@ -136,7 +138,7 @@ def import_fsdd(path):
     found = read(path)
     if not isinstance(found.get("ema"), dict):
         raise ValueError(f"{path} has no weights under 'ema', where the published denoisers have them; it holds "
-                         f"{common.listed(found)}")
+                         f"{listed(found)}")
     tensors = found["ema"]
     config = read_sizes(tensors, path, codebook_size=("pos_embed", 1), width=("pos_embed", 2),
                         num_tokens=("final_layer.linear.weight", 0), num_classes=("y_embedder.embedding_table.weight", 0))
@@ -147,7 +149,7 @@ def import_fsdd(path):
 
 
 def read(path):
-    """The dict in a file of PyTorch's. Of Python's classes argparse.Namespace is let in, and no other: no code can run."""
+    """The dict in a file of PyTorch's. argparse.Namespace is the only class of Python's let in: no code can run."""
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}; README.md says where the published weights are")
     try:
@@ -168,7 +170,7 @@ def read_sizes(tensors, path, **where):
                           or tensors[name].ndim <= axis or tensors[name].numel() == 0)
     if wrong:
         raise ValueError(f"{path} is not the file that is needed: missing, empty or of too few axes is what shows the sizes, "
-                         f"{common.listed(wrong)}; the file holds {common.listed(tensors)}")
+                         f"{listed(wrong)}; the file holds {listed(tensors)}")
     return {size: tensors[name].shape[axis] for size, (name, axis) in where.items()}
 
 
@@ -185,14 +187,14 @@ def count_layers(tensors, prefix):
 
 
 def convert(tensors, model_class, config, names, path):
-    """The release's tensors with our names and shapes; ValueError naming what is missing, unexpected or of the wrong shape."""
+    """The release's tensors with our names and shapes; ValueError names what is missing, unexpected or misshapen."""
     try:
         with torch.device("meta"):  # shapes without values
             shapes = {name: tensor.shape for name, tensor in model_class(**config).state_dict().items()}
     except (ValueError, ZeroDivisionError) as problem:
         raise ValueError(f"{path} has sizes that don't fit: {problem}")
     theirs = {ours: released_name(ours, shape, names) for ours, shape in shapes.items()}  # ours: (theirs, shape there)
-    common.check_tensors(tensors, dict(theirs.values()), path)
+    check_tensors(tensors, dict(theirs.values()), path)
     return {ours: tensors[name].reshape(shapes[ours]) for ours, (name, _) in theirs.items()}
 
 

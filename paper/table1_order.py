@@ -15,6 +15,7 @@ import torch
 import common
 import evaluate_fid
 import sample
+from data.digits_classifier import DigitsClassifier
 from data.reading import read_ahead
 from paper import reconstruct, variants
 
@@ -43,7 +44,7 @@ def main(argv=None):
     except ValueError as problem:
         common.stop(str(problem))
     if rank == 0:
-        fid = "digits FID" if isinstance(net, evaluate_fid.DigitsClassifier) else "rFID"
+        fid = "digits FID" if isinstance(net, DigitsClassifier) else "rFID"
         print("| order | " + " | ".join(reconstruct.COLUMNS[1:]) + " |\n|" + "---|" * 6)
         print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in fids) + " |")
         print("| largest change of a pixel, of 255 | " + " | ".join(map(str, changes)) + " |")

@@ -31,7 +31,7 @@ def shares_of(found, states):
 
 
 @pytest.mark.parametrize("fused", ["on", "off"])
-def test_no_place_sees_what_comes_after(fused):
+def test_no_position_sees_what_comes_after(fused):
     """Broken: a symbol would be predicted from itself, and nothing be left to learn."""
     model = random_weights(baselines.autoregressive(7, 5, **SIZE))
     for module in model.modules():
@@ -67,13 +67,13 @@ def log_likelihood(model, x, label, symbols):
 
 @pytest.mark.parametrize("label, weight", [(0, 1.0), (1, 1.0), (0, 3.0)])
 def test_sequences_come_as_often_as_their_likelihood_says(label, weight):
-    """Broken: generation would not be that of the model that was trained, or guidance act at another place."""
+    """Broken: generation would not be that of the model that was trained, or guidance act at another position."""
     model = random_weights(baselines.autoregressive(3, 3, **SIZE))
     x = torch.tensor(list(itertools.product(range(3), repeat=3)))
     found = baselines.autoregressive_generate(model, torch.full((20000,), label), (weight,) * 3,
                                               generator=torch.Generator().manual_seed(0))
     expected = log_likelihood(model, x, label, 3).exp()
-    if weight != 1:  # guided place by place, each renormalized
+    if weight != 1:  # guided position by position, each renormalized
         p, null = (F.softmax(baselines.autoregressive_logits(model, x, torch.full((27,), number), 3).double(), -1)
                    for number in (label, 2))
         guided = (null + weight * (p - null)).clamp(min=0)

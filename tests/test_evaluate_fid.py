@@ -3,10 +3,8 @@
 The tests named yardstick need torch-fidelity and pytorch-fid, which are no dependency of the project; .ci/run installs them.
 """
 import json
-import math
 import sys
 import time
-import tracemalloc
 import types
 import zipfile
 from importlib.util import find_spec
@@ -21,153 +19,13 @@ from PIL import Image
 import common
 import evaluate_fid
 import sample
-from data import open_dataset
-from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall, resize
-from tests.conftest import few_digits
+from data.digits_classifier import DigitsClassifier, load_classifier, share_read_as
+from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
+from published import inception
+from published.inception import resize
+from tests.conftest import few_digits, pictures
 from tests.test_common import assert_one_sentence, run
 from tokenizer import SetTokenizer
-
-
-def inception_weights():
-    """Random weights by the published names, such that activations keep their size through the network."""
-    torch.manual_seed(0)
-    net = InceptionV3()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.7, 1.3)
-            torch.nn.init.normal_(module.bias, std=0.1)
-            torch.nn.init.normal_(module.running_mean, std=0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    with torch.no_grad():  # classes that tell images apart: at right angles to what the features of all images have in common
-        mean = torch.nn.functional.normalize(net(pictures(8, 64, seed=9))[0].mean(0), dim=0)
-        weight = torch.nn.init.normal_(net.fc.weight, std=0.2)
-        weight -= (weight @ mean)[:, None] * mean
-    return net.state_dict()
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return inception_weights()
-
-
-@pytest.fixture(scope="module")
-def weight_file(weights, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(weights, path)
-    return path
-
-
-def pictures(number, size, channels=3, seed=0):
-    """Images (number, channels, size, size) uint8 of smooth colours and some noise, so that they differ from one another."""
-    random = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(number, channels, 4, 4, generator=random) * 255
-    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
-    return (smooth + 20 * torch.randn(smooth.shape, generator=random)).clamp(0, 255).to(torch.uint8)
-
-
-# --- Inception ---------------------------------------------------------------------------------------------------------
-
-
-def test_resize_is_tensorflow_1s():
-    """Broken: images would be resized with half-pixel centres, antialiasing or another rounding, which moves every FID."""
-    for H, W, size in ((1, 1, 5), (2, 3, 7), (7, 5, 3), (32, 20, 37), (29, 41, 13), (40, 30, 30), (64, 64, 64)):
-        image = torch.randint(256, (1, 1, H, W)).float()
-        x = image[0, 0].numpy()
-        expected = np.empty((size, size), np.float32)
-        for i in range(size):
-            y_place = np.float32(i) * np.float32(H / size)
-            top, bottom = int(y_place), min(int(y_place) + 1, H - 1)
-            for j in range(size):
-                x_place = np.float32(j) * np.float32(W / size)
-                left, right = int(x_place), min(int(x_place) + 1, W - 1)
-                dy, dx = y_place - np.float32(top), x_place - np.float32(left)
-                above = x[top, left] + (x[top, right] - x[top, left]) * dx
-                below = x[bottom, left] + (x[bottom, right] - x[bottom, left]) * dx
-                expected[i, j] = above + (below - above) * dy
-        assert (resize(image, size)[0, 0].numpy() == expected).all(), (H, W, size)
-
-
-def test_pools():
-    """Broken: the average would count the padding, or the last block pool as the one before it, and every FID would move."""
-    image = torch.tensor([[[[1.0, -2, 3], [4, 5, -6], [7, 8, 9]]]])
-    average = torch.tensor([[8 / 4, 5 / 6, 0 / 4], [23 / 6, 29 / 9, 17 / 6], [24 / 4, 27 / 6, 16 / 4]])
-    assert torch.allclose(evaluate_fid.POOLS["average"](image)[0, 0], average)
-    assert evaluate_fid.POOLS["max"](image)[0, 0].tolist() == [[5, 5, 5], [8, 9, 9], [8, 9, 9]]
-    assert evaluate_fid.POOLS["max"](-1 - image.abs())[0, 0].tolist() == [[-2, -2, -3], [-2, -2, -3], [-5, -5, -6]]  # no zeros
-    assert evaluate_fid.POOLS["halve"](image)[0, 0].tolist() == [[9]]
-    with torch.device("meta"):
-        net = InceptionV3()
-    pools = {name: [step for branch in block.branches for step in branch if isinstance(step, str)]
-             for name, block in net.named_children() if isinstance(block, evaluate_fid.Block)}
-    assert pools == {f"Mixed_{name}": [pool] for pool, names in {
-        "average": ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"), "halve": ("6a", "7a"), "max": ("7c",)}.items()
-        for name in names}
-
-
-def test_inception_has_the_published_tensors(weights):
-    """Broken: the published file could not be loaded, or a layer would have another shape than its."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if "num_batches_tracked" not in name}
-    assert len(shapes) == 94 * 5 + 2  # 94 convolutions with four tensors of batch norm each, and the classes
-    assert sum(math.prod(shape) for shape in shapes.values()) == 23885392
-    for name, shape in {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
-                        "Mixed_6a.branch3x3dbl_3.bn.running_var": (96,), "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1),
-                        "Mixed_7a.branch7x7x3_2.conv.weight": (192, 192, 1, 7), "fc.weight": (1008, 2048), "fc.bias": (1008,),
-                        "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
-                        "Mixed_7b.branch_pool.conv.weight": (192, 1280, 1, 1)}.items():
-        assert shapes[name] == shape
-
-
-def test_inception(weights):
-    """Broken: the fast form of the network would not be the network, or grey images would not be grey RGB ones."""
-    plain, fast = InceptionV3(), InceptionV3(weights)
-    plain.load_state_dict(weights)
-    images = pictures(3, 40)
-    features, logits = fast(images)
-    assert features.shape == (3, 2048) and logits.shape == (3, 1008) and not features.requires_grad
-    assert features.std() > 0.1 and (features[0] - features[1]).abs().max() > 0.1  # the test sees something
-    for ours, theirs, close in zip((features, logits), plain(images), (1e-5, 1e-4)):
-        assert (ours - theirs).abs().max() < close * theirs.abs().max()
-    grey = images[:, :1]
-    assert torch.equal(fast(grey)[0], fast(grey.repeat(1, 3, 1, 1))[0])
-    for wrong in (images.float(), images[0], images[:, :2], images / 255):
-        with pytest.raises(ValueError, match="uint8 in 0..255"):
-            fast(wrong)
-
-
-def test_weights_without_a_tensor_or_with_another(weights, weight_file, tmp_path):
-    """Broken: a foreign file would be taken for Inception's; or one written by an old PyTorch would be refused."""
-    old = {name: tensor for name, tensor in weights.items() if "num_batches_tracked" not in name}
-    torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    args = types.SimpleNamespace(inception=str(tmp_path / "old.pth"))
-    images = pictures(1, 16)
-    assert torch.equal(evaluate_fid.inception(args, "cpu", 0)(images)[0], InceptionV3(weights)(images)[0])
-    foreign = {"less": {name: tensor for name, tensor in old.items() if name != "fc.bias"}, "more": old | {"x": torch.zeros(1)},
-               "shape": old | {"fc.bias": torch.zeros(1000)}, "list": [1, 2]}
-    for name, state in foreign.items():
-        torch.save(state, tmp_path / "foreign.pth")
-        with pytest.raises(ValueError, match="foreign.pth does not hold Inception's weights"):
-            evaluate_fid.inception(types.SimpleNamespace(inception=str(tmp_path / "foreign.pth")), "cpu", 0)
-
-
-def test_download(weights, weight_file, tmp_path, monkeypatch):
-    """Broken: without a network there would be a traceback, or a damaged download would be taken for the weights."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with monkeypatch.context() as offline:
-        offline.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=URLError("no network")))
-        with pytest.raises(ValueError) as refused:
-            evaluate_fid.download()
-    address, place = evaluate_fid.INCEPTION_URLS[0], tmp_path / "hub" / "checkpoints" / weight_file.name
-    assert all(word in str(refused.value) for word in (address, str(place), "no network", "--inception"))
-    assert address.endswith(weight_file.name)
-
-    monkeypatch.setattr(evaluate_fid, "INCEPTION_URLS", (weight_file.as_uri(),))  # these are not the weights of that hash
-    with pytest.raises(ValueError, match="invalid hash value"):
-        evaluate_fid.download()
-    assert not place.exists()
-    place.write_bytes(weight_file.read_bytes())  # brought here by other means
-    assert evaluate_fid.download().keys() == weights.keys()
 
 
 # --- the distance ------------------------------------------------------------------------------------------------------
@@ -328,8 +186,8 @@ def test_generated_digits(digits, small_digits, tmp_path, monkeypatch, capsys):
     sample.main([*options, f"--out={tmp_path}/s.npz", "--device=cpu"])
     with np.load(tmp_path / "s.npz") as file:
         images, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["arr_1"])
-    net = evaluate_fid.DigitsClassifier()
-    assert evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    net = DigitsClassifier()
+    assert load_classifier(net, digits / "digits_classifier.pt")
     with torch.no_grad():
         ours, theirs = (net(x)[0].numpy().astype(np.float64) for x in (images, few_digits("train", 600).images))
         read = (net(images)[1].argmax(1) == labels).double().mean().item()
@@ -349,12 +207,12 @@ def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, m
     monkeypatch.setattr(sample, "draw_chunk", draw)
     monkeypatch.setattr(evaluate_fid, "NEIGHBOUR_IMAGES", 50)
     found = evaluate("--ckpt", digits / "fsdd.pt", "--num=120", "--batch=120", folder=tmp_path)
-    net = evaluate_fid.DigitsClassifier()
-    assert evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    net = DigitsClassifier()
+    assert load_classifier(net, digits / "digits_classifier.pt")
     labels = torch.arange(10).repeat_interleave(12)
     images = draw(None, None, labels, None, 0, None)[0]
-    right = evaluate_fid.share_read_as(net, images[labels != wrong], labels[labels != wrong])
-    assert right > 0.7 and found["read_as_label"] == pytest.approx(0.9 * right + 0.1 * evaluate_fid.share_read_as(
+    right = share_read_as(net, images[labels != wrong], labels[labels != wrong])
+    assert right > 0.7 and found["read_as_label"] == pytest.approx(0.9 * right + 0.1 * share_read_as(
         net, images[labels == wrong], labels[labels == wrong]))
     assert found["read_as_label"] < right - 0.05  # the wrong class shows
     ours = images[[2, 4, 7, 9, 11, 14, 16, 19, 21, 23, 26, 28, 31, 33, 35, 38, 40, 43, 45, 47, 50, 52, 55, 57, 59, 62, 64, 67, 69, 71,
@@ -384,8 +242,8 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
     model = SetTokenizer(**checkpoint["model_config"])
     model.load_state_dict(checkpoint["weights"])
     test = few_digits("test", 400)
-    net = evaluate_fid.DigitsClassifier()
-    evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    net = DigitsClassifier()
+    load_classifier(net, digits / "digits_classifier.pt")
     reconstructed = common.to_uint8(model.decode(model.encode(test.images / 127.5 - 1)))
     with torch.no_grad():
         ours, theirs = (net(x)[0].numpy().astype(np.float64) for x in (reconstructed, test.images))
@@ -436,8 +294,7 @@ def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
     there = evaluate("--images=test.npz", "--data=digits", f"--ref={tmp_path}/generated.npz", folder=tmp_path)
     assert back["digits_fid"] == pytest.approx(there["digits_fid"], rel=1e-7) and back["num_images"] == 300
     capsys.readouterr()
-    for network in ("inception", "digits_classifier"):
-        monkeypatch.setattr(evaluate_fid, network, mock.Mock(side_effect=AssertionError("no network is needed")))
+    monkeypatch.setattr(evaluate_fid, "network", mock.Mock(side_effect=AssertionError("no network is needed")))
     sides = ["--images", tmp_path / "generated.npz", "--ref", tmp_path / "reconstructed.npz"]
     alone = evaluate(*sides, folder=tmp_path)
     assert alone.keys() == {"images", "features", "reference", "digits_fid"} and "warning" not in capsys.readouterr().err
@@ -487,31 +344,6 @@ def test_grey_digits_through_inception(digits, small_digits, weight_file, tmp_pa
     """Broken: with Inception's file the digits would still be measured by the classifier, or grey images not at all."""
     found = evaluate("--ckpt", digits / "tokenizer.pt", "--num=6", "--inception", weight_file, folder=tmp_path)
     assert found["fid"] > 0 and "digits_fid" not in found
-
-
-def test_a_batch_is_read_in_pieces(tmp_path):
-    """Broken: 50,000 images would be in memory at once, or pieces would come from the wrong place."""
-    images = np.random.default_rng(0).integers(256, size=(2000, 64, 64, 3), dtype=np.uint8)  # 24.6 MB
-    for name, save in (("plain", np.savez), ("compressed", np.savez_compressed)):
-        save(tmp_path / f"{name}.npz", arr_0=images)
-        tracemalloc.start()
-        batch = evaluate_fid.open_npz(str(tmp_path / f"{name}.npz"))
-        for part in common.chunks(slice(0, 2000), 64)[1::2]:
-            assert (batch.read(part).permute(0, 2, 3, 1).numpy() == images[part]).all()
-        assert (batch.read(slice(0, 3)).permute(0, 2, 3, 1).numpy() == images[:3]).all() and batch.num == 2000
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 8e6, name
-
-
-def test_folders_are_cropped_as_adm_does(tmp_path):
-    """Broken: statistics of a folder of photographs would not be those of the images that the model was trained on."""
-    (tmp_path / "val" / "x").mkdir(parents=True)
-    for i, size in enumerate([(50, 80), (130, 64), (40, 40)]):
-        Image.fromarray(pictures(1, 130)[0, 0].numpy()).resize(size).save(tmp_path / "val" / "x" / f"{i}.png")
-    found = evaluate_fid.open_images(str(tmp_path / "val"), 32)
-    expected = open_dataset(str(tmp_path), "test", 32)
-    assert torch.equal(found.read(slice(0, 3)), expected.__getitems__([(0, 0), (1, 0), (2, 0)])[0])
 
 
 def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, monkeypatch, capsys):
@@ -574,9 +406,10 @@ def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, 
         ([*as_digits, "good.npz", "--ref=text_stats.npz"], ["text_stats.npz", "floating-point"]),
         (["--ckpt=colour.pt", "--data=digits"], ["have 1 channels, those of colour.pt 3"]),
         (["--images=good.npz"], ["nothing to compare good.npz with", "VIRTUAL_imagenet256_labeled.npz"]),
-        (["--images=good.npz", "--ref=good.npz"], ["Inception's weights", evaluate_fid.INCEPTION_URLS[0], "no network", "hub"]),
+        (["--images=good.npz", "--ref=good.npz"], ["Inception's weights", inception.ADDRESSES[0], "no network", "hub",
+                                                         "--inception"]),
         (["--images=good.npz", "--ref=good.npz", "--inception=text.pth"], ["text.pth can't be read as weights"]),
-        (["--images=good.npz", "--ref=good.npz", "--inception=none.pth"], ["no file none.pth"]),
+        (["--images=good.npz", "--ref=good.npz", "--inception=none.pth"], ["no file none.pth", "--inception"]),
         (["--ckpt=none.pt"], ["no checkpoint none.pt"]), (["--ckpt=other.pt"], ["is not a fsdd or tokenizer checkpoint"]),
         (["--ckpt=nodata.pt"], ["--data"]), (["--ckpt=imagenet.pt"], ["--inception", "--ref", "VIRTUAL_imagenet256_labeled.npz"]),
         (["--ckpt=imagenet.pt", "--ref=good.npz"], ["Inception's weights", "no network"]),

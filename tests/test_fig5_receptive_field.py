@@ -5,13 +5,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from paper import fig5_receptive_field, table2_noise
+from paper.layouts import GridTokenizer
+from tests.conftest import few_digits
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import few_digits
 from tests.test_table2_noise import quick, save_tokenizer, table  # noqa: F401 (a fixture)
 from tests.test_tokenizer import small_tokenizer
 
 
-@pytest.mark.parametrize("settings", [{}, {"channels": 3}, {"layout": "grid", "num_tokens": 4}, {"reshaped_latents": True}])
+@pytest.mark.parametrize("settings", [{}, {"channels": 3}, 
+                                      {"model_class": GridTokenizer, "num_tokens": 4}, {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
     """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a dimension."""
     model = small_tokenizer(**settings).double().requires_grad_(False)
@@ -34,7 +36,7 @@ def test_sensitivity_is_that_of_finite_differences(settings):
 
 def test_a_token_that_sees_one_patch():
     """Broken: the map of a token at a place would not lie at that place, or the measure would call it global."""
-    model = small_tokenizer(layout="grid", num_tokens=4)
+    model = small_tokenizer(model_class=GridTokenizer, num_tokens=4)
     for block in model.encoder.blocks:  # without attention a place sees its own patch only
         torch.nn.init.zeros_(block.attention.proj.weight)
     maps = fig5_receptive_field.sensitivity(model, torch.rand(5, 1, 8, 8), 4)
@@ -94,7 +96,7 @@ def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
     """Broken: a tokenizer would be missing from the table or the picture, or a smaller M would break it."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 30))
     save_tokenizer(tmp_path / "set.pt", num_tokens=3)
-    save_tokenizer(tmp_path / "grid.pt", layout="grid")
+    save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
     fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png", "--device=cpu"])
     said = capsys.readouterr().out
     rows = table(said)

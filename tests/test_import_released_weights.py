@@ -20,11 +20,12 @@ from PIL import Image
 
 import sample
 from dual_transform import tokens_to_counts
-from evaluate_fid import InceptionV3
 from fsdd import Denoiser
 from paper import import_released_weights
+from published.inception import InceptionV3
+from published.maskgit_vqgan import VQGAN
 from tests.test_common import ROOT, assert_one_sentence, run
-from tokenizer import VQGAN, SetTokenizer
+from tokenizer import SetTokenizer
 
 PUBLISHED_TOKENIZER = dict(width=768, layers=12, num_tokens=128, codebook_size=4096, code_dim=12, grid=16, vqgan_width=128,
                            vqgan_dim=256)

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 import evaluate_fid
+from data.digits_classifier import DigitsClassifier
 from paper import table1_order, variants
 from tests.test_common import assert_one_sentence, run_here
 from tests.test_evaluate_fid import evaluate
@@ -61,7 +62,7 @@ def test_processes_see_every_image_once(digits, small_digits, tmp_path):
     args = table1_order.parse([f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--num=230"])
     checkpoint = torch.load(args.ckpt, weights_only=True)
     tokenizer, dataset = evaluate_fid.open_tokenizer(args.ckpt, checkpoint, "digits", torch.device("cpu"))
-    net = evaluate_fid.DigitsClassifier()
+    net = DigitsClassifier()
     net.load_state_dict(torch.load(digits / "digits_classifier.pt", weights_only=True)["weights"])
     sums = []
     for processes in (1, 3):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from paper import table2_noise, table6_sweep, variants
+from paper.layouts import KINDS
+from tests.conftest import few_digits
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import few_digits
-from tokenizer import SetTokenizer
 
 TINY = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "bf16": "off", "steps": 2}
 SMALL = dict(image_size=28, channels=1, patch_size=7, num_tokens=16, codebook_size=20, code_dim=4, width=16, heads=2,
@@ -24,15 +24,15 @@ def quick(monkeypatch, tmp_path):
     return tmp_path
 
 
-def save_tokenizer(path, data="digits", **settings):
+def save_tokenizer(path, data="digits", kind="tokenizer", **settings):
     """A checkpoint of a tokenizer of 28 x 28 images with large random matrices, as a fresh one's latents do not see the image."""
     torch.manual_seed(1)
     model_config = SMALL | settings
-    model = SetTokenizer(**model_config)
+    model = KINDS[kind](**model_config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.5)
-    checkpoint = {"kind": "tokenizer", "model_config": model_config, "weights": model.state_dict()}
+    checkpoint = {"kind": kind, "model_config": model_config, "weights": model.state_dict()}
     torch.save(checkpoint | ({"config": {"data": data}} if data else {}), path)
     return model
 
@@ -92,8 +92,8 @@ def test_the_table(tmp_path, capsys, monkeypatch):
     run or with the number of images at once."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 90))
     model = save_tokenizer(tmp_path / "set.pt")
-    save_tokenizer(tmp_path / "sequence.pt", layout="sequence", num_tokens=7)
-    save_tokenizer(tmp_path / "grid.pt", layout="grid")
+    save_tokenizer(tmp_path / "sequence.pt", kind="sequence tokenizer", num_tokens=7)
+    save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
     arguments = ["--ckpt", *(f"{tmp_path}/{name}.pt" for name in ("grid", "sequence", "set")), "--device=cpu"]
     table2_noise.main(arguments)
     rows = table(capsys.readouterr().out)
@@ -141,7 +141,7 @@ def test_the_set_is_that_of_table_6(tmp_path, monkeypatch):
     """Broken: the tables would train the same model twice."""
     trained = []
     monkeypatch.setattr(variants, "FOLDER", str(tmp_path))
-    monkeypatch.setattr(variants.train_tokenizer, "main", trained.append)
+    monkeypatch.setattr(variants.train_tokenizer, "main", lambda argv, *_: trained.append(argv))
     monkeypatch.setattr(variants, "fid", lambda *_, **__: 0.0)
     monkeypatch.setattr(variants, "fsdd", lambda *_, **__: "")
     path = table2_noise.trained("set", "cpu")
