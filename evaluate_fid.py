@@ -148,7 +148,8 @@ def compare(features, images, found, reference, against, device):
             statistics += [mu, sigma]
             if not given.statistics and seen.num <= len(mu):  # N images span N - 1 dimensions
                 print(f"warning: {seen.num} images are no more than the {len(mu)} features: their covariance is "
-                      "singular and the FID is too large; compare it only with one from as many images", file=sys.stderr)
+                      "singular and the FID is too large; compare it only with one from as many images",
+                      file=sys.stderr)
         results[prefix + "fid"] = frechet_distance(*statistics)
     if found and found.score:
         results["inception_score"], results["inception_score_std"] = found.score

@@ -6,8 +6,8 @@
 Writes figure5.png, a row for each tokenizer and a column for each of the first tokens: the mean over images of how
 strongly the token's latent, before quantization, changes with each pixel; every map is scaled to its own maximum.
 Prints as a Markdown table how global such maps are: the share of their sum outside the patch that holds most of it, and
-the smallest share of the pixels that holds 90 % of it. A token that looks at one position in one image and at another in
-the next has a wide mean and narrow maps, so both are measured of the mean map and of the maps of single images.
+the smallest share of the pixels that holds 90 % of it. A token that looks at one position in one image and at another
+in the next has a wide mean and narrow maps, so both are measured of the mean map and of the maps of single images.
 """
 import argparse
 import time
@@ -71,8 +71,8 @@ def sensitivity(tokenizer, images, number):
     """How much the latents of the first tokens depend on each pixel: images (B, ch, H, W) -> (B, number, H, W).
 
     The length of the gradient of a token's latent z of length 1, sqrt(sum over k and channels of (dz_k / dpixel)^2), at
-    images in [-1, 1]. The paper leaves open of what number it takes the gradient; this one does not depend on the codebook or
-    on its axes.
+    images in [-1, 1]. The paper leaves open of what number it takes the gradient; this one does not depend on the
+    codebook or on its axes.
     """
     images = images.clone().requires_grad_()
     latents = F.normalize(tokenizer.encoder(images).float(), dim=-1)  # (B, M, code_dim)

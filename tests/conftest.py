@@ -42,22 +42,27 @@ def digits(tmp_path_factory):
     """A folder with tiny checkpoints of the digits, the classifier (trained on few digits), and images as .npz."""
     folder = tmp_path_factory.mktemp("digits")
     torch.manual_seed(0)
-    tokenizer_config = dict(image_size=28, channels=1, patch_size=7, num_tokens=6, codebook_size=64, code_dim=5, width=32,
+    tokenizer_config = dict(image_size=28, channels=1, patch_size=7, num_tokens=6, codebook_size=64, code_dim=5,
+                            width=32,
                             heads=2, encoder_layers=1, decoder_layers=1)
     model_config = dict(codebook_size=64, num_tokens=6, num_classes=10, width=16, layers=1, heads=2)
     tokenizer, denoiser = SetTokenizer(**tokenizer_config), Denoiser(**model_config)
     for parameter in [*tokenizer.parameters(), *denoiser.parameters()]:
-        if parameter.ndim > 1:  # large random matrices, so that different digits get different tokens and those other pixels
+        # large random matrices, so that different digits get different tokens and those other pixels
+        if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     stage1 = {"kind": "tokenizer", "model_config": tokenizer_config, "weights": tokenizer.state_dict(),
               "class_names": list("0123456789"), "config": {"data": "digits"}}
     torch.save(stage1, folder / "tokenizer.pt")
-    torch.save(stage1 | {"kind": "fsdd", "model_config": model_config, "weights": denoiser.state_dict(), "tokenizer": stage1,
+    torch.save(stage1 | {"kind": "fsdd", "model_config": model_config, "weights": denoiser.state_dict(),
+                         "tokenizer": stage1,
                          "generation": {"prior": "multinomial", "steps": 3, "guidance": [1.0, 1.0, 1.0], "top_p": 1.0,
                                         "top_k": 2, "adjust_from": 0.65}}, folder / "fsdd.pt")
     net = train_classifier(few_digits("train", 1000))
-    common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, str(folder / "digits_classifier.pt"))
-    sample.main(["--ckpt", str(folder / "fsdd.pt"), "--num=150", "--seed=9", f"--out={folder}/generated.npz", "--device=cpu"])
+    common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()},
+                           str(folder / "digits_classifier.pt"))
+    sample.main(["--ckpt", str(folder / "fsdd.pt"), "--num=150", "--seed=9", f"--out={folder}/generated.npz",
+                 "--device=cpu"])
     np.savez(folder / "test.npz", arr_0=few_digits("test", 300).images.permute(0, 2, 3, 1).numpy())
     return folder
 
@@ -98,7 +103,8 @@ def inception_weights():
             torch.nn.init.normal_(module.bias, std=0.1)
             torch.nn.init.normal_(module.running_mean, std=0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    with torch.no_grad():  # classes that tell images apart: at right angles to what the features of all images have in common
+    # classes that tell images apart: at right angles to what the features of all images have in common
+    with torch.no_grad():
         mean = torch.nn.functional.normalize(net(pictures(8, 64, seed=9))[0].mean(0), dim=0)
         weight = torch.nn.init.normal_(net.fc.weight, std=0.2)
         weight -= (weight @ mean)[:, None] * mean
@@ -118,7 +124,8 @@ def weight_file(weights, tmp_path_factory):
 
 
 def pictures(number, size, channels=3, seed=0):
-    """Images (number, channels, size, size) uint8 of smooth colours and some noise, so that they differ from one another."""
+    """Images (number, channels, size, size) uint8 of smooth colours and some noise, so that they differ from one
+    another."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.rand(number, channels, 4, 4, generator=random) * 255
     smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")

@@ -129,7 +129,8 @@ def test_flow_loss_is_least_for_the_exact_denoiser():
     loss = lambda change: baselines.flow_loss(change, x0, labels, t, x1, uniform).item()  # noqa: E731
     best = loss(exact)
     assert best < 1.0
-    for change in (lambda *a: 0.7 * exact(*a), lambda *a: 1.5 * exact(*a), lambda x, t, y: exact(x, (t + 0.2).clamp(max=1), y),
+    for change in (lambda *a: 0.7 * exact(*a), lambda *a: 1.5 * exact(*a),
+                   lambda x, t, y: exact(x, (t + 0.2).clamp(max=1), y),
                    lambda x, t, y: exact(x, t, 1 - y)):
         assert loss(change) > best + 0.003
 
@@ -146,7 +147,8 @@ def test_standardized_counts():
 
 
 def test_quantized_numbers_are_the_nearest_counts():
-    """Broken: rounding would lose the sum that every state of the continuous diffusion has, or go farther than it must."""
+    """Broken: rounding would lose the sum that every state of the continuous diffusion has, or go farther than it
+    must."""
     C, M = 4, 5
     every = torch.tensor([x for x in itertools.product(range(M + 1), repeat=C) if sum(x) == M])
     for spread in (0.5, 1.0, 3.0):
@@ -219,7 +221,8 @@ def test_training_reaches_a_known_distribution(method):
 def test_all_have_as_many_parameters():
     """Broken: Table 5 would compare models of different sizes."""
     size = {"num_classes": 10, "width": 96, "layers": 3, "heads": 3}
-    models = [Denoiser(96, 32, **size), baselines.autoregressive(32, 96, **size), baselines.autoregressive(96, 33, **size),
+    models = [Denoiser(96, 32, **size), baselines.autoregressive(32, 96, **size),
+              baselines.autoregressive(96, 33, **size),
               baselines.continuous(96, 32, **size)]
     numbers = [sum(weight.numel() for weight in model.parameters()) for model in models]
     assert max(numbers) < 1.03 * min(numbers)

@@ -84,6 +84,7 @@ def test_bad_input_is_refused(wrong, words):
     (lambda: counts_to_tokens(change(change(counts, (1, 3), -2), (1, 0), 4)), "negative"),
 ])
 def test_impossible_values_give_no_result(wrong, words):
-    """Broken: values that no set has would give the counts or tokens of another set; nothing checks them before PyTorch."""
+    """Broken: values that no set has would give the counts or tokens of another set; nothing checks them before
+    PyTorch."""
     with pytest.raises(RuntimeError, match=words):
         wrong()

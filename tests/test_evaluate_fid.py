@@ -1,6 +1,8 @@
-"""The field's numbers, exactly: features, distances and scores against their definitions and, where installed, others' programs.
+"""The field's numbers, exactly: features, distances and scores against their definitions and, where installed, others'
+programs.
 
-The tests named yardstick need torch-fidelity and pytorch-fid, which are no dependency of the project; .ci/run installs them.
+The tests named yardstick need torch-fidelity and pytorch-fid, which are no dependency of the project; .ci/run installs
+them.
 """
 import json
 import sys
@@ -28,7 +30,8 @@ from tests.test_common import assert_one_sentence, run
 from tokenizer import SetTokenizer
 
 
-# --- the distance ------------------------------------------------------------------------------------------------------
+# --- the distance
+# ----------------------------------------------------------------------------------------------
 
 
 def covariances(D, random):
@@ -68,7 +71,8 @@ def test_distance_is_the_usual_formula():
         ours = frechet_distance(mu1, sigma1, mu2, sigma2)
         assert isinstance(ours, float) and ours == pytest.approx(usual, rel=1e-6)
         tensors = [torch.from_numpy(x) for x in (mu1, sigma1, mu2, sigma2)]
-        assert frechet_distance(*tensors) == ours == pytest.approx(frechet_distance(*tensors[2:], *tensors[:2]), rel=1e-6)
+        assert frechet_distance(*tensors) == ours == pytest.approx(frechet_distance(*tensors[2:], *tensors[:2]),
+                                                                   rel=1e-6)
         assert frechet_distance(*[x.float() for x in tensors]) == pytest.approx(ours, rel=1e-4)
 
 
@@ -84,7 +88,8 @@ def test_distance_refuses_what_is_none(change, words):
             frechet_distance(*arguments)
 
 
-# --- statistics and scores ---------------------------------------------------------------------------------------------
+# --- statistics and scores
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches", [1, 7, 64])
@@ -124,7 +129,8 @@ def test_inception_score(N, batch):
 
 
 def test_precision_and_recall():
-    """Broken: an image would be its own neighbour, a radius would be another's, or the two numbers would be exchanged."""
+    """Broken: an image would be its own neighbour, a radius would be another's, or the two numbers would be
+    exchanged."""
     for k in (1, 3):
         ours, theirs = torch.randn(60, 5), 1.5 * torch.randn(80, 5) + 0.3
 
@@ -138,14 +144,16 @@ def test_precision_and_recall():
             radii = [radius(others, i) for i in range(len(others))]
             return np.mean([any(distance(x, y) <= r for y, r in zip(others, radii)) for x in points])
 
-        assert precision_recall(ours, theirs, k) == pytest.approx((within(ours, theirs), within(theirs, ours)), abs=1e-9)
+        assert precision_recall(ours, theirs, k) == pytest.approx((within(ours, theirs), within(theirs, ours)),
+                                                                  abs=1e-9)
     assert precision_recall(ours, ours) == (1, 1)
     assert precision_recall(torch.zeros(5, 2), torch.cat([torch.zeros(5, 2), 9 * torch.ones(5, 2)])) == (1, 0.5)
     with pytest.raises(ValueError, match="more than 3"):
         precision_recall(ours[:3], theirs)
 
 
-# --- the command line --------------------------------------------------------------------------------------------------
+# --- the command line
+# ------------------------------------------------------------------------------------------
 
 
 def evaluate(*arguments, folder):
@@ -178,7 +186,8 @@ def test_same_numbers_for_any_number_of_processes(arguments, numbers, digits):
 
 
 def test_generated_digits(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: what is measured would not be what sample.py draws, or not against the training digits, or pass for an FID."""
+    """Broken: what is measured would not be what sample.py draws, or not against the training digits, or pass for an
+    FID."""
     options = ["--ckpt", str(digits / "fsdd.pt"), "--num=120", "--seed=3", "--steps=2"]
     found = evaluate(*options, folder=tmp_path)
     assert "digits_fid: " in capsys.readouterr().out
@@ -201,8 +210,10 @@ def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, m
     test, wrong = few_digits("test", 400), 3
     places = [(test.labels == label).nonzero()[:, 0] for label in range(10)]
 
-    def draw(_, tokenizer, labels, settings, chunk, args):  # real digits, three of a class; sevens where threes are asked for
-        return test.images[[places[7 if label == wrong else label][i % 3] for i, label in enumerate(labels.tolist())]][None]
+    # real digits, three of a class; sevens where threes are asked for
+    def draw(_, tokenizer, labels, settings, chunk, args):
+        chosen = [places[7 if label == wrong else label][i % 3] for i, label in enumerate(labels.tolist())]
+        return test.images[chosen][None]
 
     monkeypatch.setattr(sample, "draw_chunk", draw)
     monkeypatch.setattr(evaluate_fid, "NEIGHBOUR_IMAGES", 50)
@@ -215,8 +226,10 @@ def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, m
     assert right > 0.7 and found["read_as_label"] == pytest.approx(0.9 * right + 0.1 * share_read_as(
         net, images[labels == wrong], labels[labels == wrong]))
     assert found["read_as_label"] < right - 0.05  # the wrong class shows
-    ours = images[[2, 4, 7, 9, 11, 14, 16, 19, 21, 23, 26, 28, 31, 33, 35, 38, 40, 43, 45, 47, 50, 52, 55, 57, 59, 62, 64, 67, 69, 71,
-                   74, 76, 79, 81, 83, 86, 88, 91, 93, 95, 98, 100, 103, 105, 107, 110, 112, 115, 117, 119]]  # 50 of the 120
+    ours = images[[2, 4, 7, 9, 11, 14, 16, 19, 21, 23, 26, 28, 31, 33, 35, 38, 40, 43, 45, 47, 50, 52, 55, 57, 59, 62,
+                   64, 67, 69, 71,
+                   # 50 of the 120
+                   74, 76, 79, 81, 83, 86, 88, 91, 93, 95, 98, 100, 103, 105, 107, 110, 112, 115, 117, 119]]
     theirs = few_digits("train", 600).images[11::12]  # 50 of the 600
     with torch.no_grad():
         precision, recall = precision_recall(net(ours)[0], net(theirs)[0])
@@ -225,7 +238,8 @@ def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, m
 
 
 def test_images_are_picked_evenly(digits, small_digits):
-    """Broken: --num would take the first validation images, which are of few classes, or originals that are not theirs."""
+    """Broken: --num would take the first validation images, which are of few classes, or originals that are not
+    theirs."""
     path = str(digits / "tokenizer.pt")
     args = types.SimpleNamespace(num=7)
     images, originals = evaluate_fid.reconstructed(path, torch.load(path, weights_only=True), args, "digits", "cpu")
@@ -253,7 +267,8 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
 
 
 def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: saved statistics would not stand for the images, or statistics of other features would be compared with."""
+    """Broken: saved statistics would not stand for the images, or statistics of other features would be compared
+    with."""
     monkeypatch.chdir(digits)
     images = ["--data=digits", "--images=test.npz"]
     there = evaluate(*images, folder=tmp_path)
@@ -284,7 +299,8 @@ def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeyp
 
 
 def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: a checkpoint could not be compared with another one, or statistics would need a network to be compared."""
+    """Broken: a checkpoint could not be compared with another one, or statistics would need a network to be
+    compared."""
     monkeypatch.chdir(digits)
     generated, options = f"--save_stats={tmp_path}/generated.npz", ["--num=100", "--seed=3"]
     evaluate("--ckpt=fsdd.pt", generated, *options, folder=tmp_path)
@@ -297,7 +313,8 @@ def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_fid, "network", mock.Mock(side_effect=AssertionError("no network is needed")))
     sides = ["--images", tmp_path / "generated.npz", "--ref", tmp_path / "reconstructed.npz"]
     alone = evaluate(*sides, folder=tmp_path)
-    assert alone.keys() == {"images", "features", "reference", "digits_fid"} and "warning" not in capsys.readouterr().err
+    assert alone.keys() == {"images", "features", "reference",
+                            "digits_fid"} and "warning" not in capsys.readouterr().err
     assert alone["digits_fid"] == pytest.approx(between["digits_fid"], rel=1e-7) and alone["digits_fid"] > 1
     assert alone["features"] == between["features"] and "digits_precision" in between
     with np.load(tmp_path / "reconstructed.npz") as file:
@@ -307,7 +324,8 @@ def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
 
 
 def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: it would be trained at every run, a broken file would end in a traceback, or its weights hang on chance."""
+    """Broken: it would be trained at every run, a broken file would end in a traceback, or its weights hang on
+    chance."""
     monkeypatch.chdir(tmp_path)
     run_once = lambda: evaluate("--images", digits / "test.npz", "--data=digits", folder=tmp_path)  # noqa: E731
     first = run_once()
@@ -324,14 +342,17 @@ def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, cap
 
 
 def test_inception_on_the_command_line(weight_file, tmp_path, capsys):
-    """Broken: a folder and an .npz of the same images would not be the same, or FID, IS, precision and recall be missing."""
+    """Broken: a folder and an .npz of the same images would not be the same, or FID, IS, precision and recall be
+    missing."""
     first, second = pictures(16, 32), pictures(16, 32, seed=1) // 2
     (tmp_path / "images" / "a").mkdir(parents=True)
     for i, image in enumerate(first):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / ("a" if i < 5 else "") / f"{i:02}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / ("a" if i < 5
+                                                                                    else "") / f"{i:02}.png")
     np.savez_compressed(tmp_path / "first.npz", arr_0=first.permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / "second.npz", arr_0=second.permute(0, 2, 3, 1).numpy())
-    same = evaluate("--images", tmp_path / "images", "--ref", tmp_path / "first.npz", "--inception", weight_file, folder=tmp_path)
+    same = evaluate("--images", tmp_path / "images", "--ref", tmp_path / "first.npz", "--inception", weight_file,
+                    folder=tmp_path)
     assert "16 images are no more than the 2048 features" in capsys.readouterr().err
     scale = evaluate("--images", tmp_path / "first.npz", "--ref", tmp_path / "second.npz", "--inception", weight_file,
                      "--batch=5", folder=tmp_path)
@@ -346,76 +367,94 @@ def test_grey_digits_through_inception(digits, small_digits, weight_file, tmp_pa
     assert found["fid"] > 0 and "digits_fid" not in found
 
 
-def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, monkeypatch, capsys):
-    """Broken: bad input would end in a traceback or in a number."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir(), (tmp_path / "mixed").mkdir(), (tmp_path / "bad").mkdir()
+def make_bad_files(folder):
+    """Folders, .npz files and weights of which only good.npz, stats.npz and wide.npz are as they should be."""
+    (folder / "empty").mkdir(), (folder / "mixed").mkdir(), (folder / "bad").mkdir()
     for i, size in enumerate((20, 20, 21)):
-        Image.new("RGB", (size, 20)).save(f"mixed/{i}.png")
-    (tmp_path / "bad" / "a.png").write_text("no image")
+        Image.new("RGB", (size, 20)).save(folder / f"mixed/{i}.png")
+    (folder / "bad" / "a.png").write_text("no image")
     good = np.zeros((9, 28, 28, 3), np.uint8)
-    np.savez("good.npz", arr_0=good)
+    np.savez(folder / "good.npz", arr_0=good)
     for name, array in {"float": good / 255, "nan": np.full((9, 28, 28, 3), np.nan), "flat": good[0],
                         "four": good[..., [0, 0, 0, 0]], "none": good[:0], "columns": np.asfortranarray(good),
                         "objects": np.array([None, {}])}.items():
-        np.savez(name + ".npz", arr_0=array)
-    np.savez("nan_stats.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
-    np.savez("narrow_stats.npz", mu=np.zeros(128), sigma=np.eye(127))
-    np.savez("stats.npz", mu=np.zeros(128), sigma=np.eye(128))
-    np.savez("wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    np.savez("text_stats.npz", mu=np.array(["a"] * 128), sigma=np.eye(128))
-    np.savez("one.npz", arr_0=good[:1])
+        np.savez(folder / f"{name}.npz", arr_0=array)
+    np.savez(folder / "nan_stats.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
+    np.savez(folder / "narrow_stats.npz", mu=np.zeros(128), sigma=np.eye(127))
+    np.savez(folder / "stats.npz", mu=np.zeros(128), sigma=np.eye(128))
+    np.savez(folder / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(folder / "text_stats.npz", mu=np.array(["a"] * 128), sigma=np.eye(128))
+    np.savez(folder / "one.npz", arr_0=good[:1])
     for name, member in (("magic", "arr_0.npy"), ("bare", "arr_0")):
-        with zipfile.ZipFile(name + ".npz", "w") as archive:
+        with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
             archive.writestr(member, b"no array at all")
-    np.savez("neither.npz", images=good)
-    (tmp_path / "text.npz").write_text("no archive")
-    (tmp_path / "text.pth").write_text("no weights")
-    with zipfile.ZipFile("good.npz") as whole, zipfile.ZipFile("short.npz", "w") as short:
+    np.savez(folder / "neither.npz", images=good)
+    (folder / "text.npz").write_text("no archive")
+    (folder / "text.pth").write_text("no weights")
+    with zipfile.ZipFile(folder / "good.npz") as whole, zipfile.ZipFile(folder / "short.npz", "w") as short:
         short.writestr("arr_0.npy", whole.read("arr_0.npy")[:9000])
-    torch.save({"kind": "other"}, "other.pt")
+
+
+def make_bad_checkpoints(folder, digits):
+    """Checkpoints that do not say what they are of, or say what does not fit."""
+    torch.save({"kind": "other"}, folder / "other.pt")
     tokenizer = torch.load(digits / "tokenizer.pt", weights_only=True)
-    torch.save(tokenizer | {"config": {}}, "nodata.pt")
+    torch.save(tokenizer | {"config": {}}, folder / "nodata.pt")
     colour = tokenizer["model_config"] | {"channels": 3}
-    torch.save(tokenizer | {"model_config": colour, "weights": SetTokenizer(**colour).state_dict()}, "colour.pt")
-    torch.save(torch.load(digits / "fsdd.pt", weights_only=True) | {"config": {"data": "data/imagenet"}}, "imagenet.pt")
-    torch.save(tokenizer | {"config": {"data": "no/imagenet"}}, "imagenet_tokenizer.pt")
+    torch.save(tokenizer | {"model_config": colour, "weights": SetTokenizer(**colour).state_dict()},
+               folder / "colour.pt")
+    fsdd = torch.load(digits / "fsdd.pt", weights_only=True)
+    torch.save(fsdd | {"config": {"data": "data/imagenet"}}, folder / "imagenet.pt")
+    torch.save(tokenizer | {"config": {"data": "no/imagenet"}}, folder / "imagenet_tokenizer.pt")
+
+
+AS_DIGITS = ["--data=digits", "--images"]
+MISTAKES = [
+    ([], ["--ckpt", "--images"]), (["--ckpt=a", "--images=b"], ["either"]), (["--images=a", "--num=3"], ["--num"]),
+    (["--ckpt=a", "--batch=0"], ["--batch"]), (["--images=a", "--save_stats=a.txt"], [".npz"]),
+    (["--images=a", "--save_stats=no/a.npz"], ["no folder no"]),
+    (["--images=a", "--image_size=0"], ["--image_size"]),
+    ([*AS_DIGITS, "nowhere"], ["there is no nowhere"]), ([*AS_DIGITS, "empty"], ["no images in empty"]),
+    ([*AS_DIGITS, "bad"], ["bad/a.png", "can't be read as an image"]),
+    ([*AS_DIGITS, "mixed"], ["mixed/0.png is 20 x 20", "mixed/2.png 21 x 20", "--image_size"]),
+    ([*AS_DIGITS, "float.npz"], ["arr_0 in float.npz", "uint8", "float64"]), ([*AS_DIGITS, "nan.npz"], ["float64"]),
+    ([*AS_DIGITS, "flat.npz"], ["(28, 28, 3)"]), ([*AS_DIGITS, "four.npz"], ["(9, 28, 28, 4)"]),
+    ([*AS_DIGITS, "none.npz"], ["(0, 28, 28, 3)"]), ([*AS_DIGITS, "columns.npz"], ["column-major"]),
+    ([*AS_DIGITS, "objects.npz"], ["object"]), ([*AS_DIGITS, "short.npz"], ["ends before its 9 images do"]),
+    ([*AS_DIGITS, "text.npz"], ["can't be read as an .npz"]),
+    ([*AS_DIGITS, "neither.npz"], ["needed is arr_0, or mu"]),
+    ([*AS_DIGITS, "stats.npz", "--save_stats=a.npz"], ["statistics already"]),
+    ([*AS_DIGITS, "good.npz", "--ref=nan_stats.npz"], ["nan_stats.npz", "NaN"]),
+    ([*AS_DIGITS, "good.npz", "--ref=narrow_stats.npz"], ["narrow_stats.npz", "(127, 127)"]),
+    ([*AS_DIGITS, "mixed", "--image_size=16"], ["digits must be"]),
+    (["--images=stats.npz", "--ref=wide.npz"], ["wide.npz", "2048", "can't be compared with the 128"]),
+    ([*AS_DIGITS, "one.npz"], ["at least two images", "one.npz"]),
+    ([*AS_DIGITS, "magic.npz"], ["arr_0 in magic.npz can't be read"]),
+    ([*AS_DIGITS, "bare.npz"], ["bare.npz holds nothing"]),
+    ([*AS_DIGITS, "good.npz", "--ref=text_stats.npz"], ["text_stats.npz", "floating-point"]),
+    (["--ckpt=colour.pt", "--data=digits"], ["have 1 channels, those of colour.pt 3"]),
+    (["--images=good.npz"], ["nothing to compare good.npz with", "VIRTUAL_imagenet256_labeled.npz"]),
+    (["--images=good.npz", "--ref=good.npz"],
+     ["Inception's weights", inception.ADDRESSES[0], "no network", "hub", "--inception"]),
+    (["--images=good.npz", "--ref=good.npz", "--inception=text.pth"], ["text.pth can't be read as weights"]),
+    (["--images=good.npz", "--ref=good.npz", "--inception=none.pth"], ["no file none.pth", "--inception"]),
+    (["--ckpt=none.pt"], ["no checkpoint none.pt"]),
+    (["--ckpt=other.pt"], ["is not a fsdd or tokenizer checkpoint"]),
+    (["--ckpt=nodata.pt"], ["--data"]),
+    (["--ckpt=imagenet.pt"], ["--inception", "--ref", "VIRTUAL_imagenet256_labeled.npz"]),
+    (["--ckpt=imagenet.pt", "--ref=good.npz"], ["Inception's weights", "no network"]),
+    (["--ckpt=imagenet.pt", "--ref=good.npz", "--guidance=x"], ["guidance"]),
+]
+
+
+def test_mistakes_get_one_sentence(digits, small_digits, tmp_path, monkeypatch, capsys):
+    """Broken: bad input would end in a traceback or in a number."""
+    monkeypatch.chdir(tmp_path)
+    make_bad_files(tmp_path)
+    make_bad_checkpoints(tmp_path, digits)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=URLError("no network")))
-    as_digits = ["--data=digits", "--images"]
-    cases = [
-        ([], ["--ckpt", "--images"]), (["--ckpt=a", "--images=b"], ["either"]), (["--images=a", "--num=3"], ["--num"]),
-        (["--ckpt=a", "--batch=0"], ["--batch"]), (["--images=a", "--save_stats=a.txt"], [".npz"]),
-        (["--images=a", "--save_stats=no/a.npz"], ["no folder no"]), (["--images=a", "--image_size=0"], ["--image_size"]),
-        ([*as_digits, "nowhere"], ["there is no nowhere"]), ([*as_digits, "empty"], ["no images in empty"]),
-        ([*as_digits, "bad"], ["bad/a.png", "can't be read as an image"]),
-        ([*as_digits, "mixed"], ["mixed/0.png is 20 x 20", "mixed/2.png 21 x 20", "--image_size"]),
-        ([*as_digits, "float.npz"], ["arr_0 in float.npz", "uint8", "float64"]), ([*as_digits, "nan.npz"], ["float64"]),
-        ([*as_digits, "flat.npz"], ["(28, 28, 3)"]), ([*as_digits, "four.npz"], ["(9, 28, 28, 4)"]),
-        ([*as_digits, "none.npz"], ["(0, 28, 28, 3)"]), ([*as_digits, "columns.npz"], ["column-major"]),
-        ([*as_digits, "objects.npz"], ["object"]), ([*as_digits, "short.npz"], ["ends before its 9 images do"]),
-        ([*as_digits, "text.npz"], ["can't be read as an .npz"]), ([*as_digits, "neither.npz"], ["needed is arr_0, or mu"]),
-        ([*as_digits, "stats.npz", "--save_stats=a.npz"], ["statistics already"]), ([*as_digits, "good.npz", "--ref=nan_stats.npz"],
-                                                                               ["nan_stats.npz", "NaN"]),
-        ([*as_digits, "good.npz", "--ref=narrow_stats.npz"], ["narrow_stats.npz", "(127, 127)"]),
-        ([*as_digits, "mixed", "--image_size=16"], ["digits must be"]),
-        (["--images=stats.npz", "--ref=wide.npz"], ["wide.npz", "2048", "can't be compared with the 128"]),
-        ([*as_digits, "one.npz"], ["at least two images", "one.npz"]),
-        ([*as_digits, "magic.npz"], ["arr_0 in magic.npz can't be read"]),
-        ([*as_digits, "bare.npz"], ["bare.npz holds nothing"]),
-        ([*as_digits, "good.npz", "--ref=text_stats.npz"], ["text_stats.npz", "floating-point"]),
-        (["--ckpt=colour.pt", "--data=digits"], ["have 1 channels, those of colour.pt 3"]),
-        (["--images=good.npz"], ["nothing to compare good.npz with", "VIRTUAL_imagenet256_labeled.npz"]),
-        (["--images=good.npz", "--ref=good.npz"], ["Inception's weights", inception.ADDRESSES[0], "no network", "hub",
-                                                         "--inception"]),
-        (["--images=good.npz", "--ref=good.npz", "--inception=text.pth"], ["text.pth can't be read as weights"]),
-        (["--images=good.npz", "--ref=good.npz", "--inception=none.pth"], ["no file none.pth", "--inception"]),
-        (["--ckpt=none.pt"], ["no checkpoint none.pt"]), (["--ckpt=other.pt"], ["is not a fsdd or tokenizer checkpoint"]),
-        (["--ckpt=nodata.pt"], ["--data"]), (["--ckpt=imagenet.pt"], ["--inception", "--ref", "VIRTUAL_imagenet256_labeled.npz"]),
-        (["--ckpt=imagenet.pt", "--ref=good.npz"], ["Inception's weights", "no network"]),
-        (["--ckpt=imagenet.pt", "--ref=good.npz", "--guidance=x"], ["guidance"]),
-    ]
-    for arguments, words in cases:
+    for arguments, words in MISTAKES:
         with pytest.raises(SystemExit) as stopped:
             evaluate_fid.main([*arguments, "--device=cpu"])
         said = f"{stopped.value.code} {capsys.readouterr().err}"
@@ -434,13 +473,15 @@ def test_a_mistake_ends_all_processes(digits, tmp_path):
         Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "images" / "5.png").write_text("no image")  # of the second process
     (tmp_path / "digits_classifier.pt").write_bytes((digits / "digits_classifier.pt").read_bytes())
-    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--ref", digits / "test.npz", "--device=cpu",
+    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--ref", digits / "test.npz",
+                   "--device=cpu",
                    folder=tmp_path, processes=2)
     assert finished.returncode != 0 and "error: images/5.png can't be read as an image" in finished.stderr
     assert 'evaluate_fid.py", line' not in finished.stderr, finished.stderr
 
 
-# --- against torch-fidelity and pytorch-fid ----------------------------------------------------------------------------
+# --- against torch-fidelity and pytorch-fid
+# --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -450,16 +491,19 @@ def yardstick(weights, weight_file):
         if find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     torchvision = mock.MagicMock(__version__="0.20.0")
-    stand_ins = {"torchvision": torchvision, "torchvision.datasets": torchvision.datasets, "torchvision.models.utils": None,
+    stand_ins = {"torchvision": torchvision, "torchvision.datasets": torchvision.datasets,
+                 "torchvision.models.utils": None,
                  "torchvision.transforms": torchvision.transforms, "torchvision.models": torchvision.models,
                  "torchvision.transforms.functional": torchvision.transforms.functional}
     with mock.patch.dict(sys.modules, stand_ins):
         import torch_fidelity
         from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-        net = fidelity.FeatureExtractorInceptionV3("", ["2048", "logits"], feature_extractor_weights_path=str(weight_file))
-        # pytorch-fid changes the forward passes of torchvision's blocks, whose layers and names are torch-fidelity's too
+        net = fidelity.FeatureExtractorInceptionV3("", ["2048", "logits"],
+                                                   feature_extractor_weights_path=str(weight_file))
+        # pytorch-fid changes the forward passes of torchvision's blocks, which have torch-fidelity's layers and names
         blocks = torchvision.models.inception
-        blocks.InceptionA, blocks.InceptionC, blocks.InceptionE = fidelity.InceptionA, fidelity.InceptionC, fidelity.InceptionE_1
+        blocks.InceptionA, blocks.InceptionC = fidelity.InceptionA, fidelity.InceptionC
+        blocks.InceptionE = fidelity.InceptionE_1
         torchvision.models.inception_v3 = lambda **options: fidelity.FeatureExtractorInceptionV3(
             "", ["2048"], feature_extractor_weights_path=str(weight_file))
         import pytorch_fid.fid_score
@@ -479,7 +523,8 @@ def test_yardstick_features(size, yardstick, weights):
         with torch.no_grad():
             for mine, theirs, close in zip(ours(images), yardstick.net(rgb), (1e-5, 1e-4)):
                 assert (mine - theirs).abs().max() < close * theirs.abs().max() and theirs.std() > 0.1
-    if size == 256:  # pytorch-fid resizes otherwise, and scales to (x - 127.5) / 127.5; so we resize, and give it x / 256
+    # pytorch-fid resizes otherwise, and scales to (x - 127.5) / 127.5; so we resize, and give it x / 256
+    if size == 256:
         with torch.no_grad():
             theirs = yardstick.other(resize(rgb.float(), 299) / 256)[0].flatten(1)
         assert (ours(images)[0] - theirs).abs().max() < 1e-5 * theirs.abs().max()
@@ -494,10 +539,12 @@ def test_yardstick_fid_and_inception_score(channels, yardstick, weight_file, tmp
         np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy())
     ours = evaluate("--images", paths[0], "--ref", paths[1], "--inception", weight_file, folder=tmp_path)
     theirs = yardstick.torch_fidelity.calculate_metrics(
-        input1=Images(first), input2=Images(second), fid=True, isc=True, prc=True, feature_extractor="inception-v3-compat",
+        input1=Images(first), input2=Images(second), fid=True, isc=True, prc=True,
+        feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weight_file), cuda=False, cache=False, verbose=False)
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
-    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5) and ours["inception_score"] > 1.3
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert ours["inception_score"] > 1.3
     assert ours["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-4)
     assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))
 
@@ -547,7 +594,8 @@ def test_yardstick_speed(yardstick, weights):
     mine = min(seconds)
     began = time.perf_counter()
     usual = yardstick.torch_fidelity.metric_fid.fid_statistics_to_metric(
-        *[{"mu": statistics[i], "sigma": statistics[i + 1]} for i in (0, 2)], verbose=False)["frechet_inception_distance"]
+        *[{"mu": statistics[i], "sigma": statistics[i + 1]} for i in (0, 2)],
+        verbose=False)["frechet_inception_distance"]
     theirs = time.perf_counter() - began
     print(f"distance at 2048: {mine:.1f} s, torch-fidelity {theirs:.1f} s: {theirs / mine:.1f} times as fast")
     assert distance == pytest.approx(usual, rel=1e-6) and mine < theirs

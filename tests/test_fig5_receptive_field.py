@@ -15,7 +15,8 @@ from tests.test_tokenizer import small_tokenizer
 @pytest.mark.parametrize("settings", [{}, {"channels": 3}, 
                                       {"model_class": GridTokenizer, "num_tokens": 4}, {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
-    """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a dimension."""
+    """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a
+    dimension."""
     model = small_tokenizer(**settings).double().requires_grad_(False)
     images = torch.rand(3, settings.get("channels", 1), 8, 8, dtype=torch.float64) * 2 - 1
     maps = fig5_receptive_field.sensitivity(model, images, 3)
@@ -72,7 +73,8 @@ def test_heat():
 
 
 def test_single_images_are_measured_one_by_one(tmp_path, monkeypatch):
-    """Broken: a token that looks elsewhere in every image would be called global, or the mean would not be that over images."""
+    """Broken: a token that looks elsewhere in every image would be called global, or the mean would not be that over
+    images."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 100))
     save_tokenizer(tmp_path / "set.pt")
     tokenizer, dataset = table2_noise.load(f"{tmp_path}/set.pt", None, torch.device("cpu"))
@@ -97,7 +99,8 @@ def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 30))
     save_tokenizer(tmp_path / "set.pt", num_tokens=3)
     save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
-    fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png", "--device=cpu"])
+    fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png",
+                               "--device=cpu"])
     said = capsys.readouterr().out
     rows = table(said)
     assert [row[0] for row in rows] == ["set, M = 3", "grid, M = 16", "evenly spread"] and "3 tokens of each" in said
@@ -111,7 +114,8 @@ def test_the_digits_are_trained(quick, capsys):
     """Broken: without checkpoints there would be no figure, or the grid and the set would not be those of Table 2."""
     fig5_receptive_field.main(["--device=cpu", f"--out={quick}/figure5.png", "--tokens=2"])
     rows = table(capsys.readouterr().out)
-    assert [row[0] for row in rows] == ["grid, M = 16", "set, M = 16", "evenly spread"] and (quick / "figure5.png").exists()
+    assert [row[0] for row in rows] == ["grid, M = 16", "set, M = 16", "evenly spread"]
+    assert (quick / "figure5.png").exists()
     for layout in fig5_receptive_field.LAYOUTS:
         assert table2_noise.trained(layout, "cpu")
     assert "mean squared error" not in capsys.readouterr().out  # nothing was trained again
@@ -120,7 +124,8 @@ def test_the_digits_are_trained(quick, capsys):
 def test_mistakes_get_one_sentence(tmp_path):
     """Broken: a mistake would end in a traceback, or only after the work."""
     main = fig5_receptive_field.main
-    assert_one_sentence(run_here(main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt", "train_tokenizer.py")
+    assert_one_sentence(run_here(main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt",
+                        "train_tokenizer.py")
     assert_one_sentence(run_here(main, "--tokens=0", folder=tmp_path), "--tokens", "at least 1")
     assert_one_sentence(run_here(main, "--out=no/f.png", folder=tmp_path), "no folder no")
     assert_one_sentence(run_here(main, "--out=f.pngg", folder=tmp_path), "--out", ".png")

@@ -1,5 +1,5 @@
-"""Inception-v3: the published file loads, and the features are those that FID is defined in (see also the yardstick tests of
-test_evaluate_fid.py)."""
+"""Inception-v3: the published file loads, and the features are those that FID is defined in (see also the yardstick
+tests of test_evaluate_fid.py)."""
 import math
 from unittest import mock
 from urllib.error import URLError
@@ -15,7 +15,8 @@ from tests.conftest import pictures
 
 
 def test_resize_is_tensorflow_1s():
-    """Broken: images would be resized with half-pixel centres, antialiasing or another rounding, which moves every FID."""
+    """Broken: images would be resized with half-pixel centres, antialiasing or another rounding, which moves every
+    FID."""
     for H, W, size in ((1, 1, 5), (2, 3, 7), (7, 5, 3), (32, 20, 37), (29, 41, 13), (40, 30, 30), (64, 64, 64)):
         image = torch.randint(256, (1, 1, H, W)).float()
         x = image[0, 0].numpy()
@@ -34,12 +35,14 @@ def test_resize_is_tensorflow_1s():
 
 
 def test_pools():
-    """Broken: the average would count the padding, or the last block pool as the one before it, and every FID would move."""
+    """Broken: the average would count the padding, or the last block pool as the one before it, and every FID would
+    move."""
     image = torch.tensor([[[[1.0, -2, 3], [4, 5, -6], [7, 8, 9]]]])
     average = torch.tensor([[8 / 4, 5 / 6, 0 / 4], [23 / 6, 29 / 9, 17 / 6], [24 / 4, 27 / 6, 16 / 4]])
     assert torch.allclose(inception.POOLS["average"](image)[0, 0], average)
     assert inception.POOLS["max"](image)[0, 0].tolist() == [[5, 5, 5], [8, 9, 9], [8, 9, 9]]
-    assert inception.POOLS["max"](-1 - image.abs())[0, 0].tolist() == [[-2, -2, -3], [-2, -2, -3], [-5, -5, -6]]  # no zeros
+    below = inception.POOLS["max"](-1 - image.abs())[0, 0].tolist()  # no zeros from the padding
+    assert below == [[-2, -2, -3], [-2, -2, -3], [-5, -5, -6]]
     assert inception.POOLS["halve"](image)[0, 0].tolist() == [[9]]
     with torch.device("meta"):
         net = InceptionV3()
@@ -56,8 +59,10 @@ def test_inception_has_the_published_tensors(weights):
     assert len(shapes) == 94 * 5 + 2  # 94 convolutions with four tensors of batch norm each, and the classes
     assert sum(math.prod(shape) for shape in shapes.values()) == 23885392
     for name, shape in {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
-                        "Mixed_6a.branch3x3dbl_3.bn.running_var": (96,), "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1),
-                        "Mixed_7a.branch7x7x3_2.conv.weight": (192, 192, 1, 7), "fc.weight": (1008, 2048), "fc.bias": (1008,),
+                        "Mixed_6a.branch3x3dbl_3.bn.running_var": (96,),
+                        "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1),
+                        "Mixed_7a.branch7x7x3_2.conv.weight": (192, 192, 1, 7), "fc.weight": (1008, 2048),
+                        "fc.bias": (1008,),
                         "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
                         "Mixed_7b.branch_pool.conv.weight": (192, 1280, 1, 1)}.items():
         assert shapes[name] == shape
@@ -87,7 +92,8 @@ def test_weights_without_a_tensor_or_with_another(weights, weight_file, tmp_path
     images = pictures(1, 16)
     found = evaluate_fid.inception(str(tmp_path / "old.pth"), "cpu", 0)(images)[0]
     assert torch.equal(found, InceptionV3(weights)(images)[0])
-    foreign = {"less": {name: tensor for name, tensor in old.items() if name != "fc.bias"}, "more": old | {"x": torch.zeros(1)},
+    foreign = {"less": {name: tensor for name, tensor in old.items() if name != "fc.bias"},
+               "more": old | {"x": torch.zeros(1)},
                "shape": old | {"fc.bias": torch.zeros(1000)}, "list": [1, 2]}
     for name, state in foreign.items():
         torch.save(state, tmp_path / "foreign.pth")

@@ -19,7 +19,8 @@ def test_who_sees_the_order(layout):
     """Broken: a sequence or a grid would be a set in disguise, or the set a sequence."""
     model = small_tokenizer(**LAYOUTS[layout])
     M = model.num_tokens
-    tokens = torch.stack([torch.randperm(10)[:M] for _ in range(20)])  # no token twice, so that every order is another one
+    # no token twice, so that every order is another one
+    tokens = torch.stack([torch.randperm(10)[:M] for _ in range(20)])
     pixels = model.decode(tokens)
     for order in (tokens.flip(1), tokens.roll(1, 1)):
         change = (model.decode(order) - pixels).abs().amax((1, 2, 3))
@@ -28,7 +29,8 @@ def test_who_sees_the_order(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_sees_what_decoding_sees(layout):
-    """Broken: the tokens of a sequence or a grid would be shuffled in training, or forward() and decode() would differ."""
+    """Broken: the tokens of a sequence or a grid would be shuffled in training, or forward() and decode() would
+    differ."""
     model, images = small_tokenizer(**LAYOUTS[layout]), torch.rand(7, 1, 8, 8) * 2 - 1
     assert model.encode(images).shape == (7, model.num_tokens)
     latents = torch.randn(7, model.num_tokens, 5)  # this encoder's own tell few tokens apart
@@ -53,7 +55,8 @@ def test_tokens_of_a_grid_have_their_positions():
 
 
 def test_layouts_differ_only_in_their_positions():
-    """Broken: checkpoints of sets would no longer load, or the layouts compared would differ in more than what they say."""
+    """Broken: checkpoints of sets would no longer load, or the layouts compared would differ in more than what they
+    say."""
     models = {layout: small_tokenizer(**LAYOUTS[layout]) for layout in LAYOUTS}
     assert [layout_of(model) for model in models.values()] == list(LAYOUTS)
     shapes = {layout: {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
@@ -74,7 +77,8 @@ def test_every_weight_is_trained(layout):
     (lambda: small_tokenizer(**LAYOUTS["sequence"]).decode(torch.zeros(2, 5, dtype=torch.int64)),
      "a sequence has 6 tokens, got 5"),
     (lambda: small_tokenizer(**LAYOUTS["grid"]).decode(torch.tensor([[0] * 5])), "a grid has 4 tokens, got 5"),
-    (lambda: small_tokenizer(**LAYOUTS["grid"]).decode(torch.tensor([[0, 1, 2, 10]])), r"tokens\[0, 3\] = 10 is outside"),
+    (lambda: small_tokenizer(**LAYOUTS["grid"]).decode(torch.tensor([[0, 1, 2, 10]])),
+     r"tokens\[0, 3\] = 10 is outside"),
 ])
 def test_bad_input_is_refused(wrong, words):
     """Broken: bad input would fail somewhere inside, or not at all."""

@@ -9,7 +9,8 @@ def random_vqgan(num_codes=20):
     model = VQGAN(32, 8, num_codes)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(torch.randn(weight.shape) * (weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.3) + ("norm" in name))
+            weight.copy_(torch.randn(weight.shape) * (weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.3)
+                         + ("norm" in name))
     return model
 
 
@@ -19,9 +20,11 @@ def test_vqgan_has_the_published_sizes():
         model = VQGAN()
     weights = model.state_dict()
     assert len(weights) == 168 and sum(weight.numel() for weight in weights.values()) == 54515587
-    for name, shape in {"encoder.conv_in.weight": (128, 3, 3, 3), "encoder.down.2.block.0.nin_shortcut.weight": (256, 256, 1, 1),
+    for name, shape in {"encoder.conv_in.weight": (128, 3, 3, 3),
+                        "encoder.down.2.block.0.nin_shortcut.weight": (256, 256, 1, 1),
                         "encoder.down.4.block.1.conv2.weight": (512, 512, 3, 3), "encoder.conv_out.bias": (256,),
-                        "decoder.conv_in.weight": (512, 256, 3, 3), "decoder.up.3.block.0.conv1.weight": (256, 512, 3, 3),
+                        "decoder.conv_in.weight": (512, 256, 3, 3),
+                        "decoder.up.3.block.0.conv1.weight": (256, 512, 3, 3),
                         "decoder.up.1.upsample_conv.bias": (128,), "decoder.conv_out.weight": (3, 128, 3, 3),
                         "quantize.embedding.weight": (1024, 256)}.items():
         assert weights[name].shape == shape, name
@@ -33,7 +36,8 @@ def test_vqgan_has_the_published_sizes():
 def test_vqgan_encoder_is_that_of_the_published_weights():
     """Broken: the proxy codes would not be MaskGIT-VQGAN's."""
     model = random_vqgan()
-    w = {name.removeprefix("encoder."): weight for name, weight in model.state_dict().items() if name.startswith("encoder.")}
+    w = {name.removeprefix("encoder."): weight for name, weight in model.state_dict().items()
+         if name.startswith("encoder.")}
     norm = lambda x, name: F.silu(F.group_norm(x, 32, w[name + ".weight"], w[name + ".bias"], 1e-6))  # noqa: E731
 
     def residual(x, name):

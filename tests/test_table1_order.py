@@ -27,7 +27,8 @@ def table(digits, small_digits, tmp_path, capsys, monkeypatch):
 
 
 def test_the_table(table, digits, tmp_path):
-    """Broken: the orders would be compared with other images than the validation images, by another distance than rFID."""
+    """Broken: the orders would be compared with other images than the validation images, by another distance than
+    rFID."""
     fids, changes = table()
     expected = evaluate("--ckpt", digits / "tokenizer.pt", folder=tmp_path)["digits_fid"]
     assert expected > 1 and fids == pytest.approx([expected] * 5, rel=0.01)
@@ -75,7 +76,8 @@ def test_processes_see_every_image_once(digits, small_digits, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt=none.pt"], ["no checkpoint none.pt", "train_tokenizer.py"]), (["--num=1"], ["--num", "at least 2"]),
-    (["--data=nowhere"], ["no folder nowhere"]), (["--out=a.jpg"], ["--out", "a.jpg"]), (["--out=no/a.png"], ["no folder no"]),
+    (["--data=nowhere"], ["no folder nowhere"]), (["--out=a.jpg"], ["--out", "a.jpg"]),
+    (["--out=no/a.png"], ["no folder no"]),
     (["--inception=none.pth"], ["no file none.pth"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, digits):

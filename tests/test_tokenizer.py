@@ -7,7 +7,8 @@ from tokenizer import Attention, PatchPixels, Quantizer, SetTokenizer
 
 
 def small_tokenizer(channels=1, random=True, model_class=SetTokenizer, **settings):
-    """A tokenizer of 8 x 8 images, 6 tokens, 10 codes; with random weights, as the blocks of a fresh one are the identity."""
+    """A tokenizer of 8 x 8 images, 6 tokens, 10 codes; with random weights, as the blocks of a fresh one are the
+    identity."""
     torch.manual_seed(0)
     defaults = dict(image_size=8, channels=channels, patch_size=4, num_tokens=6, codebook_size=10, code_dim=5, width=32,
                     heads=2, encoder_layers=2, decoder_layers=2)
@@ -32,18 +33,21 @@ def test_shapes_and_ranges(channels):
 
 
 def test_decoding_does_not_depend_on_order():
-    """Broken: the tokens would be a sequence and not a set (Tab. 1): original, reversed, shuffled, ascending, descending."""
+    """Broken: the tokens would be a sequence and not a set (Tab. 1): original, reversed, shuffled, ascending,
+    descending."""
     model = small_tokenizer(num_tokens=40)
     tokens = torch.randint(10, (9, 40), generator=torch.Generator().manual_seed(1))
     pixels = model.decode(tokens)
     assert pixels.std(0).mean() > 0.005  # different sets do give different images
-    orders = [tokens.flip(1), tokens[:, torch.randperm(40)], tokens.sort(1).values, tokens.sort(1, descending=True).values]
+    orders = [tokens.flip(1), tokens[:, torch.randperm(40)], tokens.sort(1).values,
+              tokens.sort(1, descending=True).values]
     for order in orders:
         assert (model.decode(order) - pixels).abs().max() < 1e-5
 
 
 def test_training_shuffles_the_tokens():
-    """Broken: the decoder would see tokens in the encoder's order in training; or the shuffle would lose or mix up tokens."""
+    """Broken: the decoder would see tokens in the encoder's order in training; or the shuffle would lose or mix up
+    tokens."""
     model, images, seen = small_tokenizer(), torch.rand(5, 1, 8, 8), []
     model.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     plain = model(images)[0]
