@@ -45,7 +45,7 @@ def main():
 def row(name, trained, state_bytes, forward, training, step, fixed_bytes, image_bytes, images):
     """One line of the table, from what tokenizer_cost() or denoiser_cost() gives and the number of images in training.
 
-    What a step takes beyond the model's own forward and backward pass, training, is the networks that judge it.
+    What a step takes beyond the model's own forward and backward pass, training, is the networks of the losses.
     """
     seconds = images * (training / BF16 + (step - training) / TF32) / UTILIZATION / GPUS
     memory = state_bytes + fixed_bytes + BATCH * image_bytes

@@ -94,7 +94,7 @@ def test_distance_refuses_what_is_none(change, words):
 
 @pytest.mark.parametrize("batches", [1, 7, 64])
 def test_accumulation(batches):
-    """Broken: the statistics would hang on how images are cut into batches or shared out among processes."""
+    """Broken: the statistics would depend on how images are cut into batches or shared out among processes."""
     features = torch.randn(500, 20).abs() @ torch.rand(20, 20) + 3
     exact = features.double().numpy()
     whole, parts = Statistics(20), [Statistics(20) for _ in range(3)]
@@ -114,7 +114,7 @@ def test_accumulation(batches):
 
 @pytest.mark.parametrize("N, batch", [(4, 3), (97, 97), (200, 7), (200, 1)])
 def test_inception_score(N, batch):
-    """Broken: the score would not be exp E KL, or hang on the batches or on the order in which they come."""
+    """Broken: the score would not be exp E KL, or depend on the batches or on the order in which they come."""
     logits = 5 * torch.randn(N, 30)
     p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(N)]
     splits = min(10, N)
@@ -324,7 +324,7 @@ def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
 
 
 def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: it would be trained at every run, a broken file would end in a traceback, or its weights hang on
+    """Broken: it would be trained at every run, a broken file would end in a traceback, or its weights depend on
     chance."""
     monkeypatch.chdir(tmp_path)
     run_once = lambda: evaluate("--images", digits / "test.npz", "--data=digits", folder=tmp_path)  # noqa: E731

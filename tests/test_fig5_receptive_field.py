@@ -1,4 +1,4 @@
-"""Fig. 5: the pixels that a token hangs on."""
+"""Fig. 5: the pixels that a token depends on."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,9 @@ def test_sensitivity_is_that_of_finite_differences(settings):
 
 
 def test_a_token_that_sees_one_patch():
-    """Broken: the map of a token at a place would not lie at that place, or the measure would call it global."""
+    """Broken: the map of a token with a position would not lie there, or the measure would call it global."""
     model = small_tokenizer(model_class=GridTokenizer, num_tokens=4)
-    for block in model.encoder.blocks:  # without attention a place sees its own patch only
+    for block in model.encoder.blocks:  # without attention a position sees its own patch only
         torch.nn.init.zeros_(block.attention.proj.weight)
     maps = fig5_receptive_field.sensitivity(model, torch.rand(5, 1, 8, 8), 4)
     for token, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
@@ -49,7 +49,7 @@ def test_a_token_that_sees_one_patch():
 
 
 def test_spread_by_hand():
-    """Broken: the measures would not be those that the table's head says, or would hang on the map's scale."""
+    """Broken: the measures would not be those that the table's head says, or would depend on the map's scale."""
     even, point, corner, two = torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)
     point[5, 2], corner[:4, 4:], two[3, 3], two[4, 4] = 3, 0.25, 8.9, 1.1
     maps = torch.stack([even, point, corner, two]).double()
@@ -62,7 +62,7 @@ def test_spread_by_hand():
 
 
 def test_heat():
-    """Broken: the colours would not grow with the map, or hang on the other maps."""
+    """Broken: the colours would not grow with the map, or depend on the other maps."""
     ramp = torch.linspace(0, 1, 128 * 128).view(1, 128, 128)
     image = fig5_receptive_field.heat(torch.cat([ramp, 1e-5 * ramp]))
     assert image.shape == (2, 3, 136, 136) and torch.equal(image[0], image[1])
@@ -82,8 +82,8 @@ def test_single_images_are_measured_one_by_one(tmp_path, monkeypatch):
     def elsewhere(tokenizer, images, number):  # image i is looked at in the patch i % 16
         maps = torch.zeros(len(images), number, 16, 49)
         for i, image in enumerate(images):
-            place = next(j for j in range(100) if torch.equal(image, dataset.images[j] / 127.5 - 1)) % 16
-            maps[i, :, place] = 1
+            position = next(j for j in range(100) if torch.equal(image, dataset.images[j] / 127.5 - 1)) % 16
+            maps[i, :, position] = 1
         return F.fold(maps.flatten(0, 1).transpose(1, 2), (28, 28), 7, stride=7).view(len(images), number, 28, 28)
 
     monkeypatch.setattr(fig5_receptive_field, "sensitivity", elsewhere)

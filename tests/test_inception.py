@@ -108,13 +108,13 @@ def test_download(weights, weight_file, tmp_path, monkeypatch):
         offline.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=URLError("no network")))
         with pytest.raises(ValueError) as refused:
             inception.download()
-    address, place = inception.ADDRESSES[0], tmp_path / "hub" / "checkpoints" / weight_file.name
-    assert all(word in str(refused.value) for word in (address, str(place), "no network"))
+    address, path = inception.ADDRESSES[0], tmp_path / "hub" / "checkpoints" / weight_file.name
+    assert all(word in str(refused.value) for word in (address, str(path), "no network"))
     assert address.endswith(weight_file.name)
 
     monkeypatch.setattr(inception, "ADDRESSES", (weight_file.as_uri(),))  # not the weights of that hash
     with pytest.raises(ValueError, match="invalid hash value"):
         inception.download()
-    assert not place.exists()
-    place.write_bytes(weight_file.read_bytes())  # brought here by other means
+    assert not path.exists()
+    path.write_bytes(weight_file.read_bytes())  # brought here by other means
     assert inception.download().keys() == weights.keys()
