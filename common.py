@@ -411,8 +411,20 @@ def load_checkpoint(path, made_by, *kinds):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
         stop(f"{path} can't be read as a checkpoint ({type(problem).__name__}); make it with: {made_by}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") not in kinds:
-        stop(f"{path} is not a {' or '.join(kinds)} checkpoint, which is needed here; make it with: {made_by}")
+    kind = name_layout(checkpoint).get("kind") if isinstance(checkpoint, dict) else None
+    if kind not in kinds:
+        stop(f"{path} is not a {' or '.join(kinds)} checkpoint{f' but a {kind} checkpoint' if kind else ''}; "
+             f"make it with: {made_by}")
+    return checkpoint
+
+
+def name_layout(checkpoint):
+    """A checkpoint without the setting "layout", which SetTokenizer had once: a layout other than "set" is a kind of
+    checkpoint of its own now (paper/layouts.py)."""
+    for part in (checkpoint, checkpoint.get("tokenizer", {})):
+        layout = part.get("model_config", {}).pop("layout", "set")
+        if layout != "set":
+            part["kind"] = f"{layout} tokenizer"
     return checkpoint
 
 
@@ -498,47 +510,6 @@ def progress_bar(start, steps):
     """A tqdm bar over training steps, of the main process only; where nobody watches it prints a line now and then."""
     watched = sys.stderr.isatty()
     return tqdm(total=steps, initial=start, disable=not is_main(), mininterval=0.5 if watched else 20, dynamic_ncols=watched)
-
-
-def load_published(path, what, address, build):
-    """A network for use as it is, in evaluation mode and without gradients, with the weights of a published file.
-
-    build: the file's dict of tensors -> a network of its sizes, whose tensors have the same names.
-    ValueError says where to get a missing file, or what is wrong with another one.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"{what} is needed at {path} and is not there; get it from {address}")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        network = build(weights)
-    except Exception as problem:  # torch.load fails in many ways on another file, and so do sizes that are not there
-        raise ValueError(f"{path} can't be read as {what} ({type(problem).__name__}: {problem}); get it from {address}") from None
-    check_tensors(weights, {name: weight.shape for name, weight in network.state_dict().items()}, path)
-    network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)
-
-
-def check_tensors(found, shapes, path):
-    """ValueError where what a file holds is not the float32 tensors that are needed. found, shapes: dicts by name."""
-    missing = [name for name in shapes if name not in found]
-    unexpected = [name for name in found if name not in shapes]
-    wrong = [f"{name} ({kind_of(found[name])} in place of float32 {tuple(shape)})" for name, shape in shapes.items()
-             if name in found and kind_of(found[name]) != f"float32 {tuple(shape)}"]
-    if missing or unexpected or wrong:
-        raise ValueError(f"{path} is not the file that is needed: missing {listed(missing)}; unexpected {listed(unexpected)}; "
-                         f"of the wrong shape or type {listed(wrong)}")
-
-
-def kind_of(value):
-    """A tensor's type and shape as text."""
-    return f"{str(value.dtype)[6:]} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
-
-
-def listed(names):
-    """The first three of some names as text, and how many there are beside them."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "nothing") + more
 
 
 def show(progress, cfg, text):

@@ -122,9 +122,6 @@ def prepare(stage1, device, cfg):
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
-    if tokenizer.layout != "set":
-        raise ValueError(f"{cfg.tokenizer} makes a {tokenizer.layout}, of which counts would lose the order; train it with "
-                         "--layout set")
     if C > 2 ** 16:
         raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C} codes")
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)

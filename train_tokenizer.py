@@ -20,12 +20,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import common
 from data.reading import in_order, loader, open_datasets, read_ahead
 from dual_transform import tokens_to_counts
-from tokenizer import VQGAN, SetTokenizer
+from published.convnext import load_convnext
+from published.discriminator import Discriminator
+from published.maskgit_vqgan import load_vqgan
+from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
     # name               digits         imagenet256       meaning
@@ -35,7 +37,6 @@ HYPERPARAMETERS = [
     ("num_tokens",       32,            128,              "M, tokens in a set"),
     ("codebook_size",    96,            4096,             "C, codes in the codebook"),
     ("code_dim",         4,             12,               "dimensions of a code"),
-    ("layout",           "set",         "set",            "what a token's place says: set (nothing), sequence or grid, to compare"),
     # the two transformers
     ("patch_size",       7,             16,               "side of a patch, pixels"),
     ("width",            128,           768,              "width of encoder and decoder"),
@@ -93,26 +94,25 @@ HYPERPARAMETERS = [
     ("picture_every",    500,           5000,             "steps between pictures"),
 ]
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
-         "decoder_layers", "commitment", "layout")  # what SetTokenizer is made from
+         "decoder_layers", "commitment")  # what SetTokenizer is made from
 LOSSES = ("loss", "mse", "proxy", "perceptual", "adversarial", "discriminator", "quantizer")
 COLUMNS = ["step", *LOSSES, "psnr", "codes_in_use", "lr"]  # of the log; empty where a phase does not have it
-VQGAN_AT = "https://huggingface.co/fun-research/TiTok/resolve/main/maskgit-vqgan-imagenet-f16-256.bin"
-CONVNEXT_AT = "https://download.pytorch.org/models/convnext_small-0c510722.pth"
 
 
-def main(argv=None):
-    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, "tokenizer", argv)
+def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
+    """model_class, kind: another tokenizer, and what its checkpoints are called (paper/layouts.py)."""
+    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, kind, argv)
     device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
     began = time.time()
     try:
         networks = load_networks(cfg, checkpoint, device)
         train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
-        model, model_config = make_model(cfg, checkpoint, train_set.channels, networks.vqgan, device)
+        model, model_config = make_model(cfg, checkpoint, train_set.channels, networks.vqgan, device, model_class)
         rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
         start = common.check_resume(checkpoint, train_set)
     except ValueError as problem:
         common.stop(str(problem))
-    header = {"kind": "tokenizer", "model_config": model_config, "class_names": train_set.class_names,
+    header = {"kind": kind, "model_config": model_config, "class_names": train_set.class_names,
               "images": train_set.fingerprint()}
     if not checkpoint:
         common.keep_previous(cfg.out)
@@ -145,13 +145,13 @@ def load_networks(cfg, checkpoint, device):
         raise ValueError(f"discriminator must be a multiple of 32, got {cfg.discriminator}")
     networks = SimpleNamespace(vqgan=None, convnext=None)
     if cfg.vqgan and (not checkpoint or checkpoint["step"] < cfg.proxy_steps):
-        networks.vqgan = common.load_published(cfg.vqgan, "MaskGIT-VQGAN", VQGAN_AT, vqgan_of).to(device)
+        networks.vqgan = load_vqgan(cfg.vqgan).to(device)
     if cfg.perceptual and cfg.proxy_steps < cfg.steps:
-        networks.convnext = common.load_published(cfg.convnext, "ConvNeXt-S", CONVNEXT_AT, convnext_of).to(device)
+        networks.convnext = load_convnext(cfg.convnext).to(device)
     return networks
 
 
-def make_model(cfg, checkpoint, channels, vqgan, device):
+def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):
     """The tokenizer, with the checkpoint's averaged weights if there is one, and what it is made from. ValueError where that
     does not fit."""
     if checkpoint:
@@ -161,7 +161,7 @@ def make_model(cfg, checkpoint, channels, vqgan, device):
         if vqgan:
             model_config |= {"vqgan_width": vqgan.width, "vqgan_dim": vqgan.dim}
     torch.manual_seed(cfg.seed)
-    model = SetTokenizer(**model_config)
+    model = model_class(**model_config)
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
     elif vqgan:
@@ -380,101 +380,6 @@ def draw_reconstructions(model, dataset, device, path, number=20):
         pairs = torch.stack([images, common.to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
         pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, images, ...
         common.grid(pairs, columns, ["image", "decoded"] * (number // columns)).save(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks that only this training needs
-
-
-def vqgan_of(weights):
-    """A VQGAN of the sizes that the tensors of its published file have."""
-    num_codes, dim = weights["quantize.embedding.weight"].shape
-    return VQGAN(len(weights["encoder.conv_in.weight"]), dim, num_codes)
-
-
-def convnext_of(weights):
-    """A ConvNeXt of the sizes that the tensors of its published file have."""
-    depths = [len({name.split(".")[2] for name in weights if name.startswith(f"features.{i}.") and "layer_scale" in name})
-              for i in (1, 3, 5, 7)]
-    widths = [len(weights[f"features.{i}.0.layer_scale"]) for i in (1, 3, 5, 7)]
-    return ConvNeXt(widths, depths, len(weights["classifier.2.bias"]))
-
-
-class ConvNeXt(nn.Module):
-    """ConvNeXt (arXiv 2201.03545) with torchvision's names of tensors: images (B, 3, 224, 224), normalized -> logits (B, classes).
-
-    widths, depths: of the four stages; those of ConvNeXt-S if left out.
-    """
-
-    def __init__(self, widths=(96, 192, 384, 768), depths=(3, 3, 27, 3), num_classes=1000):
-        super().__init__()
-        self.features = nn.Sequential(nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6)))
-        for i, (width, depth) in enumerate(zip(widths, depths)):
-            if i:
-                self.features.append(nn.Sequential(ChannelNorm(widths[i - 1], eps=1e-6),
-                                                   nn.Conv2d(widths[i - 1], width, 2, stride=2)))
-            self.features.append(nn.Sequential(*[ConvNeXtBlock(width) for _ in range(depth)]))
-        self.classifier = nn.Sequential(ChannelNorm(widths[-1], eps=1e-6), nn.Flatten(), nn.Linear(widths[-1], num_classes))
-
-    def forward(self, x):
-        return self.classifier(self.features(x).mean((2, 3), keepdim=True))
-
-    def see(self, images):
-        """images (B, ch, H, W) in [-1, 1] -> logits, at the size and with the mean and spread that the network was trained on."""
-        x = F.interpolate((images.expand(-1, 3, -1, -1) + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        return self((x - mean) / std)
-
-
-class ConvNeXtBlock(nn.Module):
-    """Depthwise 7 x 7 convolution, norm and an MLP for each place, (B, width, h, w) -> the same shape."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-6))
-        self.block = nn.ModuleDict({"0": nn.Conv2d(width, width, 7, padding=3, groups=width), "2": nn.LayerNorm(width, eps=1e-6),
-                                    "3": nn.Linear(width, 4 * width), "5": nn.Linear(4 * width, width)})
-
-    def forward(self, x):
-        y = self.block["2"](self.block["0"](x).movedim(1, -1))  # (B, h, w, width)
-        y = self.block["5"](F.gelu(self.block["3"](y)))
-        return x + self.layer_scale * y.movedim(-1, 1)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, channels, h, w)."""
-
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-class Discriminator(nn.Module):
-    """Tells images from reconstructions by their patches: (B, ch, H, W) in [-1, 1] -> logits (B, 1, 16, 16). TiTok's.
-
-    width: of the first layer, a multiple of 32.
-    """
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, width, 5, padding=2)
-        widths = [width, width, 2 * width, 4 * width]
-        self.convs = nn.ModuleList([nn.Conv2d(before, after, 3, padding=1) for before, after in zip(widths, widths[1:])])
-        self.norms = nn.ModuleList([nn.GroupNorm(32, after) for after in widths[1:]])
-        self.to_logits = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1),
-                                       nn.Conv2d(widths[-1], 1, 5, padding=2))
-
-    def forward(self, images):
-        x = F.leaky_relu(self.conv_in((images.expand(-1, 3, -1, -1) + 1) / 2), 0.1)
-        for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(halve(conv(x))), 0.1)
-        return self.to_logits(F.adaptive_max_pool2d(x, 16))
-
-
-def halve(x):
-    """Blur with (1, 3, 3, 1) in both directions and take every second place, (B, channels, h, w) -> (B, channels, h/2, w/2)."""
-    kernel = x.new_tensor([1, 3, 3, 1]) / 8
-    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
-import evaluate_fid  # noqa: E402
 import sample  # noqa: E402
 import train_tokenizer  # noqa: E402
-from data import open_dataset  # noqa: E402
+from data import digits_classifier, open_dataset  # noqa: E402
+from data.digits_classifier import share_read_as  # noqa: E402
 from dual_transform import counts_to_tokens, tokens_to_counts  # noqa: E402
-from evaluate_fid import share_read_as  # noqa: E402
 from fsdd import refine  # noqa: E402
 
 failed = []
@@ -53,7 +52,7 @@ def check_command(command):
 
 
 def check_tokenizer(tokenizer, test):
-    """Reconstruction, use of the codebook, richness of the sets, order. Returns the tokens of the test digits (N, M)."""
+    """Reconstruction, use of the codebook, richness of the sets, order. Returns the test digits' tokens (N, M)."""
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     check("size of the sets", f"M = {M}, C = {C}", M >= 16 and C >= 64, "M >= 16, C >= 64")
     mse, in_use, _ = train_tokenizer.evaluate(tokenizer, test, torch.device("cpu"))
@@ -76,7 +75,8 @@ def check_samples(net, tokenizer, tokens, test):
     """1000 samples by sample.py: read as what was asked for, and varied."""
     reconstructed = common.to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
     print(f"     reconstructed test digits read as their label: {share_read_as(net, reconstructed, test.labels):.2%}")
-    subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"], check=True)
+    subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"],
+                   check=True)
     with np.load("check.npz") as file:
         images, labels = torch.from_numpy(file["arr_0"])[..., 0][:, None], torch.from_numpy(file["arr_1"])
     os.remove("check.npz")
@@ -91,9 +91,9 @@ def check_samples(net, tokenizer, tokens, test):
 
 def check_classifier():
     """The classifier that evaluate_fid.py trains, anew."""
-    if os.path.exists(evaluate_fid.CLASSIFIER):
-        os.remove(evaluate_fid.CLASSIFIER)
-    net = evaluate_fid.digits_classifier(argparse.Namespace(ckpt="fsdd.pt", classifier=None), torch.device("cpu"), 0)
+    if os.path.exists(digits_classifier.FILE):
+        os.remove(digits_classifier.FILE)
+    net = digits_classifier.open_classifier(digits_classifier.FILE, torch.device("cpu"), 0)
     accuracy = net.accuracy.item()
     check("classifier on real test digits", f"{accuracy:.2%}", accuracy >= 0.99, ">= 99 %")
     return net
@@ -115,7 +115,8 @@ def check_generation(denoiser, tokenizer, settings, tokens, train):
     labels = torch.arange(10).repeat_interleave(10)
     began = time.time()
     with common.autocast(torch.device("cpu"), "auto"):
-        states = list(refine(denoiser, labels, **settings | {"steps": 25}, generator=common.generator("cpu", "sample", 2)))
+        states = list(refine(denoiser, labels, **settings | {"steps": 25},
+                             generator=common.generator("cpu", "sample", 2)))
     tokenizer.decode(counts_to_tokens(states[-1]))
     seconds = time.time() - began
     check("generation of 100 digits in 25 steps", f"{seconds:.1f} s", seconds <= 15, "<= 15 s")
@@ -123,7 +124,8 @@ def check_generation(denoiser, tokenizer, settings, tokens, train):
     check("every state of generation sums to M", sums, sums, "True")
     known = tokens_to_counts(encode(tokenizer, train), C)
     near, chance = closest(states[-1], known), closest(tokens_to_counts(tokens[:1000], C), known)
-    print(f"     L1 distance to the nearest training set of tokens: samples {near.mean():.1f}, test digits {chance.mean():.1f}")
+    print(f"     L1 distance to the nearest training set of tokens: samples {near.mean():.1f}, "
+          f"test digits {chance.mean():.1f}")
     copies, by_chance = ((distance == 0).double().mean().item() for distance in (near, chance))
     check("samples that are a training digit's set", f"{copies:.1%}", copies <= by_chance + 0.02,
           f"<= test digits' {by_chance:.1%} + 2 %")

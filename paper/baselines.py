@@ -6,14 +6,15 @@
     Discrete Diffusion     discrete flow matching of the counts (Gat et al., arXiv 2407.15595)         flow_*
     Continuous Diffusion   flow matching of the counts as real numbers, then quantized                 continuous_*
 
-Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). guidance: weight of classifier-free
-guidance in the first, second and last third of the steps. top_p, top_k: see fsdd.draw().
+Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). guidance: weight of
+classifier-free guidance in the first, second and last third of the steps. top_p, top_k: see fsdd.draw().
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fsdd import Denoiser, draw, greedy_adjust, guided_probabilities, sample_noise
+from tokenizer import Attention
 
 
 def zeros(layer):
@@ -27,27 +28,42 @@ def zeros(layer):
 # Autoregressive: p(x) = product over i of p(x_i | x_0 .. x_{i-1})
 
 
-def autoregressive(length, symbols, num_classes, width, layers, heads, gelu="tanh"):
-    """A denoiser made causal, over sequences of so many symbols 0..symbols - 1. Symbol number `symbols` starts a sequence.
+class CausalAttention(Attention):
+    """Attention in which a position sees only itself and those before it."""
 
-    To the denoiser the places are its C codes, and the symbols its counts 0..M.
+    def attend(self, q, k, v, fused):
+        if fused:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        L = q.shape[2]
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, L, L)
+        later = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+
+
+def autoregressive(length, symbols, num_classes, width, layers, heads, gelu="tanh"):
+    """A causal denoiser over sequences of the given length of symbols 0..symbols - 1. Symbol number `symbols` starts a
+    sequence.
+
+    To the denoiser the positions are its C codes, and the symbols its counts 0..M.
     """
     model = Denoiser(length, symbols, num_classes, width, layers, heads, gelu=gelu)
     model.to_logits = zeros(nn.Linear(width, symbols))  # none for the symbol that starts a sequence
     for block in model.blocks:
-        block.attention.causal = True
+        causal = CausalAttention(width, heads)
+        causal.load_state_dict(block.attention.state_dict())
+        block.attention = causal
     return model
 
 
 def autoregressive_logits(model, x, labels, symbols):
-    """x (B, L) int64, labels (B,) -> logits (B, L, symbols) of every place; those at place i hang on x[:, :i] only."""
+    """x (B, L) int64, labels (B,) -> logits (B, L, symbols) of every position; those at i depend on x[:, :i] only."""
     start = x.new_full((len(x), 1), symbols)
     no_time = torch.zeros(len(x), device=x.device)
     return model(torch.cat([start, x[:, :-1]], dim=1), no_time, labels)
 
 
 def autoregressive_loss(model, x, labels, symbols):
-    """Cross-entropy of every symbol given those before it, mean over places and sequences."""
+    """Cross-entropy of every symbol given those before it, mean over positions and sequences."""
     return F.cross_entropy(autoregressive_logits(model, x, labels, symbols).float().flatten(0, 1), x.flatten())
 
 
@@ -64,11 +80,14 @@ def autoregressive_generate(model, labels, guidance=(1.0, 1.0, 1.0), top_p=1.0, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Discrete flow matching of counts: every count is noise or data, and on the way each jumps once. No state has to sum to M.
+# Discrete flow matching: every count is noise or data, and on the way each jumps once. No state has to sum to M.
 
 
 def flow_process(x0, x1, t, uniform):
-    """X_t: every count is that of X_1 with probability t, else that of X_0. x0, x1 (B, C), t (B,), uniform (B, C) in [0, 1)."""
+    """X_t: every count is that of X_1 with probability t, else that of X_0.
+
+    x0, x1: (B, C).  t: (B,).  uniform: (B, C) in [0, 1).
+    """
     return torch.where(uniform < t[:, None], x1, x0)
 
 
@@ -78,7 +97,8 @@ def flow_loss(denoiser, x0, labels, t, x1, uniform):
     return F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
 
 
-def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=(1.0, 1.0, 1.0), top_p=1.0, top_k=0, generator=None):
+def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=(1.0, 1.0, 1.0), top_p=1.0, top_k=0,
+                  generator=None):
     """Counts (B, C) int64 for labels (B,), of any sum.
 
     From t to t - dt each count jumps to a draw of x_0 with probability dt / t.
@@ -114,11 +134,11 @@ def standardize(counts, num_tokens):
 
 
 def quantize(x, num_tokens):
-    """The inverse of standardize, x (B, C) of any values: rounded to whole counts in [0, M], then adjusted by the steps that add
-    least to the squared distance until they sum to M."""
+    """The inverse of standardize, x (B, C) of any values: rounded to whole counts in [0, M], then adjusted until they
+    sum to M by the steps that add least to the squared distance."""
     mean = num_tokens / x.shape[1]
     counts = (x * (mean * (1 - 1 / x.shape[1])) ** 0.5 + mean).nan_to_num().clamp(0, num_tokens)
-    # greedy adjusting with a Gaussian so wide that what it compares, differences of probability, are those of squared distance
+    # with so wide a Gaussian, the differences of probability that it compares are those of the squared distance
     return greedy_adjust(counts.round(), lambda k: -1e-6 * (k - counts.double()) ** 2, num_tokens)
 
 
@@ -134,7 +154,10 @@ def continuous_noise(normal):
 
 
 def continuous_loss(model, x0, labels, t, normal, num_tokens):
-    """Squared error of the velocity at X_t = t X_1 + (1 - t) X_0. x0: counts (B, C).  normal: (B, C), standard Gaussian."""
+    """Squared error of the velocity at X_t = t X_1 + (1 - t) X_0.
+
+    x0: counts (B, C).  normal: (B, C), standard Gaussian.
+    """
     x0, x1 = standardize(x0, num_tokens), continuous_noise(normal)
     return F.mse_loss(velocity(model, t[:, None] * x1 + (1 - t[:, None]) * x0, t, labels), x1 - x0)
 

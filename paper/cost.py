@@ -2,10 +2,11 @@
 
     python -m paper.cost
 
-FLOPs are counted by torch.utils.flop_counter over the models and losses that train, run on tensors without data, so it takes
-seconds and little memory; a multiplication and an addition are two. Memory is weights, gradients and DDP's copy of them, AdamW's
-two moments and the moving average in float32, and what the backward pass keeps, without torch.compile, which keeps less. Hours
-follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was timed on a GPU.
+FLOPs are counted by torch.utils.flop_counter over the models and losses that train, run on tensors without data, so it
+takes seconds and little memory; a multiplication and an addition are two. Memory is weights, gradients and DDP's copy
+of them, AdamW's two moments and the moving average in float32, and what the backward pass keeps, without torch.compile,
+which keeps less. Hours follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was
+timed on a GPU.
 """
 import functools
 from types import SimpleNamespace
@@ -20,19 +21,21 @@ import common
 import train_fsdd
 import train_tokenizer
 from fsdd import Denoiser
-from tokenizer import VQGAN, SetTokenizer
+from published.convnext import ConvNeXt
+from published.maskgit_vqgan import VQGAN
+from tokenizer import SetTokenizer
 
 BATCH = 32                # images on a GPU at once
 GPUS = 8                  # H100 SXM
-BF16, TF32 = 989e12, 495e12  # dense peak of one, FLOP/s: the models run in bfloat16, the networks that judge them in TF32
+BF16, TF32 = 989e12, 495e12  # dense peak of one, FLOP/s: the models run in bfloat16, the networks of the losses in TF32
 UTILIZATION = 0.35        # assumed share of that peak
 STAGE1_IMAGES = 500_000 * 256    # that each of its phases sees
 STAGE2_IMAGES = 200 * 1_281_167  # 200 epochs of ImageNet
 
 
 def main():
-    print(f"| | parameters, trained | GFLOPs an image, forward | training | GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n"
-          "|---|---|---|---|---|---|")
+    print("| | parameters, trained | GFLOPs an image, forward | training "
+          f"| GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n|---|---|---|---|---|---|")
     row("stage 1, proxy codes", *tokenizer_cost(proxy=True), STAGE1_IMAGES)
     row("stage 1, pixels", *tokenizer_cost(proxy=False), STAGE1_IMAGES)
     for name in ("S", "B"):
@@ -40,9 +43,9 @@ def main():
 
 
 def row(name, trained, state_bytes, forward, training, step, fixed_bytes, image_bytes, images):
-    """One line of the table, from what tokenizer_cost() or denoiser_cost() gives and the number of images that training sees.
+    """One line of the table, from what tokenizer_cost() or denoiser_cost() gives and the number of images in training.
 
-    What a step takes beyond the model's own forward and backward pass, training, is the networks that judge it.
+    What a step takes beyond the model's own forward and backward pass, training, is the networks of the losses.
     """
     seconds = images * (training / BF16 + (step - training) / TF32) / UTILIZATION / GPUS
     memory = state_bytes + fixed_bytes + BATCH * image_bytes
@@ -83,10 +86,10 @@ def kept_bytes(model, step):
 
 
 def cost(model, cfg, forward, step, judge=lambda number: None):
-    """(FLOPs of forward(), of forward() and its backward pass, of a whole step on an image; bytes kept at all, and an image).
+    """(FLOPs of forward(), of it and its backward pass, of a whole step on an image; bytes kept at all, and an image).
 
-    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.  judge: the same of
-    the discriminator, which comes when what step() keeps is gone, and keeps less.
+    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.  judge: the
+    same of the discriminator, which comes when what step() keeps is gone, and keeps less.
     """
     cfg.fused_attention = "off"
     common.set_switches(model, cfg)
@@ -110,7 +113,7 @@ def norm_in_float32(norm, x):
 def tokenizer_cost(proxy):
     """The arguments of row() for a phase of stage 1."""
     cfg = settings(train_tokenizer.HYPERPARAMETERS, adversarial_from=0)
-    networks = SimpleNamespace(vqgan=VQGAN().requires_grad_(False), convnext=train_tokenizer.ConvNeXt().requires_grad_(False))
+    networks = SimpleNamespace(vqgan=VQGAN().requires_grad_(False), convnext=ConvNeXt().requires_grad_(False))
     model = SetTokenizer(channels=3, vqgan_width=128, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
     first, last = (0, cfg.proxy_steps) if proxy else (cfg.proxy_steps, cfg.steps)
     phase = train_tokenizer.begin_phase(model, None, cfg, proxy, first, last, torch.device("cpu"))
@@ -161,7 +164,7 @@ def denoiser_cost(name):
 
 
 def sizes(model, *others):
-    """(number of trained weights; bytes of all weights, the model's moving average, gradients, DDP's copy and AdamW's moments)."""
+    """(number of trained weights; bytes of weights, moving average, gradients, DDP's copy and AdamW's moments)."""
     weights = [weight for network in (model, *filter(None, others)) for weight in network.parameters()]
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     averaged = sum(weight.numel() for weight in model.parameters())

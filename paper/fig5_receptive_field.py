@@ -1,13 +1,13 @@
-"""Fig. 5 (Sec. 4.2.2): the pixels that a single token hangs on, of a grid, whose tokens stand at places, and of a set.
+"""Fig. 5 (Sec. 4.2.2): the pixels that a single token depends on, in a grid, whose tokens have positions, and in a set.
 
     python -m paper.fig5_receptive_field                   the test digits: trains a grid and a set, those of Table 2
     python -m paper.fig5_receptive_field --ckpt grid.pt set.pt --data data/imagenet
 
-Writes figure5.png, a row for each tokenizer and a column for each of the first tokens: the mean over images of how strongly the
-token's latent, before quantization, changes with each pixel; every map is scaled to its own maximum. Prints as a Markdown table
-how global such maps are: the share of their sum outside the patch that holds most of it, and the smallest share of the pixels
-that holds 90 % of it. A token that looks at one place in one image and at another in the next has a wide mean and narrow maps,
-so both are measured of the mean map and of the maps of single images.
+Writes figure5.png, a row for each tokenizer and a column for each of the first tokens: the mean over images of how
+strongly the token's latent, before quantization, changes with each pixel; every map is scaled to its own maximum.
+Prints as a Markdown table how global such maps are: the share of their sum outside the patch that holds most of it, and
+the smallest share of the pixels that holds 90 % of it. A token that looks at one position in one image and at another
+in the next has a wide mean and narrow maps, so both are measured of the mean map and of the maps of single images.
 """
 import argparse
 import time
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from paper import table2_noise
+from paper import layouts, table2_noise
 
 LAYOUTS = ("grid", "set")  # in the paper VQGAN, TokenSet
 OUT = "figure5.png"
@@ -37,7 +37,7 @@ def main(argv=None):
             raise ValueError("the tokenizers must have images and patches of one size, "
                              f"got {' and '.join(map(str, sizes))} pixels")
         patch, number = sizes[0][1], min([args.tokens] + [tokenizer.num_tokens for tokenizer, _ in loaded])
-        names = [f"{tokenizer.layout}, M = {tokenizer.num_tokens}" for tokenizer, _ in loaded]
+        names = [f"{layouts.layout_of(tokenizer)}, M = {tokenizer.num_tokens}" for tokenizer, _ in loaded]
         found = [measure(*pair, patch, number, args, device, rank, processes) for pair in loaded]
     except ValueError as problem:
         common.stop(str(problem))
@@ -53,8 +53,8 @@ def main(argv=None):
 
 
 def measure(tokenizer, dataset, patch, number, args, device, rank, processes):
-    """The mean maps of the first tokens, (number, H, W), and the two numbers of spread(), means over these tokens, of the mean
-    maps and of the maps of single images."""
+    """The mean maps of the first tokens, (number, H, W), and the two numbers of spread(), means over these tokens, of
+    the mean maps and of the maps of single images."""
     num, size = min(args.num, len(dataset)), tokenizer.image_size
     total = torch.zeros(number, size, size, dtype=torch.float64, device=device)
     single = torch.zeros(2, dtype=torch.float64, device=device)
@@ -68,24 +68,26 @@ def measure(tokenizer, dataset, patch, number, args, device, rank, processes):
 
 
 def sensitivity(tokenizer, images, number):
-    """How much the latents of the first tokens hang on each pixel: images (B, ch, H, W) in [-1, 1] -> (B, number, H, W).
+    """How much the latents of the first tokens depend on each pixel: images (B, ch, H, W) -> (B, number, H, W).
 
-    The length of the gradient of a token's latent z of length 1: sqrt(sum over dimensions k and channels of (dz_k / dpixel)^2).
-    The paper leaves open of what number it takes the gradient; this one does not hang on the codebook or on its axes.
+    The length of the gradient of a token's latent z of length 1, sqrt(sum over k and channels of (dz_k / dpixel)^2), at
+    images in [-1, 1]. The paper leaves open of what number it takes the gradient; this one does not depend on the
+    codebook or on its axes.
     """
     images = images.clone().requires_grad_()
     latents = F.normalize(tokenizer.encoder(images).float(), dim=-1)  # (B, M, code_dim)
     squared = images.new_zeros(len(images), number, *images.shape[2:])
     for token in range(number):
         for k in range(latents.shape[2]):
-            gradient, = torch.autograd.grad(latents[:, token, k].sum(), images, retain_graph=True)  # no image sees another
+            # no image sees another, so that one sum has the gradients of all
+            gradient, = torch.autograd.grad(latents[:, token, k].sum(), images, retain_graph=True)
             squared[:, token] += gradient.square().sum(1)
     return squared.sqrt()
 
 
 def spread(maps, patch):
-    """How global maps (..., H, W) are, none negative: the share of a map's sum outside the patch that holds most of it, (...),
-    and the smallest share of its pixels that holds 90 % of the sum, (...)."""
+    """How global maps (..., H, W) are, none negative: the share of a map's sum outside the patch that holds most of it,
+    (...), and the smallest share of its pixels that holds 90 % of the sum, (...)."""
     whole = maps.sum((-2, -1))
     patches = F.avg_pool2d(maps.reshape(-1, 1, *maps.shape[-2:]), patch) * patch ** 2  # their sums
     outside = 1 - patches.amax((1, 2, 3)).view(whole.shape) / whole
@@ -94,8 +96,8 @@ def spread(maps, patch):
 
 
 def heat(maps):
-    """Maps (n, H, W), none negative, to look at: (n, 3, h, w) uint8, from black over red and yellow to white, the map's own
-    maximum; a digit's four times as large, with a white margin."""
+    """Maps (n, H, W), none negative, to look at: (n, 3, h, w) uint8, from black over red and yellow to white, the map's
+    own maximum; a digit's four times as large, with a white margin."""
     scaled = (maps / maps.amax((1, 2), keepdim=True))[:, None].cpu()
     scaled = F.interpolate(scaled, scale_factor=max(1, 112 // maps.shape[1]))
     coloured = (3 * scaled - torch.arange(3.0).view(3, 1, 1)).clamp(0, 1)  # red comes first, then green, then blue
@@ -105,9 +107,11 @@ def heat(maps):
 def parse(argv):
     parser = common.Parser(prog="python -m paper.fig5_receptive_field", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", help="tokenizers, checkpoints of train_tokenizer.py (the digits' are trained)")
+    parser.add_argument("--ckpt", nargs="+", help="tokenizers, checkpoints of train_tokenizer.py or paper.layouts "
+                                                  "(the digits' are trained)")
     table2_noise.add_options(parser)
-    parser.add_argument("--num", "--num_images", type=int, default=NUM, help=f"images ({NUM}); under torchrun write --num_images")
+    parser.add_argument("--num", "--num_images", type=int, default=NUM,
+                        help=f"images ({NUM}); under torchrun write --num_images")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens to look at, the first ones ({TOKENS})")
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")
     args = parser.parse_args(argv)

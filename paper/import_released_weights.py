@@ -1,10 +1,10 @@
 """The authors' published weights (Sec. 4.1) -> tokenizer.pt and fsdd.pt, which every script here takes like its own.
 
-    python -m paper.import_released_weights --tokenizer set_tokenizer_128_4096.pth --fsdd fsdd_small_128_4096.pth --out fsdd.pt
+    python -m paper.import_released_weights --tokenizer set_tokenizer_128_4096.pth --fsdd fsdd_small_128_4096.pth
 
-tokenizer.pt stands beside fsdd.pt, or where --tokenizer_out says; without --fsdd it is all that is written. What stood at
-either place is kept as .previous. The sizes are read off the tensors: small and base go the same way. Where to get the files:
-README.md.
+tokenizer.pt stands beside fsdd.pt, or where --tokenizer_out says; without --fsdd it is all that is written. What stood
+at either place is kept as .previous. The sizes are read off the tensors: small and base go the same way. Where to get
+the files: README.md.
 
 The release's ways, and what becomes of them:
     M latents of length width are read as width rows of M    the flag reshaped_latents of SetTokenizer
@@ -12,11 +12,12 @@ The release's ways, and what becomes of them:
     time runs as s = 1 - t                                   nothing to convert: our denoiser is told s = 1 - t too
     X_1 is M distinct codes                                  generation settings, prior "distinct"
     linear maps stored as 1 x 1 convolutions                 two axes of length 1 go, see the tables
-    pixels in [0, 1]                                         nothing to convert: SetTokenizer turns its [-1, 1] into that and back
+    pixels in [0, 1]                                         nothing to convert: SetTokenizer converts its [-1, 1]
 
-Used is every tensor of both files. Not used: what an FSDD file holds beside "ema", such as "args", an argparse.Namespace of
-the training's options, which says nothing that is not in the shapes; and maskgit-vqgan-imagenet-f16-256.bin, which only
-training needs (tokenizer.VQGAN has its names): the published tokenizer holds its own copy of the decoder, trained further.
+Used is every tensor of both files. Not used: what an FSDD file holds beside "ema", such as "args", an
+argparse.Namespace of the training's options, which says nothing that is not in the shapes; and
+maskgit-vqgan-imagenet-f16-256.bin, which only training needs (published/maskgit_vqgan.py has its names): the published
+tokenizer holds its own copy of the decoder, trained further.
 """
 import argparse
 import filecmp
@@ -28,6 +29,7 @@ import torch
 
 import common
 from fsdd import Denoiser
+from published.weights import check_tensors, listed
 from tokenizer import SetTokenizer
 
 GENERATION = {  # the release's settings for its best FID, which become the checkpoint's
@@ -38,10 +40,10 @@ GENERATION = {  # the release's settings for its best FID, which become the chec
     "top_p": 0.8,
     "top_k": 0,
 }
-HEAD_WIDTH = 64  # of one attention head; shapes don't show the heads, all three published models have width / 64 of them
+HEAD_WIDTH = 64  # of an attention head; shapes don't show the heads: all three published models have width / 64
 
-# Our names <- theirs. * stands for our shape, so that "* 1 1" is a tensor with two more axes of length 1 in the release.
-# {i} is a number, {end} is weight or bias, {side} is encoder or decoder, {rest} is any name.
+# Our names <- theirs. * stands for our shape, so that "* 1 1" is a tensor with two more axes of length 1 in the
+# release. {i} is a number, {end} is weight or bias, {side} is encoder or decoder, {rest} is any name.
 TOKENIZER_NAMES = [
     # ours                                  the release's                                shape
     ("encoder.latents",                     "latent_tokens",                             "*"),
@@ -63,7 +65,7 @@ TOKENIZER_NAMES = [
     ("{side}.norm_out.{end}",               "{side}.ln_post.{end}",                      "*"),
     ("pixel_head.mlp.{i}.weight",           "decoder.ffn.{i}.weight",                    "* 1 1"),
     ("pixel_head.mlp.{i}.bias",             "decoder.ffn.{i}.bias",                      "*"),
-    ("pixel_decoder.{rest}",                "pixel_decoder.{rest}",                      "*"),  # ours has the published names
+    ("pixel_decoder.{rest}",                "pixel_decoder.{rest}",                      "*"),  # the published names
 ]
 FSDD_NAMES = [
     ("count_embedding.weight",              "x_embedder.embedding_table.weight",         "*"),
@@ -91,12 +93,12 @@ def main(argv=None):
             check_pair(tokenizer_config, model_config, args)
     except ValueError as problem:
         common.stop(str(problem))
-    write({"kind": "tokenizer"} | tokenizer, args.tokenizer_out,
-          "{image_size} x {image_size} pixels <-> {num_tokens} tokens out of {codebook_size} codes".format(**tokenizer_config))
+    sizes = "{image_size} x {image_size} pixels <-> {num_tokens} tokens out of {codebook_size} codes"
+    write({"kind": "tokenizer"} | tokenizer, args.tokenizer_out, sizes.format(**tokenizer_config))
     if args.fsdd:
         names = [str(label) for label in range(model_config["num_classes"])]  # the release knows its classes by number
-        write({"kind": "fsdd", "model_config": model_config, "weights": weights, "class_names": names, "generation": GENERATION,
-               "tokenizer": tokenizer}, args.out,
+        write({"kind": "fsdd", "model_config": model_config, "weights": weights, "class_names": names,
+               "generation": GENERATION, "tokenizer": tokenizer}, args.out,
               "{num_classes} classes, {layers} blocks of width {width}".format(**model_config))
 
 
@@ -104,7 +106,8 @@ def parse(argv):
     parser = common.Parser(prog="python -m paper.import_released_weights", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="set_tokenizer_128_4096.pth")
-    parser.add_argument("--fsdd", metavar="FILE", help="fsdd_small_128_4096.pth or fsdd_base_128_4096.pth; none: tokenizer only")
+    parser.add_argument("--fsdd", metavar="FILE",
+                        help="fsdd_small_128_4096.pth or fsdd_base_128_4096.pth; none: tokenizer only")
     parser.add_argument("--out", default="fsdd.pt", help="the checkpoint that sample.py takes (fsdd.pt)")
     parser.add_argument("--tokenizer_out", help="the tokenizer by itself (tokenizer.pt, beside --out)")
     args = parser.parse_args(argv)
@@ -136,10 +139,11 @@ def import_fsdd(path):
     found = read(path)
     if not isinstance(found.get("ema"), dict):
         raise ValueError(f"{path} has no weights under 'ema', where the published denoisers have them; it holds "
-                         f"{common.listed(found)}")
+                         f"{listed(found)}")
     tensors = found["ema"]
     config = read_sizes(tensors, path, codebook_size=("pos_embed", 1), width=("pos_embed", 2),
-                        num_tokens=("final_layer.linear.weight", 0), num_classes=("y_embedder.embedding_table.weight", 0))
+                        num_tokens=("final_layer.linear.weight", 0),
+                        num_classes=("y_embedder.embedding_table.weight", 0))
     config["num_tokens"] -= 1   # counts run from 0 to M
     config["num_classes"] -= 1  # the last row is the null class
     config |= {"layers": count_layers(tensors, "blocks"), "heads": heads(config["width"], path), "unused_rows": True}
@@ -147,15 +151,15 @@ def import_fsdd(path):
 
 
 def read(path):
-    """The dict in a file of PyTorch's. Of Python's classes argparse.Namespace is let in, and no other: no code can run."""
+    """The dict in a file of PyTorch's. argparse.Namespace is the only class of Python's let in: no code can run."""
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}; README.md says where the published weights are")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch.load fails in many ways
-        raise ValueError(f"{path} can't be read as published weights ({type(problem).__name__}): it is damaged, no file of "
-                         f"PyTorch's, or holds more than tensors, plain values and an argparse.Namespace")
+        raise ValueError(f"{path} can't be read as published weights ({type(problem).__name__}): it is damaged, no "
+                         f"file of PyTorch's, or holds more than tensors, plain values and an argparse.Namespace")
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__} and not a dict of tensors, as the published files do")
     return found
@@ -167,15 +171,15 @@ def read_sizes(tensors, path, **where):
     wrong = dict.fromkeys(name for name, axis in where.values() if not torch.is_tensor(tensors.get(name))
                           or tensors[name].ndim <= axis or tensors[name].numel() == 0)
     if wrong:
-        raise ValueError(f"{path} is not the file that is needed: missing, empty or of too few axes is what shows the sizes, "
-                         f"{common.listed(wrong)}; the file holds {common.listed(tensors)}")
+        raise ValueError(f"{path} is not the file that is needed: missing, empty or of too few axes is what shows the "
+                         f"sizes, {listed(wrong)}; the file holds {listed(tensors)}")
     return {size: tensors[name].shape[axis] for size, (name, axis) in where.items()}
 
 
 def heads(width, path):
     """Attention heads of a transformer of this width."""
     if not width or width % HEAD_WIDTH:
-        raise ValueError(f"{path} has width {width}, which is not a multiple of {HEAD_WIDTH}, the release's width of a head")
+        raise ValueError(f"{path} has width {width}, which is not a multiple of {HEAD_WIDTH}, the width of a head")
     return width // HEAD_WIDTH
 
 
@@ -185,14 +189,14 @@ def count_layers(tensors, prefix):
 
 
 def convert(tensors, model_class, config, names, path):
-    """The release's tensors with our names and shapes; ValueError naming what is missing, unexpected or of the wrong shape."""
+    """The release's tensors with our names and shapes; ValueError names what is missing, unexpected or misshapen."""
     try:
         with torch.device("meta"):  # shapes without values
             shapes = {name: tensor.shape for name, tensor in model_class(**config).state_dict().items()}
     except (ValueError, ZeroDivisionError) as problem:
         raise ValueError(f"{path} has sizes that don't fit: {problem}")
     theirs = {ours: released_name(ours, shape, names) for ours, shape in shapes.items()}  # ours: (theirs, shape there)
-    common.check_tensors(tensors, dict(theirs.values()), path)
+    check_tensors(tensors, dict(theirs.values()), path)
     return {ours: tensors[name].reshape(shapes[ours]) for ours, (name, _) in theirs.items()}
 
 
@@ -202,7 +206,8 @@ def released_name(ours, shape, names):
         pattern = re.sub(r"\\{(\w+)\\}", lambda part: f"(?P<{part[1]}>{STANDS_FOR[part[1]]})", re.escape(pattern))
         if found := re.fullmatch(pattern, ours):
             before, after = axes.split("*")
-            return released.format(**found.groupdict()), (1,) * before.count("1") + tuple(shape) + (1,) * after.count("1")
+            shape = (1,) * before.count("1") + tuple(shape) + (1,) * after.count("1")
+            return released.format(**found.groupdict()), shape
     raise KeyError(f"the table has no row for {ours}")
 
 
@@ -210,8 +215,8 @@ def check_pair(tokenizer_config, model_config, args):
     """ValueError where the denoiser was not made for this tokenizer's sets."""
     theirs, ours = ((config["num_tokens"], config["codebook_size"]) for config in (tokenizer_config, model_config))
     if theirs != ours:
-        raise ValueError(f"{args.fsdd} makes sets of {ours[0]} tokens out of {ours[1]} codes, {args.tokenizer} takes {theirs[0]} "
-                         f"out of {theirs[1]}: they don't belong together")
+        raise ValueError(f"{args.fsdd} makes sets of {ours[0]} tokens out of {ours[1]} codes, {args.tokenizer} takes "
+                         f"{theirs[0]} out of {theirs[1]}: they don't belong together")
 
 
 def write(checkpoint, path, what):

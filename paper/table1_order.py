@@ -3,9 +3,9 @@
     python -m paper.table1_order                          tokenizer.pt of the digits, digits FID
     python -m paper.table1_order --ckpt tokenizer.pt --data data/imagenet --workers 8        the paper's own table, rFID
 
-Prints a Markdown table: for each of the five orders the distance of the reconstructed validation images to the images, and the
-largest change of a pixel against the order that the encoder gives. Writes figure4.png, the first images and what is decoded.
-The paper: rFID 3.62 in every order.
+Prints a Markdown table: for each of the five orders the distance of the reconstructed validation images to the images,
+and the largest change of a pixel against the order that the encoder gives. Writes figure4.png, the first images and
+what is decoded. The paper: rFID 3.62 in every order.
 """
 import argparse
 import time
@@ -15,6 +15,7 @@ import torch
 import common
 import evaluate_fid
 import sample
+from data.digits_classifier import DigitsClassifier
 from data.reading import read_ahead
 from paper import reconstruct, variants
 
@@ -29,7 +30,8 @@ DEVICE = "auto"  # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, rank, processes = common.start_processes(args.device, tf32=False)  # TF32 would blur what the orders differ by
+    # TF32 would blur what the orders differ by
+    device, rank, processes = common.start_processes(args.device, tf32=False)
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     data = args.data or checkpoint.get("config", {}).get("data")
     try:
@@ -43,7 +45,7 @@ def main(argv=None):
     except ValueError as problem:
         common.stop(str(problem))
     if rank == 0:
-        fid = "digits FID" if isinstance(net, evaluate_fid.DigitsClassifier) else "rFID"
+        fid = "digits FID" if isinstance(net, DigitsClassifier) else "rFID"
         print("| order | " + " | ".join(reconstruct.COLUMNS[1:]) + " |\n|" + "---|" * 6)
         print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in fids) + " |")
         print("| largest change of a pixel, of 255 | " + " | ".join(map(str, changes)) + " |")
@@ -51,8 +53,9 @@ def main(argv=None):
 
 
 def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
-    """See the images once, dealt out to the processes: add the features of the images and of the five orders to statistics, draw
-    the first images, and return the largest change of a pixel in each order, five numbers in 0..255."""
+    """See the images once, dealt out to the processes: add the features of the images and of the five orders to
+    statistics, draw the first images, and return the largest change of a pixel in each order, five numbers in
+    0..255."""
     shuffle = torch.randperm(tokenizer.num_tokens, generator=common.generator("cpu", "order", args.seed)).to(device)
     parts = evaluate_fid.evenly(len(dataset), args.num).split(evaluate_fid.NETWORK_BATCH)[rank::processes]
     batches = read_ahead(dataset, ([(i, 0) for i in part.tolist()] for part in parts), args.workers)
@@ -76,9 +79,11 @@ def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
 def parse(argv):
     parser = common.Parser(prog="python -m paper.table1_order", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
+    parser.add_argument("--ckpt", default=CKPT,
+                        help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
     parser.add_argument("--data", help="digits, or a folder that holds val/ (what the checkpoint was trained on)")
-    parser.add_argument("--num", "--num_images", type=int, help="validation images (all); under torchrun write --num_images")
+    parser.add_argument("--num", "--num_images", type=int,
+                        help="validation images (all); under torchrun write --num_images")
     parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
     parser.add_argument("--out", default=OUT, help=f"the picture of Fig. 4, .png ({OUT})")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read images ({WORKERS})")

@@ -3,13 +3,14 @@
     python -m paper.table2_noise                           the test digits: trains a grid, a sequence and a set
     python -m paper.table2_noise --ckpt grid.pt sequence.pt set.pt --data data/imagenet
 
-Prints a Markdown table, a row for each tokenizer, and for a set two: as a sequence (the paper's dagger) token m of the noisy
-image must be token m of the clean one, as a set the order does not count. The three of the digits are alike in M, C, widths and
-steps, and all learn pixels only; the paper's are TiTok and VQGAN as published. The last column tells how well each draws.
+Prints a Markdown table with a row for each tokenizer, and two for a set: as a sequence (the paper's dagger) token m of
+the noisy image must be token m of the clean one, as a set the order does not matter. The three of the digits are alike
+in M, C, widths and steps, and all learn pixels only; the paper's are TiTok and VQGAN as published. The last column is
+the error of the reconstructions. paper/layouts.py trains the sequence and the grid.
 
-The paper does not define its signal-to-noise ratio. Here the signal's power is the mean square of an image's own pixels in
-[0, 1], so that black is no signal; the noise's is its variance on the same scale. Noisy images are neither clipped nor rounded:
-clipping would take power from the noise, half of it where a digit is black.
+The paper does not define its signal-to-noise ratio. Here the signal's power is the mean square of an image's own pixels
+in [0, 1], so that black is no signal; the noise's is its variance on the same scale. Noisy images are neither clipped
+nor rounded: clipping would take power from the noise, half of it where a digit is black.
 """
 import argparse
 import time
@@ -20,7 +21,7 @@ import common
 from data.reading import read_ahead
 from dual_transform import tokens_to_counts
 from evaluate_fid import open_tokenizer
-from paper import variants
+from paper import layouts, variants
 from paper.table6_sweep import TOKENIZER
 
 LAYOUTS = ("grid", "sequence", "set")             # in the paper VQGAN, TiTok, TokenSet
@@ -41,7 +42,7 @@ def main(argv=None):
             tokenizer, dataset = load(path, args.data, device)
             num = min(args.num or len(dataset), len(dataset))
             found = measure(tokenizer, dataset, num, args, device, rank, processes)
-            rows.append((tokenizer.layout, tokenizer.num_tokens, *found))
+            rows.append((layouts.layout_of(tokenizer), tokenizer.num_tokens, *found))
     except ValueError as problem:
         common.stop(str(problem))
     if rank == 0:
@@ -55,24 +56,28 @@ def main(argv=None):
 
 
 def trained(layout, device):
-    """The path of a digits' tokenizer of a layout, trained now if it is not there. The set is one of Table 6 as well."""
-    return variants.tokenizer(**SIZES, **({} if layout == "set" else {"layout": layout}), device=device, **TOKENIZER)
+    """The path of a tokenizer of the digits with a layout, trained now if it is not there. Table 6 has the same set."""
+    if layout == "set":
+        return variants.tokenizer(**SIZES, device=device, **TOKENIZER)
+    kind = f"{layout} tokenizer"
+    return variants.tokenizer(**SIZES, device=device, **TOKENIZER, model_class=layouts.KINDS[kind], kind=kind)
 
 
 def load(path, data, device):
-    """(a checkpoint's tokenizer, without gradients of its weights; the validation images, by default those of its training).
+    """(a checkpoint's tokenizer, without gradients; the validation images, by default those of its training data).
 
     ValueError where the two do not fit.
     """
-    checkpoint = common.load_checkpoint(path, "python train_tokenizer.py", "tokenizer")
-    tokenizer, dataset = open_tokenizer(path, checkpoint, data or checkpoint.get("config", {}).get("data"), device)
+    checkpoint = common.load_checkpoint(path, "python train_tokenizer.py (or -m paper.layouts)", *layouts.KINDS)
+    tokenizer, dataset = open_tokenizer(path, checkpoint, data or checkpoint.get("config", {}).get("data"), device,
+                                        layouts.KINDS[checkpoint["kind"]])
     return tokenizer.requires_grad_(False), dataset
 
 
 def batches(dataset, num, image_size, device, rank, processes, workers):
-    """This process's share of num images that lie evenly in the dataset: yields their indices, a list, and the images
+    """This process's share of num images spread evenly over the dataset: yields their indices, a list, and the images
     (n, ch, H, W) in [-1, 1]."""
-    at_once = min(250, max(1, 2 ** 20 // image_size ** 2))  # a million pixels, for the memory's sake
+    at_once = min(250, max(1, 2 ** 20 // image_size ** 2))  # a million pixels, to bound memory
     parts = common.chunks(common.share(num, rank, processes), at_once)
     indices = [[i * len(dataset) // num for i in range(part.start, part.stop)] for part in parts]
     images = read_ahead(dataset, ([(i, 0) for i in some] for some in indices), workers)
@@ -81,16 +86,16 @@ def batches(dataset, num, image_size, device, rank, processes, workers):
 
 
 def measure(tokenizer, dataset, num, args, device, rank, processes):
-    """The shares of tokens that stay, as a set and as a sequence, (len(SNRS),) each, and the mean squared error without noise,
-    over num images."""
+    """Over num images: the shares of tokens that stay, as a set and as a sequence, (len(SNRS),) each, and the mean
+    squared error without noise."""
     common.set_tf32(False)  # TF32 would be noise too
     shares, squared = (torch.zeros(n, dtype=torch.float64, device=device) for n in ((2, len(SNRS)), 1))
     for indices, images in batches(dataset, num, tokenizer.image_size, device, rank, processes, args.workers):
         tokens = tokenizer.encode(images)
         squared += (tokenizer.decode(tokens) - images).square().mean((1, 2, 3)).sum()
         # one draw an image, for all ratios and tokenizers
-        draw = [torch.randn(images.shape[1:], generator=common.generator("cpu", "noise", args.seed, i)) for i in indices]
-        noise = torch.stack(draw).to(device)
+        noise = torch.stack([torch.randn(images.shape[1:], generator=common.generator("cpu", "noise", args.seed, i))
+                             for i in indices]).to(device)
         for i, snr in enumerate(SNRS):
             noisy = tokenizer.encode(add_noise(images, noise, snr))
             shares[:, i] += torch.stack(overlap(tokens, noisy, tokenizer.codebook_size)).sum(1)
@@ -100,15 +105,15 @@ def measure(tokenizer, dataset, num, args, device, rank, processes):
 
 
 def add_noise(images, noise, snr):
-    """Images (B, ch, H, W) in [-1, 1] and noise of variance 1, to a signal-to-noise ratio of snr dB in each of the images."""
+    """Images (B, ch, H, W) in [-1, 1] plus noise of variance 1, scaled to snr dB in each image."""
     power = ((images + 1) / 2).square().mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     std = (power / 10 ** (snr / 10)).sqrt()  # of pixels in [0, 1]; in [-1, 1] it is twice that
     return images + 2 * std * noise
 
 
 def overlap(tokens, others, codebook_size):
-    """The share of tokens (B, M) that are in others (B, M) too, (B,) in [0, 1]: as sets, in which a code that one holds a times
-    and the other b times is shared min(a, b) times; and as sequences, token m against token m."""
+    """The share of tokens (B, M) that are in others (B, M) too, (B,) in [0, 1]: as sets, which share a code that one
+    holds a times and the other b times min(a, b) times; and as sequences, token m against token m."""
     counts, theirs = (tokens_to_counts(x, codebook_size) for x in (tokens, others))  # (B, C)
     return torch.minimum(counts, theirs).sum(1) / tokens.shape[1], (tokens == others).double().mean(1)
 
@@ -116,9 +121,11 @@ def overlap(tokens, others, codebook_size):
 def parse(argv):
     parser = common.Parser(prog="python -m paper.table2_noise", description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", help="tokenizers, checkpoints of train_tokenizer.py (the digits' are trained)")
+    parser.add_argument("--ckpt", nargs="+", help="tokenizers, checkpoints of train_tokenizer.py or paper.layouts "
+                                                  "(the digits' are trained)")
     add_options(parser)
-    parser.add_argument("--num", "--num_images", type=int, help="validation images (all); under torchrun write --num_images")
+    parser.add_argument("--num", "--num_images", type=int,
+                        help="validation images (all); under torchrun write --num_images")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the noise ({SEED})")
     args = parser.parse_args(argv)
     check_options(parser, args, num=1, seed=0)

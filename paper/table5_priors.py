@@ -25,6 +25,7 @@ import common
 import evaluate_fid
 import sample
 import train_fsdd
+from data import sides
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, sample_noise
 from paper import baselines, variants
@@ -111,7 +112,7 @@ def reference(world, cfg):
     """(mu, sigma) of the images that samples are compared with, known to the main process."""
     if not cfg.ref and cfg.data != "digits":
         raise ValueError(f"--ref must say what samples are compared with; {evaluate_fid.NEEDS}")
-    images = evaluate_fid.open_images(cfg.ref, None) if cfg.ref else evaluate_fid.training_digits()
+    images = sides.open_images(cfg.ref, None) if cfg.ref else evaluate_fid.training_digits()
     if images.statistics:
         evaluate_fid.check_features(images, None, world.net)
         return images.statistics
@@ -159,8 +160,8 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
         sums.append(counts.sum(1).cpu())
         return decode(world.tokenizer, counts)
 
-    side = evaluate_fid.side(f"{method}, seed {seed}", num, read, labels)
-    found = evaluate_fid.measure(world.net, side, cfg.batch, False, world.device, world.rank, world.processes)
+    samples = sides.side(f"{method}, seed {seed}", num, read, labels)
+    found = evaluate_fid.measure(world.net, samples, cfg.batch, False, world.device, world.rank, world.processes)
     off = [(part - world.M).abs() for part in sample.gather(torch.cat(sums), world.rank, world.processes)]
     if world.rank == 0:
         off = torch.cat(off).double()

@@ -1,8 +1,9 @@
 """What the tables share: models with other settings than the digits' own, trained once and kept; their FID.
 
-A variant is a run of train_tokenizer.py or train_fsdd.py with some options. Its checkpoint stands in FOLDER under a name made of
-those options and a hash of all settings, so that a second run finds it, and changed defaults make a new one. A run that was
-cut off goes on where it was. Whoever changes the code of a model or of its training removes the folder.
+A variant is a run of train_tokenizer.py or train_fsdd.py with some options. Its checkpoint stands in FOLDER under a
+name made of those options and a hash of all settings, so that a second run finds it, and changed defaults make a new
+one. A run that was cut off goes on where it was. Whoever changes the code of a model or of its training removes the
+folder.
 """
 import hashlib
 import os
@@ -14,20 +15,25 @@ import common
 import evaluate_fid
 import train_fsdd
 import train_tokenizer
+from data import digits_classifier
+from tokenizer import SetTokenizer
 
 FOLDER = "paper/cache"
-CLASSIFIER = evaluate_fid.CLASSIFIER  # one for all tables, the one that evaluate_fid.py keeps beside tokenizer.pt and fsdd.pt
+CLASSIFIER = digits_classifier.FILE  # one for all tables, which evaluate_fid.py keeps beside tokenizer.pt and fsdd.pt
 NO_MATTER = {"recipe", "resume", "device", "tf32", "workers", "out", "tokenizer", "tokens", "log_every", "save_every",
              "picture_every"}  # settings that change where a variant is trained and what is told, not what it is
 
 
-def tokenizer(**options):
-    """The path of a digits' tokenizer trained with options of train_tokenizer.py, trained now if it is not there."""
-    return trained(train_tokenizer, "tokenizer", options, options)
+def tokenizer(model_class=SetTokenizer, kind="tokenizer", **options):
+    """The path of a digits' tokenizer trained with options of train_tokenizer.py, trained now if it is not there.
+
+    model_class, kind: see train_tokenizer.main().
+    """
+    return trained(train_tokenizer, kind, options, options, model_class, kind)
 
 
 def fsdd(tokenizer_path, **options):
-    """The path of a digits' denoiser of a tokenizer's sets, trained with options of train_fsdd.py, now if it is not there."""
+    """The path of a digits' denoiser of a tokenizer's sets, trained with options of train_fsdd.py, as tokenizer()."""
     places = {"tokenizer": tokenizer_path, "tokens": tokens_of(tokenizer_path)}
     return trained(train_fsdd, "fsdd", options | places, {"of": digest(tokenizer_path)} | options)
 
@@ -56,8 +62,11 @@ def mark(settings):
     return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()[:8]
 
 
-def trained(script, kind, options, named):
-    """The path of what a training script makes with options; named: what of them its name shows."""
+def trained(script, kind, options, named, *more):
+    """The path of what a training script makes with options.
+
+    named: the options that the name shows.  more: further arguments of the script's main().
+    """
     if dist.is_initialized():
         raise ValueError("what is trained on the digits here is trained by one process; leave out torchrun")
     make_folder()
@@ -65,27 +74,29 @@ def trained(script, kind, options, named):
     cfg, _ = common.parse(script.HYPERPARAMETERS, "", kind, arguments)
     settings = {name: value for name, value in (vars(cfg) | named).items() if name not in NO_MATTER}
     shown = [f"{name}{value}" for name, value in named.items() if name in settings]
-    path = f"{FOLDER}/{'-'.join([kind, *shown, mark(settings)])}.pt"
+    path = f"{FOLDER}/{'-'.join([*kind.split(), *shown, mark(settings)])}.pt"
     if os.path.isfile(path):
         if common.load_checkpoint(path, "the same command, with the file removed", kind)["step"] == cfg.steps:
             return path
         arguments.append("--resume")
-    code = script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"])
+    code = script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"], *more)
     if code:  # a signal stopped it
         sys.exit(code)
     return path
 
 
 def fid(checkpoint, device, rank=0, processes=1, **options):
-    """rFID of a tokenizer's checkpoint or gFID of a denoiser's, as evaluate_fid.py measures it with options; on the digits,
-    digits FID. Only the main process knows it. What was measured of a variant is kept beside it. ValueError as there."""
+    """rFID of a tokenizer's checkpoint or gFID of a denoiser's, as evaluate_fid.py measures it with options; on the
+    digits, digits FID. Only the main process knows it. What was measured of a variant is kept beside it. ValueError as
+    there."""
     options = [f"--{name}={value}" for name, value in options.items() if value is not None]
     key = " ".join(options)
     kept = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""
     known = common.from_all_processes(common.read_json(kept))[0]
     if key not in known:
         common.set_tf32(False)
-        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *options])
+        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}",
+                                   *options])
         results = evaluate_fid.evaluate(args, device, rank, processes)
         if rank == 0:
             known[key] = results.get("digits_fid", results.get("fid"))
@@ -101,11 +112,11 @@ def number(value):
 
 def add_options(parser, num):
     """The options that every table of FIDs has."""
-    parser.add_argument("--data", help="digits, or a folder that holds train/ and val/ (what the checkpoint was trained on)")
-    parser.add_argument("--ref", help="what generated images are compared with, see evaluate_fid.py (the training digits)")
+    parser.add_argument("--data", help="digits, or a folder with train/ and val/ (what the checkpoint was trained on)")
+    parser.add_argument("--ref", help="what samples are compared with, see evaluate_fid.py (the training digits)")
     parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
-    parser.add_argument("--num", "--num_images", type=int, help=f"images to generate (digits: {num}); under torchrun write "
-                                                                "--num_images")
+    parser.add_argument("--num", "--num_images", type=int,
+                        help=f"images to generate (digits: {num}); under torchrun write --num_images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
 
 

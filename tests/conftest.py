@@ -4,12 +4,15 @@ import pytest
 import torch
 
 import common
+import data.digits_classifier
 import data.reading
 import evaluate_fid
 import sample
 from data import open_dataset
+from data.digits_classifier import train_classifier
 from fsdd import Denoiser
 from paper import variants
+from published.inception import InceptionV3
 from tokenizer import SetTokenizer
 
 
@@ -39,22 +42,27 @@ def digits(tmp_path_factory):
     """A folder with tiny checkpoints of the digits, the classifier (trained on few digits), and images as .npz."""
     folder = tmp_path_factory.mktemp("digits")
     torch.manual_seed(0)
-    tokenizer_config = dict(image_size=28, channels=1, patch_size=7, num_tokens=6, codebook_size=64, code_dim=5, width=32,
+    tokenizer_config = dict(image_size=28, channels=1, patch_size=7, num_tokens=6, codebook_size=64, code_dim=5,
+                            width=32,
                             heads=2, encoder_layers=1, decoder_layers=1)
     model_config = dict(codebook_size=64, num_tokens=6, num_classes=10, width=16, layers=1, heads=2)
     tokenizer, denoiser = SetTokenizer(**tokenizer_config), Denoiser(**model_config)
     for parameter in [*tokenizer.parameters(), *denoiser.parameters()]:
-        if parameter.ndim > 1:  # large random matrices, so that different digits get different tokens and those other pixels
+        # large random matrices, so that different digits get different tokens and those other pixels
+        if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     stage1 = {"kind": "tokenizer", "model_config": tokenizer_config, "weights": tokenizer.state_dict(),
               "class_names": list("0123456789"), "config": {"data": "digits"}}
     torch.save(stage1, folder / "tokenizer.pt")
-    torch.save(stage1 | {"kind": "fsdd", "model_config": model_config, "weights": denoiser.state_dict(), "tokenizer": stage1,
+    torch.save(stage1 | {"kind": "fsdd", "model_config": model_config, "weights": denoiser.state_dict(),
+                         "tokenizer": stage1,
                          "generation": {"prior": "multinomial", "steps": 3, "guidance": [1.0, 1.0, 1.0], "top_p": 1.0,
                                         "top_k": 2, "adjust_from": 0.65}}, folder / "fsdd.pt")
-    net = evaluate_fid.train_classifier(few_digits("train", 1000))
-    common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, str(folder / "digits_classifier.pt"))
-    sample.main(["--ckpt", str(folder / "fsdd.pt"), "--num=150", "--seed=9", f"--out={folder}/generated.npz", "--device=cpu"])
+    net = train_classifier(few_digits("train", 1000))
+    common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()},
+                           str(folder / "digits_classifier.pt"))
+    sample.main(["--ckpt", str(folder / "fsdd.pt"), "--num=150", "--seed=9", f"--out={folder}/generated.npz",
+                 "--device=cpu"])
     np.savez(folder / "test.npz", arr_0=few_digits("test", 300).images.permute(0, 2, 3, 1).numpy())
     return folder
 
@@ -69,7 +77,8 @@ def few_digits(split, number):
 def small_digits(monkeypatch):
     """evaluate_fid sees 600 training and 400 test digits."""
     number = {"train": 600, "test": 400}
-    monkeypatch.setattr(evaluate_fid, "open_dataset", lambda where, split, size: few_digits(split, number[split]))
+    for module in (evaluate_fid, data.digits_classifier):
+        monkeypatch.setattr(module, "open_dataset", lambda where, split, size: few_digits(split, number[split]))
 
 
 @pytest.fixture
@@ -80,3 +89,44 @@ def cache(digits, small_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
     monkeypatch.setattr(data.reading, "open_dataset", lambda where, split, size, **training: few_digits(split, 300))
     return tmp_path / "cache"
+
+
+def inception_weights():
+    """Random weights by the published names, such that activations keep their size through the network."""
+    torch.manual_seed(0)
+    net = InceptionV3()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.7, 1.3)
+            torch.nn.init.normal_(module.bias, std=0.1)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    # classes that tell images apart: at right angles to what the features of all images have in common
+    with torch.no_grad():
+        mean = torch.nn.functional.normalize(net(pictures(8, 64, seed=9))[0].mean(0), dim=0)
+        weight = torch.nn.init.normal_(net.fc.weight, std=0.2)
+        weight -= (weight @ mean)[:, None] * mean
+    return net.state_dict()
+
+
+@pytest.fixture(scope="session")
+def weights():
+    return inception_weights()
+
+
+@pytest.fixture(scope="session")
+def weight_file(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(weights, path)
+    return path
+
+
+def pictures(number, size, channels=3, seed=0):
+    """Images (number, channels, size, size) uint8 of smooth colours and some noise, so that they differ from one
+    another."""
+    random = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(number, channels, 4, 4, generator=random) * 255
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
+    return (smooth + 20 * torch.randn(smooth.shape, generator=random)).clamp(0, 255).to(torch.uint8)

@@ -31,7 +31,7 @@ def shares_of(found, states):
 
 
 @pytest.mark.parametrize("fused", ["on", "off"])
-def test_no_place_sees_what_comes_after(fused):
+def test_no_position_sees_what_comes_after(fused):
     """Broken: a symbol would be predicted from itself, and nothing be left to learn."""
     model = random_weights(baselines.autoregressive(7, 5, **SIZE))
     for module in model.modules():
@@ -67,13 +67,13 @@ def log_likelihood(model, x, label, symbols):
 
 @pytest.mark.parametrize("label, weight", [(0, 1.0), (1, 1.0), (0, 3.0)])
 def test_sequences_come_as_often_as_their_likelihood_says(label, weight):
-    """Broken: generation would not be that of the model that was trained, or guidance act at another place."""
+    """Broken: generation would not be that of the model that was trained, or guidance act at another position."""
     model = random_weights(baselines.autoregressive(3, 3, **SIZE))
     x = torch.tensor(list(itertools.product(range(3), repeat=3)))
     found = baselines.autoregressive_generate(model, torch.full((20000,), label), (weight,) * 3,
                                               generator=torch.Generator().manual_seed(0))
     expected = log_likelihood(model, x, label, 3).exp()
-    if weight != 1:  # guided place by place, each renormalized
+    if weight != 1:  # guided position by position, each renormalized
         p, null = (F.softmax(baselines.autoregressive_logits(model, x, torch.full((27,), number), 3).double(), -1)
                    for number in (label, 2))
         guided = (null + weight * (p - null)).clamp(min=0)
@@ -129,7 +129,8 @@ def test_flow_loss_is_least_for_the_exact_denoiser():
     loss = lambda change: baselines.flow_loss(change, x0, labels, t, x1, uniform).item()  # noqa: E731
     best = loss(exact)
     assert best < 1.0
-    for change in (lambda *a: 0.7 * exact(*a), lambda *a: 1.5 * exact(*a), lambda x, t, y: exact(x, (t + 0.2).clamp(max=1), y),
+    for change in (lambda *a: 0.7 * exact(*a), lambda *a: 1.5 * exact(*a),
+                   lambda x, t, y: exact(x, (t + 0.2).clamp(max=1), y),
                    lambda x, t, y: exact(x, t, 1 - y)):
         assert loss(change) > best + 0.003
 
@@ -146,7 +147,8 @@ def test_standardized_counts():
 
 
 def test_quantized_numbers_are_the_nearest_counts():
-    """Broken: rounding would lose the sum that every state of the continuous diffusion has, or go farther than it must."""
+    """Broken: rounding would lose the sum that every state of the continuous diffusion has, or go farther than it
+    must."""
     C, M = 4, 5
     every = torch.tensor([x for x in itertools.product(range(M + 1), repeat=C) if sum(x) == M])
     for spread in (0.5, 1.0, 3.0):
@@ -219,7 +221,8 @@ def test_training_reaches_a_known_distribution(method):
 def test_all_have_as_many_parameters():
     """Broken: Table 5 would compare models of different sizes."""
     size = {"num_classes": 10, "width": 96, "layers": 3, "heads": 3}
-    models = [Denoiser(96, 32, **size), baselines.autoregressive(32, 96, **size), baselines.autoregressive(96, 33, **size),
+    models = [Denoiser(96, 32, **size), baselines.autoregressive(32, 96, **size),
+              baselines.autoregressive(96, 33, **size),
               baselines.continuous(96, 32, **size)]
     numbers = [sum(weight.numel() for weight in model.parameters()) for model in models]
     assert max(numbers) < 1.03 * min(numbers)

@@ -1,12 +1,12 @@
-"""The field's numbers, exactly: features, distances and scores against their definitions and, where installed, others' programs.
+"""The field's numbers, exactly: features, distances and scores against their definitions and, where installed, others'
+programs.
 
-The tests named yardstick need torch-fidelity and pytorch-fid, which are no dependency of the project; .ci/run installs them.
+The tests named yardstick need torch-fidelity and pytorch-fid, which are no dependency of the project; .ci/run installs
+them.
 """
 import json
-import math
 import sys
 import time
-import tracemalloc
 import types
 import zipfile
 from importlib.util import find_spec
@@ -21,156 +21,17 @@ from PIL import Image
 import common
 import evaluate_fid
 import sample
-from data import open_dataset
-from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall, resize
-from tests.conftest import few_digits
+from data.digits_classifier import DigitsClassifier, load_classifier, share_read_as
+from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
+from published import inception
+from published.inception import resize
+from tests.conftest import few_digits, pictures
 from tests.test_common import assert_one_sentence, run
 from tokenizer import SetTokenizer
 
 
-def inception_weights():
-    """Random weights by the published names, such that activations keep their size through the network."""
-    torch.manual_seed(0)
-    net = InceptionV3()
-    for module in net.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.7, 1.3)
-            torch.nn.init.normal_(module.bias, std=0.1)
-            torch.nn.init.normal_(module.running_mean, std=0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    with torch.no_grad():  # classes that tell images apart: at right angles to what the features of all images have in common
-        mean = torch.nn.functional.normalize(net(pictures(8, 64, seed=9))[0].mean(0), dim=0)
-        weight = torch.nn.init.normal_(net.fc.weight, std=0.2)
-        weight -= (weight @ mean)[:, None] * mean
-    return net.state_dict()
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return inception_weights()
-
-
-@pytest.fixture(scope="module")
-def weight_file(weights, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(weights, path)
-    return path
-
-
-def pictures(number, size, channels=3, seed=0):
-    """Images (number, channels, size, size) uint8 of smooth colours and some noise, so that they differ from one another."""
-    random = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(number, channels, 4, 4, generator=random) * 255
-    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
-    return (smooth + 20 * torch.randn(smooth.shape, generator=random)).clamp(0, 255).to(torch.uint8)
-
-
-# --- Inception ---------------------------------------------------------------------------------------------------------
-
-
-def test_resize_is_tensorflow_1s():
-    """Broken: images would be resized with half-pixel centres, antialiasing or another rounding, which moves every FID."""
-    for H, W, size in ((1, 1, 5), (2, 3, 7), (7, 5, 3), (32, 20, 37), (29, 41, 13), (40, 30, 30), (64, 64, 64)):
-        image = torch.randint(256, (1, 1, H, W)).float()
-        x = image[0, 0].numpy()
-        expected = np.empty((size, size), np.float32)
-        for i in range(size):
-            y_place = np.float32(i) * np.float32(H / size)
-            top, bottom = int(y_place), min(int(y_place) + 1, H - 1)
-            for j in range(size):
-                x_place = np.float32(j) * np.float32(W / size)
-                left, right = int(x_place), min(int(x_place) + 1, W - 1)
-                dy, dx = y_place - np.float32(top), x_place - np.float32(left)
-                above = x[top, left] + (x[top, right] - x[top, left]) * dx
-                below = x[bottom, left] + (x[bottom, right] - x[bottom, left]) * dx
-                expected[i, j] = above + (below - above) * dy
-        assert (resize(image, size)[0, 0].numpy() == expected).all(), (H, W, size)
-
-
-def test_pools():
-    """Broken: the average would count the padding, or the last block pool as the one before it, and every FID would move."""
-    image = torch.tensor([[[[1.0, -2, 3], [4, 5, -6], [7, 8, 9]]]])
-    average = torch.tensor([[8 / 4, 5 / 6, 0 / 4], [23 / 6, 29 / 9, 17 / 6], [24 / 4, 27 / 6, 16 / 4]])
-    assert torch.allclose(evaluate_fid.POOLS["average"](image)[0, 0], average)
-    assert evaluate_fid.POOLS["max"](image)[0, 0].tolist() == [[5, 5, 5], [8, 9, 9], [8, 9, 9]]
-    assert evaluate_fid.POOLS["max"](-1 - image.abs())[0, 0].tolist() == [[-2, -2, -3], [-2, -2, -3], [-5, -5, -6]]  # no zeros
-    assert evaluate_fid.POOLS["halve"](image)[0, 0].tolist() == [[9]]
-    with torch.device("meta"):
-        net = InceptionV3()
-    pools = {name: [step for branch in block.branches for step in branch if isinstance(step, str)]
-             for name, block in net.named_children() if isinstance(block, evaluate_fid.Block)}
-    assert pools == {f"Mixed_{name}": [pool] for pool, names in {
-        "average": ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"), "halve": ("6a", "7a"), "max": ("7c",)}.items()
-        for name in names}
-
-
-def test_inception_has_the_published_tensors(weights):
-    """Broken: the published file could not be loaded, or a layer would have another shape than its."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if "num_batches_tracked" not in name}
-    assert len(shapes) == 94 * 5 + 2  # 94 convolutions with four tensors of batch norm each, and the classes
-    assert sum(math.prod(shape) for shape in shapes.values()) == 23885392
-    for name, shape in {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5),
-                        "Mixed_6a.branch3x3dbl_3.bn.running_var": (96,), "Mixed_6c.branch7x7dbl_4.conv.weight": (160, 160, 7, 1),
-                        "Mixed_7a.branch7x7x3_2.conv.weight": (192, 192, 1, 7), "fc.weight": (1008, 2048), "fc.bias": (1008,),
-                        "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
-                        "Mixed_7b.branch_pool.conv.weight": (192, 1280, 1, 1)}.items():
-        assert shapes[name] == shape
-
-
-def test_inception(weights):
-    """Broken: the fast form of the network would not be the network, or grey images would not be grey RGB ones."""
-    plain, fast = InceptionV3(), InceptionV3(weights)
-    plain.load_state_dict(weights)
-    images = pictures(3, 40)
-    features, logits = fast(images)
-    assert features.shape == (3, 2048) and logits.shape == (3, 1008) and not features.requires_grad
-    assert features.std() > 0.1 and (features[0] - features[1]).abs().max() > 0.1  # the test sees something
-    for ours, theirs, close in zip((features, logits), plain(images), (1e-5, 1e-4)):
-        assert (ours - theirs).abs().max() < close * theirs.abs().max()
-    grey = images[:, :1]
-    assert torch.equal(fast(grey)[0], fast(grey.repeat(1, 3, 1, 1))[0])
-    for wrong in (images.float(), images[0], images[:, :2], images / 255):
-        with pytest.raises(ValueError, match="uint8 in 0..255"):
-            fast(wrong)
-
-
-def test_weights_without_a_tensor_or_with_another(weights, weight_file, tmp_path):
-    """Broken: a foreign file would be taken for Inception's; or one written by an old PyTorch would be refused."""
-    old = {name: tensor for name, tensor in weights.items() if "num_batches_tracked" not in name}
-    torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    args = types.SimpleNamespace(inception=str(tmp_path / "old.pth"))
-    images = pictures(1, 16)
-    assert torch.equal(evaluate_fid.inception(args, "cpu", 0)(images)[0], InceptionV3(weights)(images)[0])
-    foreign = {"less": {name: tensor for name, tensor in old.items() if name != "fc.bias"}, "more": old | {"x": torch.zeros(1)},
-               "shape": old | {"fc.bias": torch.zeros(1000)}, "list": [1, 2]}
-    for name, state in foreign.items():
-        torch.save(state, tmp_path / "foreign.pth")
-        with pytest.raises(ValueError, match="foreign.pth does not hold Inception's weights"):
-            evaluate_fid.inception(types.SimpleNamespace(inception=str(tmp_path / "foreign.pth")), "cpu", 0)
-
-
-def test_download(weights, weight_file, tmp_path, monkeypatch):
-    """Broken: without a network there would be a traceback, or a damaged download would be taken for the weights."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with monkeypatch.context() as offline:
-        offline.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=URLError("no network")))
-        with pytest.raises(ValueError) as refused:
-            evaluate_fid.download()
-    address, place = evaluate_fid.INCEPTION_URLS[0], tmp_path / "hub" / "checkpoints" / weight_file.name
-    assert all(word in str(refused.value) for word in (address, str(place), "no network", "--inception"))
-    assert address.endswith(weight_file.name)
-
-    monkeypatch.setattr(evaluate_fid, "INCEPTION_URLS", (weight_file.as_uri(),))  # these are not the weights of that hash
-    with pytest.raises(ValueError, match="invalid hash value"):
-        evaluate_fid.download()
-    assert not place.exists()
-    place.write_bytes(weight_file.read_bytes())  # brought here by other means
-    assert evaluate_fid.download().keys() == weights.keys()
-
-
-# --- the distance ------------------------------------------------------------------------------------------------------
+# --- the distance
+# ----------------------------------------------------------------------------------------------
 
 
 def covariances(D, random):
@@ -210,7 +71,8 @@ def test_distance_is_the_usual_formula():
         ours = frechet_distance(mu1, sigma1, mu2, sigma2)
         assert isinstance(ours, float) and ours == pytest.approx(usual, rel=1e-6)
         tensors = [torch.from_numpy(x) for x in (mu1, sigma1, mu2, sigma2)]
-        assert frechet_distance(*tensors) == ours == pytest.approx(frechet_distance(*tensors[2:], *tensors[:2]), rel=1e-6)
+        assert frechet_distance(*tensors) == ours == pytest.approx(frechet_distance(*tensors[2:], *tensors[:2]),
+                                                                   rel=1e-6)
         assert frechet_distance(*[x.float() for x in tensors]) == pytest.approx(ours, rel=1e-4)
 
 
@@ -226,12 +88,13 @@ def test_distance_refuses_what_is_none(change, words):
             frechet_distance(*arguments)
 
 
-# --- statistics and scores ---------------------------------------------------------------------------------------------
+# --- statistics and scores
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batches", [1, 7, 64])
 def test_accumulation(batches):
-    """Broken: the statistics would hang on how images are cut into batches or shared out among processes."""
+    """Broken: the statistics would depend on how images are cut into batches or shared out among processes."""
     features = torch.randn(500, 20).abs() @ torch.rand(20, 20) + 3
     exact = features.double().numpy()
     whole, parts = Statistics(20), [Statistics(20) for _ in range(3)]
@@ -251,7 +114,7 @@ def test_accumulation(batches):
 
 @pytest.mark.parametrize("N, batch", [(4, 3), (97, 97), (200, 7), (200, 1)])
 def test_inception_score(N, batch):
-    """Broken: the score would not be exp E KL, or hang on the batches or on the order in which they come."""
+    """Broken: the score would not be exp E KL, or depend on the batches or on the order in which they come."""
     logits = 5 * torch.randn(N, 30)
     p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(N)]
     splits = min(10, N)
@@ -266,7 +129,8 @@ def test_inception_score(N, batch):
 
 
 def test_precision_and_recall():
-    """Broken: an image would be its own neighbour, a radius would be another's, or the two numbers would be exchanged."""
+    """Broken: an image would be its own neighbour, a radius would be another's, or the two numbers would be
+    exchanged."""
     for k in (1, 3):
         ours, theirs = torch.randn(60, 5), 1.5 * torch.randn(80, 5) + 0.3
 
@@ -280,14 +144,16 @@ def test_precision_and_recall():
             radii = [radius(others, i) for i in range(len(others))]
             return np.mean([any(distance(x, y) <= r for y, r in zip(others, radii)) for x in points])
 
-        assert precision_recall(ours, theirs, k) == pytest.approx((within(ours, theirs), within(theirs, ours)), abs=1e-9)
+        assert precision_recall(ours, theirs, k) == pytest.approx((within(ours, theirs), within(theirs, ours)),
+                                                                  abs=1e-9)
     assert precision_recall(ours, ours) == (1, 1)
     assert precision_recall(torch.zeros(5, 2), torch.cat([torch.zeros(5, 2), 9 * torch.ones(5, 2)])) == (1, 0.5)
     with pytest.raises(ValueError, match="more than 3"):
         precision_recall(ours[:3], theirs)
 
 
-# --- the command line --------------------------------------------------------------------------------------------------
+# --- the command line
+# ------------------------------------------------------------------------------------------
 
 
 def evaluate(*arguments, folder):
@@ -320,7 +186,8 @@ def test_same_numbers_for_any_number_of_processes(arguments, numbers, digits):
 
 
 def test_generated_digits(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: what is measured would not be what sample.py draws, or not against the training digits, or pass for an FID."""
+    """Broken: what is measured would not be what sample.py draws, or not against the training digits, or pass for an
+    FID."""
     options = ["--ckpt", str(digits / "fsdd.pt"), "--num=120", "--seed=3", "--steps=2"]
     found = evaluate(*options, folder=tmp_path)
     assert "digits_fid: " in capsys.readouterr().out
@@ -328,8 +195,8 @@ def test_generated_digits(digits, small_digits, tmp_path, monkeypatch, capsys):
     sample.main([*options, f"--out={tmp_path}/s.npz", "--device=cpu"])
     with np.load(tmp_path / "s.npz") as file:
         images, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["arr_1"])
-    net = evaluate_fid.DigitsClassifier()
-    assert evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    net = DigitsClassifier()
+    assert load_classifier(net, digits / "digits_classifier.pt")
     with torch.no_grad():
         ours, theirs = (net(x)[0].numpy().astype(np.float64) for x in (images, few_digits("train", 600).images))
         read = (net(images)[1].argmax(1) == labels).double().mean().item()
@@ -343,22 +210,26 @@ def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, m
     test, wrong = few_digits("test", 400), 3
     places = [(test.labels == label).nonzero()[:, 0] for label in range(10)]
 
-    def draw(_, tokenizer, labels, settings, chunk, args):  # real digits, three of a class; sevens where threes are asked for
-        return test.images[[places[7 if label == wrong else label][i % 3] for i, label in enumerate(labels.tolist())]][None]
+    # real digits, three of a class; sevens where threes are asked for
+    def draw(_, tokenizer, labels, settings, chunk, args):
+        chosen = [places[7 if label == wrong else label][i % 3] for i, label in enumerate(labels.tolist())]
+        return test.images[chosen][None]
 
     monkeypatch.setattr(sample, "draw_chunk", draw)
     monkeypatch.setattr(evaluate_fid, "NEIGHBOUR_IMAGES", 50)
     found = evaluate("--ckpt", digits / "fsdd.pt", "--num=120", "--batch=120", folder=tmp_path)
-    net = evaluate_fid.DigitsClassifier()
-    assert evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    net = DigitsClassifier()
+    assert load_classifier(net, digits / "digits_classifier.pt")
     labels = torch.arange(10).repeat_interleave(12)
     images = draw(None, None, labels, None, 0, None)[0]
-    right = evaluate_fid.share_read_as(net, images[labels != wrong], labels[labels != wrong])
-    assert right > 0.7 and found["read_as_label"] == pytest.approx(0.9 * right + 0.1 * evaluate_fid.share_read_as(
+    right = share_read_as(net, images[labels != wrong], labels[labels != wrong])
+    assert right > 0.7 and found["read_as_label"] == pytest.approx(0.9 * right + 0.1 * share_read_as(
         net, images[labels == wrong], labels[labels == wrong]))
     assert found["read_as_label"] < right - 0.05  # the wrong class shows
-    ours = images[[2, 4, 7, 9, 11, 14, 16, 19, 21, 23, 26, 28, 31, 33, 35, 38, 40, 43, 45, 47, 50, 52, 55, 57, 59, 62, 64, 67, 69, 71,
-                   74, 76, 79, 81, 83, 86, 88, 91, 93, 95, 98, 100, 103, 105, 107, 110, 112, 115, 117, 119]]  # 50 of the 120
+    ours = images[[2, 4, 7, 9, 11, 14, 16, 19, 21, 23, 26, 28, 31, 33, 35, 38, 40, 43, 45, 47, 50, 52, 55, 57, 59, 62,
+                   64, 67, 69, 71,
+                   # 50 of the 120
+                   74, 76, 79, 81, 83, 86, 88, 91, 93, 95, 98, 100, 103, 105, 107, 110, 112, 115, 117, 119]]
     theirs = few_digits("train", 600).images[11::12]  # 50 of the 600
     with torch.no_grad():
         precision, recall = precision_recall(net(ours)[0], net(theirs)[0])
@@ -367,7 +238,8 @@ def test_precision_recall_and_labels_of_digits(digits, small_digits, tmp_path, m
 
 
 def test_images_are_picked_evenly(digits, small_digits):
-    """Broken: --num would take the first validation images, which are of few classes, or originals that are not theirs."""
+    """Broken: --num would take the first validation images, which are of few classes, or originals that are not
+    theirs."""
     path = str(digits / "tokenizer.pt")
     args = types.SimpleNamespace(num=7)
     images, originals = evaluate_fid.reconstructed(path, torch.load(path, weights_only=True), args, "digits", "cpu")
@@ -384,8 +256,8 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
     model = SetTokenizer(**checkpoint["model_config"])
     model.load_state_dict(checkpoint["weights"])
     test = few_digits("test", 400)
-    net = evaluate_fid.DigitsClassifier()
-    evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
+    net = DigitsClassifier()
+    load_classifier(net, digits / "digits_classifier.pt")
     reconstructed = common.to_uint8(model.decode(model.encode(test.images / 127.5 - 1)))
     with torch.no_grad():
         ours, theirs = (net(x)[0].numpy().astype(np.float64) for x in (reconstructed, test.images))
@@ -395,7 +267,8 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
 
 
 def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: saved statistics would not stand for the images, or statistics of other features would be compared with."""
+    """Broken: saved statistics would not stand for the images, or statistics of other features would be compared
+    with."""
     monkeypatch.chdir(digits)
     images = ["--data=digits", "--images=test.npz"]
     there = evaluate(*images, folder=tmp_path)
@@ -426,7 +299,8 @@ def test_statistics_are_saved_and_reused(digits, small_digits, tmp_path, monkeyp
 
 
 def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: a checkpoint could not be compared with another one, or statistics would need a network to be compared."""
+    """Broken: a checkpoint could not be compared with another one, or statistics would need a network to be
+    compared."""
     monkeypatch.chdir(digits)
     generated, options = f"--save_stats={tmp_path}/generated.npz", ["--num=100", "--seed=3"]
     evaluate("--ckpt=fsdd.pt", generated, *options, folder=tmp_path)
@@ -436,11 +310,11 @@ def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
     there = evaluate("--images=test.npz", "--data=digits", f"--ref={tmp_path}/generated.npz", folder=tmp_path)
     assert back["digits_fid"] == pytest.approx(there["digits_fid"], rel=1e-7) and back["num_images"] == 300
     capsys.readouterr()
-    for network in ("inception", "digits_classifier"):
-        monkeypatch.setattr(evaluate_fid, network, mock.Mock(side_effect=AssertionError("no network is needed")))
+    monkeypatch.setattr(evaluate_fid, "network", mock.Mock(side_effect=AssertionError("no network is needed")))
     sides = ["--images", tmp_path / "generated.npz", "--ref", tmp_path / "reconstructed.npz"]
     alone = evaluate(*sides, folder=tmp_path)
-    assert alone.keys() == {"images", "features", "reference", "digits_fid"} and "warning" not in capsys.readouterr().err
+    assert alone.keys() == {"images", "features", "reference",
+                            "digits_fid"} and "warning" not in capsys.readouterr().err
     assert alone["digits_fid"] == pytest.approx(between["digits_fid"], rel=1e-7) and alone["digits_fid"] > 1
     assert alone["features"] == between["features"] and "digits_precision" in between
     with np.load(tmp_path / "reconstructed.npz") as file:
@@ -450,7 +324,8 @@ def test_any_two_sides(digits, small_digits, tmp_path, monkeypatch, capsys):
 
 
 def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: it would be trained at every run, a broken file would end in a traceback, or its weights hang on chance."""
+    """Broken: it would be trained at every run, a broken file would end in a traceback, or its weights depend on
+    chance."""
     monkeypatch.chdir(tmp_path)
     run_once = lambda: evaluate("--images", digits / "test.npz", "--data=digits", folder=tmp_path)  # noqa: E731
     first = run_once()
@@ -467,14 +342,17 @@ def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, cap
 
 
 def test_inception_on_the_command_line(weight_file, tmp_path, capsys):
-    """Broken: a folder and an .npz of the same images would not be the same, or FID, IS, precision and recall be missing."""
+    """Broken: a folder and an .npz of the same images would not be the same, or FID, IS, precision and recall be
+    missing."""
     first, second = pictures(16, 32), pictures(16, 32, seed=1) // 2
     (tmp_path / "images" / "a").mkdir(parents=True)
     for i, image in enumerate(first):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / ("a" if i < 5 else "") / f"{i:02}.png")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / ("a" if i < 5
+                                                                                    else "") / f"{i:02}.png")
     np.savez_compressed(tmp_path / "first.npz", arr_0=first.permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / "second.npz", arr_0=second.permute(0, 2, 3, 1).numpy())
-    same = evaluate("--images", tmp_path / "images", "--ref", tmp_path / "first.npz", "--inception", weight_file, folder=tmp_path)
+    same = evaluate("--images", tmp_path / "images", "--ref", tmp_path / "first.npz", "--inception", weight_file,
+                    folder=tmp_path)
     assert "16 images are no more than the 2048 features" in capsys.readouterr().err
     scale = evaluate("--images", tmp_path / "first.npz", "--ref", tmp_path / "second.npz", "--inception", weight_file,
                      "--batch=5", folder=tmp_path)
@@ -489,100 +367,94 @@ def test_grey_digits_through_inception(digits, small_digits, weight_file, tmp_pa
     assert found["fid"] > 0 and "digits_fid" not in found
 
 
-def test_a_batch_is_read_in_pieces(tmp_path):
-    """Broken: 50,000 images would be in memory at once, or pieces would come from the wrong place."""
-    images = np.random.default_rng(0).integers(256, size=(2000, 64, 64, 3), dtype=np.uint8)  # 24.6 MB
-    for name, save in (("plain", np.savez), ("compressed", np.savez_compressed)):
-        save(tmp_path / f"{name}.npz", arr_0=images)
-        tracemalloc.start()
-        batch = evaluate_fid.open_npz(str(tmp_path / f"{name}.npz"))
-        for part in common.chunks(slice(0, 2000), 64)[1::2]:
-            assert (batch.read(part).permute(0, 2, 3, 1).numpy() == images[part]).all()
-        assert (batch.read(slice(0, 3)).permute(0, 2, 3, 1).numpy() == images[:3]).all() and batch.num == 2000
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 8e6, name
-
-
-def test_folders_are_cropped_as_adm_does(tmp_path):
-    """Broken: statistics of a folder of photographs would not be those of the images that the model was trained on."""
-    (tmp_path / "val" / "x").mkdir(parents=True)
-    for i, size in enumerate([(50, 80), (130, 64), (40, 40)]):
-        Image.fromarray(pictures(1, 130)[0, 0].numpy()).resize(size).save(tmp_path / "val" / "x" / f"{i}.png")
-    found = evaluate_fid.open_images(str(tmp_path / "val"), 32)
-    expected = open_dataset(str(tmp_path), "test", 32)
-    assert torch.equal(found.read(slice(0, 3)), expected.__getitems__([(0, 0), (1, 0), (2, 0)])[0])
-
-
-def test_mistakes_get_one_sentence(digits, small_digits, weight_file, tmp_path, monkeypatch, capsys):
-    """Broken: bad input would end in a traceback or in a number."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir(), (tmp_path / "mixed").mkdir(), (tmp_path / "bad").mkdir()
+def make_bad_files(folder):
+    """Folders, .npz files and weights of which only good.npz, stats.npz and wide.npz are as they should be."""
+    (folder / "empty").mkdir(), (folder / "mixed").mkdir(), (folder / "bad").mkdir()
     for i, size in enumerate((20, 20, 21)):
-        Image.new("RGB", (size, 20)).save(f"mixed/{i}.png")
-    (tmp_path / "bad" / "a.png").write_text("no image")
+        Image.new("RGB", (size, 20)).save(folder / f"mixed/{i}.png")
+    (folder / "bad" / "a.png").write_text("no image")
     good = np.zeros((9, 28, 28, 3), np.uint8)
-    np.savez("good.npz", arr_0=good)
+    np.savez(folder / "good.npz", arr_0=good)
     for name, array in {"float": good / 255, "nan": np.full((9, 28, 28, 3), np.nan), "flat": good[0],
                         "four": good[..., [0, 0, 0, 0]], "none": good[:0], "columns": np.asfortranarray(good),
                         "objects": np.array([None, {}])}.items():
-        np.savez(name + ".npz", arr_0=array)
-    np.savez("nan_stats.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
-    np.savez("narrow_stats.npz", mu=np.zeros(128), sigma=np.eye(127))
-    np.savez("stats.npz", mu=np.zeros(128), sigma=np.eye(128))
-    np.savez("wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    np.savez("text_stats.npz", mu=np.array(["a"] * 128), sigma=np.eye(128))
-    np.savez("one.npz", arr_0=good[:1])
+        np.savez(folder / f"{name}.npz", arr_0=array)
+    np.savez(folder / "nan_stats.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
+    np.savez(folder / "narrow_stats.npz", mu=np.zeros(128), sigma=np.eye(127))
+    np.savez(folder / "stats.npz", mu=np.zeros(128), sigma=np.eye(128))
+    np.savez(folder / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(folder / "text_stats.npz", mu=np.array(["a"] * 128), sigma=np.eye(128))
+    np.savez(folder / "one.npz", arr_0=good[:1])
     for name, member in (("magic", "arr_0.npy"), ("bare", "arr_0")):
-        with zipfile.ZipFile(name + ".npz", "w") as archive:
+        with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
             archive.writestr(member, b"no array at all")
-    np.savez("neither.npz", images=good)
-    (tmp_path / "text.npz").write_text("no archive")
-    (tmp_path / "text.pth").write_text("no weights")
-    with zipfile.ZipFile("good.npz") as whole, zipfile.ZipFile("short.npz", "w") as short:
+    np.savez(folder / "neither.npz", images=good)
+    (folder / "text.npz").write_text("no archive")
+    (folder / "text.pth").write_text("no weights")
+    with zipfile.ZipFile(folder / "good.npz") as whole, zipfile.ZipFile(folder / "short.npz", "w") as short:
         short.writestr("arr_0.npy", whole.read("arr_0.npy")[:9000])
-    torch.save({"kind": "other"}, "other.pt")
+
+
+def make_bad_checkpoints(folder, digits):
+    """Checkpoints that do not say what they are of, or say what does not fit."""
+    torch.save({"kind": "other"}, folder / "other.pt")
     tokenizer = torch.load(digits / "tokenizer.pt", weights_only=True)
-    torch.save(tokenizer | {"config": {}}, "nodata.pt")
+    torch.save(tokenizer | {"config": {}}, folder / "nodata.pt")
     colour = tokenizer["model_config"] | {"channels": 3}
-    torch.save(tokenizer | {"model_config": colour, "weights": SetTokenizer(**colour).state_dict()}, "colour.pt")
-    torch.save(torch.load(digits / "fsdd.pt", weights_only=True) | {"config": {"data": "data/imagenet"}}, "imagenet.pt")
-    torch.save(tokenizer | {"config": {"data": "no/imagenet"}}, "imagenet_tokenizer.pt")
+    torch.save(tokenizer | {"model_config": colour, "weights": SetTokenizer(**colour).state_dict()},
+               folder / "colour.pt")
+    fsdd = torch.load(digits / "fsdd.pt", weights_only=True)
+    torch.save(fsdd | {"config": {"data": "data/imagenet"}}, folder / "imagenet.pt")
+    torch.save(tokenizer | {"config": {"data": "no/imagenet"}}, folder / "imagenet_tokenizer.pt")
+
+
+AS_DIGITS = ["--data=digits", "--images"]
+MISTAKES = [
+    ([], ["--ckpt", "--images"]), (["--ckpt=a", "--images=b"], ["either"]), (["--images=a", "--num=3"], ["--num"]),
+    (["--ckpt=a", "--batch=0"], ["--batch"]), (["--images=a", "--save_stats=a.txt"], [".npz"]),
+    (["--images=a", "--save_stats=no/a.npz"], ["no folder no"]),
+    (["--images=a", "--image_size=0"], ["--image_size"]),
+    ([*AS_DIGITS, "nowhere"], ["there is no nowhere"]), ([*AS_DIGITS, "empty"], ["no images in empty"]),
+    ([*AS_DIGITS, "bad"], ["bad/a.png", "can't be read as an image"]),
+    ([*AS_DIGITS, "mixed"], ["mixed/0.png is 20 x 20", "mixed/2.png 21 x 20", "--image_size"]),
+    ([*AS_DIGITS, "float.npz"], ["arr_0 in float.npz", "uint8", "float64"]), ([*AS_DIGITS, "nan.npz"], ["float64"]),
+    ([*AS_DIGITS, "flat.npz"], ["(28, 28, 3)"]), ([*AS_DIGITS, "four.npz"], ["(9, 28, 28, 4)"]),
+    ([*AS_DIGITS, "none.npz"], ["(0, 28, 28, 3)"]), ([*AS_DIGITS, "columns.npz"], ["column-major"]),
+    ([*AS_DIGITS, "objects.npz"], ["object"]), ([*AS_DIGITS, "short.npz"], ["ends before its 9 images do"]),
+    ([*AS_DIGITS, "text.npz"], ["can't be read as an .npz"]),
+    ([*AS_DIGITS, "neither.npz"], ["needed is arr_0, or mu"]),
+    ([*AS_DIGITS, "stats.npz", "--save_stats=a.npz"], ["statistics already"]),
+    ([*AS_DIGITS, "good.npz", "--ref=nan_stats.npz"], ["nan_stats.npz", "NaN"]),
+    ([*AS_DIGITS, "good.npz", "--ref=narrow_stats.npz"], ["narrow_stats.npz", "(127, 127)"]),
+    ([*AS_DIGITS, "mixed", "--image_size=16"], ["digits must be"]),
+    (["--images=stats.npz", "--ref=wide.npz"], ["wide.npz", "2048", "can't be compared with the 128"]),
+    ([*AS_DIGITS, "one.npz"], ["at least two images", "one.npz"]),
+    ([*AS_DIGITS, "magic.npz"], ["arr_0 in magic.npz can't be read"]),
+    ([*AS_DIGITS, "bare.npz"], ["bare.npz holds nothing"]),
+    ([*AS_DIGITS, "good.npz", "--ref=text_stats.npz"], ["text_stats.npz", "floating-point"]),
+    (["--ckpt=colour.pt", "--data=digits"], ["have 1 channels, those of colour.pt 3"]),
+    (["--images=good.npz"], ["nothing to compare good.npz with", "VIRTUAL_imagenet256_labeled.npz"]),
+    (["--images=good.npz", "--ref=good.npz"],
+     ["Inception's weights", inception.ADDRESSES[0], "no network", "hub", "--inception"]),
+    (["--images=good.npz", "--ref=good.npz", "--inception=text.pth"], ["text.pth can't be read as weights"]),
+    (["--images=good.npz", "--ref=good.npz", "--inception=none.pth"], ["no file none.pth", "--inception"]),
+    (["--ckpt=none.pt"], ["no checkpoint none.pt"]),
+    (["--ckpt=other.pt"], ["is not a fsdd or tokenizer checkpoint"]),
+    (["--ckpt=nodata.pt"], ["--data"]),
+    (["--ckpt=imagenet.pt"], ["--inception", "--ref", "VIRTUAL_imagenet256_labeled.npz"]),
+    (["--ckpt=imagenet.pt", "--ref=good.npz"], ["Inception's weights", "no network"]),
+    (["--ckpt=imagenet.pt", "--ref=good.npz", "--guidance=x"], ["guidance"]),
+]
+
+
+def test_mistakes_get_one_sentence(digits, small_digits, tmp_path, monkeypatch, capsys):
+    """Broken: bad input would end in a traceback or in a number."""
+    monkeypatch.chdir(tmp_path)
+    make_bad_files(tmp_path)
+    make_bad_checkpoints(tmp_path, digits)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=URLError("no network")))
-    as_digits = ["--data=digits", "--images"]
-    cases = [
-        ([], ["--ckpt", "--images"]), (["--ckpt=a", "--images=b"], ["either"]), (["--images=a", "--num=3"], ["--num"]),
-        (["--ckpt=a", "--batch=0"], ["--batch"]), (["--images=a", "--save_stats=a.txt"], [".npz"]),
-        (["--images=a", "--save_stats=no/a.npz"], ["no folder no"]), (["--images=a", "--image_size=0"], ["--image_size"]),
-        ([*as_digits, "nowhere"], ["there is no nowhere"]), ([*as_digits, "empty"], ["no images in empty"]),
-        ([*as_digits, "bad"], ["bad/a.png", "can't be read as an image"]),
-        ([*as_digits, "mixed"], ["mixed/0.png is 20 x 20", "mixed/2.png 21 x 20", "--image_size"]),
-        ([*as_digits, "float.npz"], ["arr_0 in float.npz", "uint8", "float64"]), ([*as_digits, "nan.npz"], ["float64"]),
-        ([*as_digits, "flat.npz"], ["(28, 28, 3)"]), ([*as_digits, "four.npz"], ["(9, 28, 28, 4)"]),
-        ([*as_digits, "none.npz"], ["(0, 28, 28, 3)"]), ([*as_digits, "columns.npz"], ["column-major"]),
-        ([*as_digits, "objects.npz"], ["object"]), ([*as_digits, "short.npz"], ["ends before its 9 images do"]),
-        ([*as_digits, "text.npz"], ["can't be read as an .npz"]), ([*as_digits, "neither.npz"], ["needed is arr_0, or mu"]),
-        ([*as_digits, "stats.npz", "--save_stats=a.npz"], ["statistics already"]), ([*as_digits, "good.npz", "--ref=nan_stats.npz"],
-                                                                               ["nan_stats.npz", "NaN"]),
-        ([*as_digits, "good.npz", "--ref=narrow_stats.npz"], ["narrow_stats.npz", "(127, 127)"]),
-        ([*as_digits, "mixed", "--image_size=16"], ["digits must be"]),
-        (["--images=stats.npz", "--ref=wide.npz"], ["wide.npz", "2048", "can't be compared with the 128"]),
-        ([*as_digits, "one.npz"], ["at least two images", "one.npz"]),
-        ([*as_digits, "magic.npz"], ["arr_0 in magic.npz can't be read"]),
-        ([*as_digits, "bare.npz"], ["bare.npz holds nothing"]),
-        ([*as_digits, "good.npz", "--ref=text_stats.npz"], ["text_stats.npz", "floating-point"]),
-        (["--ckpt=colour.pt", "--data=digits"], ["have 1 channels, those of colour.pt 3"]),
-        (["--images=good.npz"], ["nothing to compare good.npz with", "VIRTUAL_imagenet256_labeled.npz"]),
-        (["--images=good.npz", "--ref=good.npz"], ["Inception's weights", evaluate_fid.INCEPTION_URLS[0], "no network", "hub"]),
-        (["--images=good.npz", "--ref=good.npz", "--inception=text.pth"], ["text.pth can't be read as weights"]),
-        (["--images=good.npz", "--ref=good.npz", "--inception=none.pth"], ["no file none.pth"]),
-        (["--ckpt=none.pt"], ["no checkpoint none.pt"]), (["--ckpt=other.pt"], ["is not a fsdd or tokenizer checkpoint"]),
-        (["--ckpt=nodata.pt"], ["--data"]), (["--ckpt=imagenet.pt"], ["--inception", "--ref", "VIRTUAL_imagenet256_labeled.npz"]),
-        (["--ckpt=imagenet.pt", "--ref=good.npz"], ["Inception's weights", "no network"]),
-        (["--ckpt=imagenet.pt", "--ref=good.npz", "--guidance=x"], ["guidance"]),
-    ]
-    for arguments, words in cases:
+    for arguments, words in MISTAKES:
         with pytest.raises(SystemExit) as stopped:
             evaluate_fid.main([*arguments, "--device=cpu"])
         said = f"{stopped.value.code} {capsys.readouterr().err}"
@@ -601,13 +473,15 @@ def test_a_mistake_ends_all_processes(digits, tmp_path):
         Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "images" / "5.png").write_text("no image")  # of the second process
     (tmp_path / "digits_classifier.pt").write_bytes((digits / "digits_classifier.pt").read_bytes())
-    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--ref", digits / "test.npz", "--device=cpu",
+    finished = run("evaluate_fid.py", "--images=images", "--data=digits", "--batch=4", "--ref", digits / "test.npz",
+                   "--device=cpu",
                    folder=tmp_path, processes=2)
     assert finished.returncode != 0 and "error: images/5.png can't be read as an image" in finished.stderr
     assert 'evaluate_fid.py", line' not in finished.stderr, finished.stderr
 
 
-# --- against torch-fidelity and pytorch-fid ----------------------------------------------------------------------------
+# --- against torch-fidelity and pytorch-fid
+# --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -617,16 +491,19 @@ def yardstick(weights, weight_file):
         if find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     torchvision = mock.MagicMock(__version__="0.20.0")
-    stand_ins = {"torchvision": torchvision, "torchvision.datasets": torchvision.datasets, "torchvision.models.utils": None,
+    stand_ins = {"torchvision": torchvision, "torchvision.datasets": torchvision.datasets,
+                 "torchvision.models.utils": None,
                  "torchvision.transforms": torchvision.transforms, "torchvision.models": torchvision.models,
                  "torchvision.transforms.functional": torchvision.transforms.functional}
     with mock.patch.dict(sys.modules, stand_ins):
         import torch_fidelity
         from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-        net = fidelity.FeatureExtractorInceptionV3("", ["2048", "logits"], feature_extractor_weights_path=str(weight_file))
-        # pytorch-fid changes the forward passes of torchvision's blocks, whose layers and names are torch-fidelity's too
+        net = fidelity.FeatureExtractorInceptionV3("", ["2048", "logits"],
+                                                   feature_extractor_weights_path=str(weight_file))
+        # pytorch-fid changes the forward passes of torchvision's blocks, which have torch-fidelity's layers and names
         blocks = torchvision.models.inception
-        blocks.InceptionA, blocks.InceptionC, blocks.InceptionE = fidelity.InceptionA, fidelity.InceptionC, fidelity.InceptionE_1
+        blocks.InceptionA, blocks.InceptionC = fidelity.InceptionA, fidelity.InceptionC
+        blocks.InceptionE = fidelity.InceptionE_1
         torchvision.models.inception_v3 = lambda **options: fidelity.FeatureExtractorInceptionV3(
             "", ["2048"], feature_extractor_weights_path=str(weight_file))
         import pytorch_fid.fid_score
@@ -646,7 +523,8 @@ def test_yardstick_features(size, yardstick, weights):
         with torch.no_grad():
             for mine, theirs, close in zip(ours(images), yardstick.net(rgb), (1e-5, 1e-4)):
                 assert (mine - theirs).abs().max() < close * theirs.abs().max() and theirs.std() > 0.1
-    if size == 256:  # pytorch-fid resizes otherwise, and scales to (x - 127.5) / 127.5; so we resize, and give it x / 256
+    # pytorch-fid resizes otherwise, and scales to (x - 127.5) / 127.5; so we resize, and give it x / 256
+    if size == 256:
         with torch.no_grad():
             theirs = yardstick.other(resize(rgb.float(), 299) / 256)[0].flatten(1)
         assert (ours(images)[0] - theirs).abs().max() < 1e-5 * theirs.abs().max()
@@ -661,10 +539,12 @@ def test_yardstick_fid_and_inception_score(channels, yardstick, weight_file, tmp
         np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy())
     ours = evaluate("--images", paths[0], "--ref", paths[1], "--inception", weight_file, folder=tmp_path)
     theirs = yardstick.torch_fidelity.calculate_metrics(
-        input1=Images(first), input2=Images(second), fid=True, isc=True, prc=True, feature_extractor="inception-v3-compat",
+        input1=Images(first), input2=Images(second), fid=True, isc=True, prc=True,
+        feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weight_file), cuda=False, cache=False, verbose=False)
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
-    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5) and ours["inception_score"] > 1.3
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert ours["inception_score"] > 1.3
     assert ours["inception_score_std"] == pytest.approx(theirs["inception_score_std"], rel=1e-4)
     assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]))
 
@@ -714,7 +594,8 @@ def test_yardstick_speed(yardstick, weights):
     mine = min(seconds)
     began = time.perf_counter()
     usual = yardstick.torch_fidelity.metric_fid.fid_statistics_to_metric(
-        *[{"mu": statistics[i], "sigma": statistics[i + 1]} for i in (0, 2)], verbose=False)["frechet_inception_distance"]
+        *[{"mu": statistics[i], "sigma": statistics[i + 1]} for i in (0, 2)],
+        verbose=False)["frechet_inception_distance"]
     theirs = time.perf_counter() - began
     print(f"distance at 2048: {mine:.1f} s, torch-fidelity {theirs:.1f} s: {theirs / mine:.1f} times as fast")
     assert distance == pytest.approx(usual, rel=1e-6) and mine < theirs

@@ -1,19 +1,22 @@
-"""Fig. 5: the pixels that a token hangs on."""
+"""Fig. 5: the pixels that a token depends on."""
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from paper import fig5_receptive_field, table2_noise
+from paper.layouts import GridTokenizer
+from tests.conftest import few_digits
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import few_digits
 from tests.test_table2_noise import quick, save_tokenizer, table  # noqa: F401 (a fixture)
 from tests.test_tokenizer import small_tokenizer
 
 
-@pytest.mark.parametrize("settings", [{}, {"channels": 3}, {"layout": "grid", "num_tokens": 4}, {"reshaped_latents": True}])
+@pytest.mark.parametrize("settings", [{}, {"channels": 3}, 
+                                      {"model_class": GridTokenizer, "num_tokens": 4}, {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
-    """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a dimension."""
+    """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a
+    dimension."""
     model = small_tokenizer(**settings).double().requires_grad_(False)
     images = torch.rand(3, settings.get("channels", 1), 8, 8, dtype=torch.float64) * 2 - 1
     maps = fig5_receptive_field.sensitivity(model, images, 3)
@@ -33,9 +36,9 @@ def test_sensitivity_is_that_of_finite_differences(settings):
 
 
 def test_a_token_that_sees_one_patch():
-    """Broken: the map of a token at a place would not lie at that place, or the measure would call it global."""
-    model = small_tokenizer(layout="grid", num_tokens=4)
-    for block in model.encoder.blocks:  # without attention a place sees its own patch only
+    """Broken: the map of a token with a position would not lie there, or the measure would call it global."""
+    model = small_tokenizer(model_class=GridTokenizer, num_tokens=4)
+    for block in model.encoder.blocks:  # without attention a position sees its own patch only
         torch.nn.init.zeros_(block.attention.proj.weight)
     maps = fig5_receptive_field.sensitivity(model, torch.rand(5, 1, 8, 8), 4)
     for token, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
@@ -46,7 +49,7 @@ def test_a_token_that_sees_one_patch():
 
 
 def test_spread_by_hand():
-    """Broken: the measures would not be those that the table's head says, or would hang on the map's scale."""
+    """Broken: the measures would not be those that the table's head says, or would depend on the map's scale."""
     even, point, corner, two = torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)
     point[5, 2], corner[:4, 4:], two[3, 3], two[4, 4] = 3, 0.25, 8.9, 1.1
     maps = torch.stack([even, point, corner, two]).double()
@@ -59,7 +62,7 @@ def test_spread_by_hand():
 
 
 def test_heat():
-    """Broken: the colours would not grow with the map, or hang on the other maps."""
+    """Broken: the colours would not grow with the map, or depend on the other maps."""
     ramp = torch.linspace(0, 1, 128 * 128).view(1, 128, 128)
     image = fig5_receptive_field.heat(torch.cat([ramp, 1e-5 * ramp]))
     assert image.shape == (2, 3, 136, 136) and torch.equal(image[0], image[1])
@@ -70,7 +73,8 @@ def test_heat():
 
 
 def test_single_images_are_measured_one_by_one(tmp_path, monkeypatch):
-    """Broken: a token that looks elsewhere in every image would be called global, or the mean would not be that over images."""
+    """Broken: a token that looks elsewhere in every image would be called global, or the mean would not be that over
+    images."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 100))
     save_tokenizer(tmp_path / "set.pt")
     tokenizer, dataset = table2_noise.load(f"{tmp_path}/set.pt", None, torch.device("cpu"))
@@ -78,8 +82,8 @@ def test_single_images_are_measured_one_by_one(tmp_path, monkeypatch):
     def elsewhere(tokenizer, images, number):  # image i is looked at in the patch i % 16
         maps = torch.zeros(len(images), number, 16, 49)
         for i, image in enumerate(images):
-            place = next(j for j in range(100) if torch.equal(image, dataset.images[j] / 127.5 - 1)) % 16
-            maps[i, :, place] = 1
+            position = next(j for j in range(100) if torch.equal(image, dataset.images[j] / 127.5 - 1)) % 16
+            maps[i, :, position] = 1
         return F.fold(maps.flatten(0, 1).transpose(1, 2), (28, 28), 7, stride=7).view(len(images), number, 28, 28)
 
     monkeypatch.setattr(fig5_receptive_field, "sensitivity", elsewhere)
@@ -94,8 +98,9 @@ def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
     """Broken: a tokenizer would be missing from the table or the picture, or a smaller M would break it."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 30))
     save_tokenizer(tmp_path / "set.pt", num_tokens=3)
-    save_tokenizer(tmp_path / "grid.pt", layout="grid")
-    fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png", "--device=cpu"])
+    save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
+    fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png",
+                               "--device=cpu"])
     said = capsys.readouterr().out
     rows = table(said)
     assert [row[0] for row in rows] == ["set, M = 3", "grid, M = 16", "evenly spread"] and "3 tokens of each" in said
@@ -109,7 +114,8 @@ def test_the_digits_are_trained(quick, capsys):
     """Broken: without checkpoints there would be no figure, or the grid and the set would not be those of Table 2."""
     fig5_receptive_field.main(["--device=cpu", f"--out={quick}/figure5.png", "--tokens=2"])
     rows = table(capsys.readouterr().out)
-    assert [row[0] for row in rows] == ["grid, M = 16", "set, M = 16", "evenly spread"] and (quick / "figure5.png").exists()
+    assert [row[0] for row in rows] == ["grid, M = 16", "set, M = 16", "evenly spread"]
+    assert (quick / "figure5.png").exists()
     for layout in fig5_receptive_field.LAYOUTS:
         assert table2_noise.trained(layout, "cpu")
     assert "mean squared error" not in capsys.readouterr().out  # nothing was trained again
@@ -118,7 +124,8 @@ def test_the_digits_are_trained(quick, capsys):
 def test_mistakes_get_one_sentence(tmp_path):
     """Broken: a mistake would end in a traceback, or only after the work."""
     main = fig5_receptive_field.main
-    assert_one_sentence(run_here(main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt", "train_tokenizer.py")
+    assert_one_sentence(run_here(main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt",
+                        "train_tokenizer.py")
     assert_one_sentence(run_here(main, "--tokens=0", folder=tmp_path), "--tokens", "at least 1")
     assert_one_sentence(run_here(main, "--out=no/f.png", folder=tmp_path), "no folder no")
     assert_one_sentence(run_here(main, "--out=f.pngg", folder=tmp_path), "--out", ".png")

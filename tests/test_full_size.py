@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import train_tokenizer
+from published.convnext import ConvNeXt
+from published.maskgit_vqgan import VQGAN
 from tests.test_common import run
 from tests.test_train_tokenizer import read_log
-from tokenizer import VQGAN
 
 SHORT = ["--recipe=imagenet256", "--data=images", "--batch_size=2", "--device_batch=1", "--flip=false", "--compile=false",
          "--workers=0", "--log_every=1", "--save_every=1000", "--picture_every=1000"]
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
         image = Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).resize((256, 256), Image.BICUBIC)
         image.save(folder / "images" / name)
     torch.manual_seed(0)
-    vqgan, convnext = VQGAN(), train_tokenizer.ConvNeXt()
+    vqgan, convnext = VQGAN(), ConvNeXt()
     with torch.no_grad():
         vqgan.encoder.conv_out.weight *= 20  # so that images have several codes
         for name, weight in convnext.named_parameters():

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 import train_tokenizer
+from published.convnext import ConvNeXt
+from published.maskgit_vqgan import VQGAN
 from tests.image_folder import make_image_folder
 from tests.test_common import assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import assert_same_checkpoint, kill_in_the_middle, read_log
-from tokenizer import VQGAN
 
 STAGE1 = ["--recipe=imagenet256", "--data=images", "--image_size=32", "--num_tokens=4", "--codebook_size=16", "--code_dim=4",
           "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--vqgan=vqgan.bin", "--convnext=convnext.pth",
@@ -31,7 +32,7 @@ def files(tmp_path_factory):
     with torch.no_grad():
         vqgan.encoder.conv_out.weight *= 20  # so that images have several codes
     torch.save(vqgan.state_dict(), folder / "vqgan.bin")
-    convnext = train_tokenizer.ConvNeXt((4, 4, 8, 8), (1, 1, 2, 1), 10)
+    convnext = ConvNeXt((4, 4, 8, 8), (1, 1, 2, 1), 10)
     torch.save({name: weight + torch.randn(weight.shape) * 0.1 for name, weight in convnext.state_dict().items()},
                folder / "convnext.pth")
     return folder

@@ -1,7 +1,9 @@
-"""The authors' weights: a literal transcription of the released models, on tensors with the released names, against ours.
+"""The authors' weights: a literal transcription of the released models, on tensors with the released names, against
+ours.
 
-No published file is needed: weights are made by a rule from the list of tensors. With narrow models in pytest; at full size, S
-and B, which takes some minutes and 8 GiB of memory, by a command that leaves the made files and checkpoints in a folder:
+No published file is needed: weights are made by a rule from the list of tensors. With narrow models in pytest; at full
+size, S and B, which takes some minutes and 8 GiB of memory, by a command that leaves the made files and checkpoints in
+a folder:
 
     python -m tests.test_import_released_weights FOLDER
 """
@@ -20,20 +22,23 @@ from PIL import Image
 
 import sample
 from dual_transform import tokens_to_counts
-from evaluate_fid import InceptionV3
 from fsdd import Denoiser
 from paper import import_released_weights
+from published.inception import InceptionV3
+from published.maskgit_vqgan import VQGAN
 from tests.test_common import ROOT, assert_one_sentence, run
-from tokenizer import VQGAN, SetTokenizer
+from tokenizer import SetTokenizer
 
-PUBLISHED_TOKENIZER = dict(width=768, layers=12, num_tokens=128, codebook_size=4096, code_dim=12, grid=16, vqgan_width=128,
+PUBLISHED_TOKENIZER = dict(width=768, layers=12, num_tokens=128, codebook_size=4096, code_dim=12, grid=16,
+                           vqgan_width=128,
                            vqgan_dim=256)
 PUBLISHED_FSDD = {"small": dict(width=384, layers=12, num_tokens=128, codebook_size=4096, num_classes=1000),
                   "base": dict(width=768, layers=12, num_tokens=128, codebook_size=4096, num_classes=1000)}
-NARROW_TOKENIZER = dict(width=128, layers=2, num_tokens=24, codebook_size=40, code_dim=6, grid=3, vqgan_width=32, vqgan_dim=20)
+NARROW_TOKENIZER = dict(width=128, layers=2, num_tokens=24, codebook_size=40, code_dim=6, grid=3, vqgan_width=32,
+                        vqgan_dim=20)
 NARROW_FSDD = dict(width=128, layers=2, num_tokens=24, codebook_size=40, num_classes=30)
 
-# --- the lists of tensors --------------------------------------------------------------------------------------------
+# --- the lists of tensors ------------------------------------------------------------------------------------
 
 
 def both(name, *shape):
@@ -98,7 +103,8 @@ def fsdd_list(width, layers, num_tokens, codebook_size, num_classes):
     shapes = {"pos_embed": (1, codebook_size, width), "x_embedder.embedding_table.weight": (codebook_size + 1, width),
               "y_embedder.embedding_table.weight": (num_classes + 1, width)}
     shapes |= both("t_embedder.mlp.0.", width, 256) | both("t_embedder.mlp.2.", width, width)
-    shapes |= both("final_layer.linear.", num_tokens + 1, width) | both("final_layer.adaLN_modulation.1.", 2 * width, width)
+    shapes |= both("final_layer.linear.", num_tokens + 1, width)
+    shapes |= both("final_layer.adaLN_modulation.1.", 2 * width, width)
     for i in range(layers):
         block = f"blocks.{i}."
         shapes |= both(block + "attn.qkv.", 3 * width, width) | both(block + "attn.proj.", width, width)
@@ -107,15 +113,17 @@ def fsdd_list(width, layers, num_tokens, codebook_size, num_classes):
     return shapes
 
 
-# --- weights made by a rule ------------------------------------------------------------------------------------------
+# --- weights made by a rule ----------------------------------------------------------------------------------
 
 
 SMALL = ("latent_tokens", "mask_token", "encoder.class_embedding", "decoder.class_embedding", "positional_embedding",
-         "patch_embed", "decoder_embed", "ln_pre", "ffn.2", "pos_embed", "x_embedder")  # what a norm reads: its eps is felt
+         # what a norm reads: its eps is felt
+         "patch_embed", "decoder_embed", "ln_pre", "ffn.2", "pos_embed", "x_embedder")
 
 
 def make(shapes):
-    """A tensor for every name: normal, its seed the name's checksum, its scale such that no layer fades, bursts or saturates."""
+    """A tensor for every name: normal, its seed the name's checksum, its scale such that no layer fades, bursts or
+    saturates."""
     tensors = {}
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
@@ -124,7 +132,8 @@ def make(shapes):
         elif len(shape) == 1:  # of a norm
             values = 1 + 0.2 * values
         elif "embedding" not in name and "token" not in name and "pos_embed" not in name:
-            # a matrix or convolution, outputs as large as inputs; attention is sharper; gates, shifts and scales are about 0.7
+            # a matrix or convolution, outputs as large as inputs; attention is sharper; gates, shifts and scales are
+            # about 0.7
             gain = 1.4 if "qkv" in name or "in_proj" in name else 0.7 if "adaLN" in name else 1.0
             values *= gain / math.sqrt(math.prod(shape[1:]))
         tensors[name] = values * 0.03 if any(part in name for part in SMALL) else values
@@ -140,7 +149,7 @@ def write_released(folder, tokenizer_sizes, fsdd_sizes):
     return paths, tokenizer, ema
 
 
-# --- the released models, word for word ------------------------------------------------------------------------------
+# --- the released models, word for word ----------------------------------------------------------------------
 # Plain operations on the released tensors w, in the order and under the names of the release. Images in [0, 1].
 
 
@@ -152,7 +161,8 @@ def layer_norm(x, w, name):
 def attend(x, weight, bias, out_weight, out_bias, heads):
     """x (B, L, width): q, k, v stand one after the other in the rows of weight."""
     B, L, width = x.shape
-    q, k, v = ((x @ part.T + shift).view(B, L, heads, -1) for part, shift in zip(weight.split(width), bias.split(width)))
+    q, k, v = ((x @ part.T + shift).view(B, L, heads, -1)
+               for part, shift in zip(weight.split(width), bias.split(width)))
     out = torch.empty_like(q)
     for h in range(heads):
         scores = torch.einsum("bld,bmd->blm", q[:, :, h], k[:, :, h]) / math.sqrt(width // heads)
@@ -167,7 +177,8 @@ def vit(x, w, side):
     while f"{side}transformer.{i}.ln_1.weight" in w:
         block = f"{side}transformer.{i}."
         y = layer_norm(x, w, block + "ln_1.")
-        x = x + attend(y, *(w[block + name] for name in ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
+        x = x + attend(y, *(w[block + name]
+                            for name in ("attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight",
                                                          "attn.out_proj.bias")), heads=x.shape[2] // 64)
         y = layer_norm(x, w, block + "ln_2.") @ w[block + "mlp.c_fc.weight"].T + w[block + "mlp.c_fc.bias"]
         y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
@@ -231,8 +242,10 @@ def vqgan_decoder(x, w, name):
             x = residual_block(x, w, f"{name}up.{level}.block.{block}.")
         if level:
             x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-            x = F.conv2d(x, w[f"{name}up.{level}.upsample_conv.weight"], w[f"{name}up.{level}.upsample_conv.bias"], padding=1)
-    return F.conv2d(group_norm_silu(x, w, name + "norm_out."), w[name + "conv_out.weight"], w[name + "conv_out.bias"], padding=1)
+            x = F.conv2d(x, w[f"{name}up.{level}.upsample_conv.weight"], w[f"{name}up.{level}.upsample_conv.bias"],
+                         padding=1)
+    return F.conv2d(group_norm_silu(x, w, name + "norm_out."), w[name + "conv_out.weight"], w[name + "conv_out.bias"],
+                    padding=1)
 
 
 def denoiser_logits(x_s, s, labels, w):
@@ -249,7 +262,8 @@ def denoiser_logits(x_s, s, labels, w):
 
     i = 0
     while f"blocks.{i}.attn.qkv.weight" in w:
-        b = {name: w[f"blocks.{i}.{name}"] for name in ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")}
+        b = {name: w[f"blocks.{i}.{name}"]
+             for name in ("attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias")}
         shift1, scale1, gate1, shift2, scale2, gate2 = (F.silu(c) @ w[f"blocks.{i}.adaLN_modulation.1.weight"].T
                                                         + w[f"blocks.{i}.adaLN_modulation.1.bias"]).split(x.shape[2], 1)
         x = x + gate1[:, None] * attend(norm(x, shift1, scale1), *b.values(), heads=x.shape[2] // 64)
@@ -266,7 +280,7 @@ def doubled(tensors):
     return {name: tensor.double() for name, tensor in tensors.items()}
 
 
-# --- ours against them -----------------------------------------------------------------------------------------------
+# --- ours against them ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +294,15 @@ def imported(tmp_path_factory):
 
 @torch.no_grad()
 def compare_tokenizer(ours, w, images):
-    """Largest differences of latents and pixels [0, 1], and the share of equal codes; checks that they are of some size."""
+    """Largest differences of latents and pixels [0, 1], and the share of equal codes; checks that they are of some
+    size."""
     latents, theirs = ours.encoder(images * 2 - 1), encoder_latents(images.to(w["latent_tokens"].dtype), w)
     tokens, codes = ours.encode(images * 2 - 1), chosen_codes(theirs, w)
     pixels, their_pixels = (ours.decode(codes) + 1) / 2, decoded_pixels(codes, w)
-    assert 0.1 < theirs.std() < 10 and theirs.std((0, 1)).min() > 0.1 and 0.05 < their_pixels.std() < 5  # nothing fades or bursts
-    assert len(codes.unique()) > 0.1 * min(codes.numel(), ours.codebook_size) and (their_pixels[0] - their_pixels[1]).std() > 0.01
+    # nothing fades or bursts
+    assert 0.1 < theirs.std() < 10 and theirs.std((0, 1)).min() > 0.1 and 0.05 < their_pixels.std() < 5
+    assert len(codes.unique()) > 0.1 * min(codes.numel(), ours.codebook_size)
+    assert (their_pixels[0] - their_pixels[1]).std() > 0.01
     largest = lambda difference: difference.abs().max().item()  # noqa: E731
     return largest(latents - theirs), (tokens == codes).double().mean().item(), largest(pixels - their_pixels)
 
@@ -314,7 +331,8 @@ def test_denoiser_equals_the_release(imported):
     assert compare_denoiser(ours, w, x, s, labels) < 1e-4
     alone = [denoiser_logits(x[:1], torch.tensor([s], dtype=torch.float64), torch.tensor([label]), w)
              for s, label in ((0, 0), (0.9, 0), (0, 30))]
-    assert (alone[1] - alone[0]).std() > 0.05 and (alone[2] - alone[0]).std() > 0.05  # time and label matter to what is compared
+    # time and label matter to what is compared
+    assert (alone[1] - alone[0]).std() > 0.05 and (alone[2] - alone[0]).std() > 0.05
 
 
 def test_every_tensor_is_used(imported):
@@ -322,15 +340,19 @@ def test_every_tensor_is_used(imported):
     _, tokenizer, ema, (_, _, checkpoint) = imported
     for released, ours in ((tokenizer, checkpoint["tokenizer"]["weights"]), (ema, checkpoint["weights"])):
         assert len(released) == len(ours)
-        assert (sorted((tensor.numel(), tensor.sum().item(), tensor.flatten()[0].item()) for tensor in released.values())
-                == sorted((tensor.numel(), tensor.sum().item(), tensor.flatten()[0].item()) for tensor in ours.values()))
+        assert (sorted((tensor.numel(), tensor.sum().item(), tensor.flatten()[0].item())
+                       for tensor in released.values())
+                == sorted((tensor.numel(), tensor.sum().item(), tensor.flatten()[0].item())
+                          for tensor in ours.values()))
 
 
 def test_lists_of_the_published_sizes():
-    """Broken: the published files, 401 and 131 tensors of 203.3, 36.0 and 136.7 million values, would not be what is taken."""
+    """Broken: the published files, 401 and 131 tensors of 203.3, 36.0 and 136.7 million values, would not be what is
+    taken."""
     with torch.device("meta"):
         empty = lambda shapes: {name: torch.empty(shape) for name, shape in shapes.items()}  # noqa: E731
-        lists = [empty(tokenizer_list(**PUBLISHED_TOKENIZER)), *(empty(fsdd_list(**sizes)) for sizes in PUBLISHED_FSDD.values())]
+        lists = [empty(tokenizer_list(**PUBLISHED_TOKENIZER)),
+                 *(empty(fsdd_list(**sizes)) for sizes in PUBLISHED_FSDD.values())]
         vqgan = empty(vqgan_list(128, 256, 1024))
         models = [SetTokenizer(256, 3, 16, 128, 4096, 12, 768, 12, 12, 12, vqgan_width=128, reshaped_latents=True),
                   Denoiser(4096, 128, 1000, 384, 12, 6, unused_rows=True),
@@ -340,29 +362,34 @@ def test_lists_of_the_published_sizes():
     for tensors, model, millions in zip(lists, models, (203.3, 36.0, 136.7)):
         parameters = sum(tensor.numel() for tensor in tensors.values())
         assert sum(p.numel() for p in model.parameters()) == parameters and round(parameters / 1e6, 1) == millions
-    assert {name: tensor.shape for name, tensor in vqgan.items()} == {name: tensor.shape for name, tensor in ours.items()}
+    assert ({name: tensor.shape for name, tensor in vqgan.items()}
+            == {name: tensor.shape for name, tensor in ours.items()})
 
 
 def test_checkpoint_has_the_releases_settings(imported):
     """Broken: sample.py would draw with other settings than the release's best, or the sizes be read wrong."""
     folder, _, _, (denoiser, tokenizer, checkpoint) = imported
-    assert checkpoint["generation"] == {"prior": "distinct", "sampler": "paper", "steps": 25, "guidance": [4.0, 50.0, 55.0],
+    assert checkpoint["generation"] == {"prior": "distinct", "sampler": "paper", "steps": 25,
+                                        "guidance": [4.0, 50.0, 55.0],
                                         "top_p": 0.8, "top_k": 0}
     assert checkpoint["class_names"] == [str(i) for i in range(30)]
     assert (denoiser.codebook_size, denoiser.num_tokens, denoiser.num_classes, len(denoiser.blocks)) == (40, 24, 30, 2)
     assert (tokenizer.image_size, tokenizer.num_tokens, tokenizer.codebook_size) == (48, 24, 40)
     assert tokenizer.encoder.reshaped_latents
-    assert {block.attention.heads for block in [*denoiser.blocks, *tokenizer.encoder.blocks, *tokenizer.decoder.blocks]} == {2}
+    assert {block.attention.heads
+            for block in [*denoiser.blocks, *tokenizer.encoder.blocks, *tokenizer.decoder.blocks]} == {2}
     alone = torch.load(folder / "tokenizer.pt", weights_only=True)
     assert alone["kind"] == "tokenizer" and alone["model_config"] == checkpoint["tokenizer"]["model_config"]
-    assert all(torch.equal(tensor, checkpoint["tokenizer"]["weights"][name]) for name, tensor in alone["weights"].items())
+    assert all(torch.equal(tensor, checkpoint["tokenizer"]["weights"][name])
+               for name, tensor in alone["weights"].items())
 
 
-# --- the commands ----------------------------------------------------------------------------------------------------
+# --- the commands --------------------------------------------------------------------------------------------
 
 
 def test_sampling_and_training_go_on_from_it(imported, tmp_path):
-    """Broken: a script would not take an imported checkpoint as one of ours; --resume on it would end in a traceback."""
+    """Broken: a script would not take an imported checkpoint as one of ours; --resume on it would end in a
+    traceback."""
     folder = imported[0]
     finished = run("sample.py", "--ckpt", folder / "fsdd.pt", "--labels", "7,29", "--num", "4", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
@@ -374,8 +401,10 @@ def test_sampling_and_training_go_on_from_it(imported, tmp_path):
         place.mkdir(parents=True)
         for name in "ab":
             Image.fromarray(torch.randint(256, (60, 70, 3), dtype=torch.uint8).numpy()).save(place / f"{name}.png")
-    finished = run("train_fsdd.py", "--recipe=imagenet256", "--data", tmp_path / "images", "--tokenizer", folder / "tokenizer.pt",
-                   "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64", "--heads=1", "--layers=1", "--compile=false",
+    finished = run("train_fsdd.py", "--recipe=imagenet256", "--data", tmp_path / "images", "--tokenizer",
+                   folder / "tokenizer.pt",
+                   "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64", "--heads=1", "--layers=1",
+                   "--compile=false",
                    "--prior=distinct", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     weights = InceptionV3().state_dict()
@@ -386,7 +415,8 @@ def test_sampling_and_training_go_on_from_it(imported, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["num_images"] == 4
     assert_one_sentence(run("evaluate_fid.py", "--ckpt", folder / "fsdd.pt", folder=tmp_path), "nothing to compare",
                         "VIRTUAL_imagenet256_labeled.npz")
-    finished = run_module("paper.reconstruct", "--ckpt", folder / "tokenizer.pt", tmp_path / "images" / "val", folder=tmp_path)
+    finished = run_module("paper.reconstruct", "--ckpt", folder / "tokenizer.pt", tmp_path / "images" / "val",
+                          folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     with Image.open(tmp_path / "reconstructions.png") as page:
         assert page.size == (6 * 48, 18 + 4 * 48)
@@ -403,7 +433,8 @@ def test_nothing_on_disk_is_lost(imported, tmp_path, monkeypatch, capsys):
     command = ["--tokenizer", str(folder / "set_tokenizer.pth"), "--fsdd", str(folder / "fsdd.pth")]
     for out in ("fsdd.pt", "fsdd.pt", "other.pt"):
         import_released_weights.main([*command, "--out", out])
-    assert (tmp_path / "fsdd.pt.previous").read_text() == (tmp_path / "tokenizer.pt.previous").read_text() == "trained for weeks"
+    for name in ("fsdd", "tokenizer"):
+        assert (tmp_path / f"{name}.pt.previous").read_text() == "trained for weeks"
     assert "it is kept as fsdd.pt.previous" in capsys.readouterr().out
     assert sorted(os.listdir()) == ["fsdd.pt", "fsdd.pt.previous", "other.pt", "tokenizer.pt", "tokenizer.pt.previous"]
     import_released_weights.main([*command[:2], "--tokenizer_out", "alone.pt"])
@@ -423,25 +454,34 @@ def change(tensors, **changes):
     ("fsdd", lambda f: {"ema": change(f["ema"], pos_embed=None)}, ["pos_embed", "missing"]),
     ("fsdd", lambda f: {"ema": change(f["ema"], blocks__1__mlp__fc1__bias=None)}, ["missing blocks.1.mlp.fc1.bias"]),
     ("fsdd", lambda f: {"ema": change(f["ema"], extra__weight=torch.ones(2))}, ["unexpected extra.weight"]),
-    ("fsdd", lambda f: {"ema": change(f["ema"], blocks__0__attn__proj__bias=torch.ones(127))}, ["proj.bias", "(127,)", "(128,)"]),
-    ("fsdd", lambda f: {"ema": change(f["ema"], blocks__0__attn__proj__bias=torch.ones(128).half())}, ["proj.bias", "float16"]),
+    ("fsdd", lambda f: {"ema": change(f["ema"], blocks__0__attn__proj__bias=torch.ones(127))},
+     ["proj.bias", "(127,)", "(128,)"]),
+    ("fsdd", lambda f: {"ema": change(f["ema"], blocks__0__attn__proj__bias=torch.ones(128).half())},
+     ["proj.bias", "float16"]),
     ("fsdd", lambda f: {"ema": change(f["ema"], blocks__0__attn__proj__bias="x")}, ["proj.bias", "str"]),
     ("fsdd", lambda f: {"ema": {3: 4}}, ["pos_embed", "holds 3"]),
-    ("fsdd", lambda f: f | {"args": torch.nn.Linear(2, 2)}, ["can't be read", "UnpicklingError"]),  # a class that is not let in
+    # a class that is not let in
+    ("fsdd", lambda f: f | {"args": torch.nn.Linear(2, 2)}, ["can't be read", "UnpicklingError"]),
     ("fsdd", lambda f: {"ema": make(fsdd_list(**NARROW_FSDD | {"num_tokens": 20}))}, ["sets of 20 tokens", "takes 24"]),
     ("fsdd", lambda f: {"ema": make(fsdd_list(**NARROW_FSDD | {"width": 96}))}, ["width 96", "multiple of 64"]),
-    ("set_tokenizer", lambda t: change(t, decoder__mask_token=None, latent_tokens=None), ["missing", "sizes, latent_tokens"]),
-    ("set_tokenizer", lambda t: change(t, decoder__mask_token=None, m=torch.ones(1)), ["missing decoder.mask_token; unexpected"]),
-    ("set_tokenizer", lambda t: change(t, encoder__conv_out__weight=torch.ones(6, 128)), ["conv_out.weight", "(6, 128, 1, 1)"]),
+    ("set_tokenizer", lambda t: change(t, decoder__mask_token=None, latent_tokens=None),
+     ["missing", "sizes, latent_tokens"]),
+    ("set_tokenizer", lambda t: change(t, decoder__mask_token=None, m=torch.ones(1)),
+     ["missing decoder.mask_token; unexpected"]),
+    ("set_tokenizer", lambda t: change(t, encoder__conv_out__weight=torch.ones(6, 128)),
+     ["conv_out.weight", "(6, 128, 1, 1)"]),
     ("set_tokenizer", lambda t: change(t, pixel_decoder__norm_out__weight=torch.ones(20)), ["sizes that don't fit"]),
-    ("set_tokenizer", lambda t: change(t, decoder__positional_embedding=torch.ones(0, 128)), ["decoder.positional_embedding"]),
+    ("set_tokenizer", lambda t: change(t, decoder__positional_embedding=torch.ones(0, 128)),
+     ["decoder.positional_embedding"]),
     ("set_tokenizer", lambda t: {"ema": t}, ["latent_tokens", "holds ema"]),
 ])
 def test_another_file_gets_one_sentence(name, wrong, words, imported, tmp_path, capsys):
-    """Broken: a file that is not the published one would be taken for it, or end in a traceback; or something be written."""
+    """Broken: a file that is not the published one would be taken for it, or end in a traceback; or something be
+    written."""
     path = str(tmp_path / "wrong.pth")
     torch.save(wrong(torch.load(imported[0] / f"{name}.pth", weights_only=False)), path)
-    files = {"set_tokenizer": str(imported[0] / "set_tokenizer.pth"), "fsdd": str(imported[0] / "fsdd.pth")} | {name: path}
+    files = {"set_tokenizer": str(imported[0] / "set_tokenizer.pth"),
+             "fsdd": str(imported[0] / "fsdd.pth")} | {name: path}
     with pytest.raises(SystemExit) as stopped:
         import_released_weights.main(["--tokenizer", files["set_tokenizer"], "--fsdd", files["fsdd"],
                                       "--out", str(tmp_path / "fsdd.pt")])
@@ -473,21 +513,24 @@ def test_mistakes_get_one_sentence(imported, tmp_path, monkeypatch, capsys):
             import_released_weights.main(arguments)
         said = str(stopped.value) + capsys.readouterr().err
         assert stopped.value.code != 0 and all(word in said for word in words), said
-    assert_one_sentence(run_module("paper.import_released_weights", "--tokenizer=text.pth", folder=tmp_path), "text.pth")
+    assert_one_sentence(run_module("paper.import_released_weights", "--tokenizer=text.pth", folder=tmp_path),
+                        "text.pth")
     assert sorted(os.listdir(tmp_path)) == ["program.pth", "text.pth"]
 
 
 def run_module(module, *arguments, folder):
     """python -m MODULE in a folder of its own; returns the finished process."""
-    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=folder, capture_output=True,
+                          text=True,
                           stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
 
 
-# --- at full size ----------------------------------------------------------------------------------------------------
+# --- at full size --------------------------------------------------------------------------------------------
 
 
 def main(folder):
-    """Make files of the published sizes in a folder, import them, and compare the functions on two images and one set."""
+    """Make files of the published sizes in a folder, import them, and compare the functions on two images and one
+    set."""
     for name, sizes in PUBLISHED_FSDD.items():
         (tokenizer_path, fsdd_path), tokenizer, ema = write_released(folder, PUBLISHED_TOKENIZER, sizes)
         out = os.path.join(folder, f"fsdd_{name}.pt")
@@ -496,7 +539,8 @@ def main(folder):
         torch.manual_seed(0)
         if name == "small":  # base has the same tokenizer
             latents, codes, pixels = compare_tokenizer(ours, tokenizer, torch.rand(2, 3, 256, 256))
-            print(f"tokenizer: latents differ by at most {latents:.1e}, pixels by {pixels:.1e}, {codes:.2%} of codes are equal")
+            print(f"tokenizer: latents differ by at most {latents:.1e}, pixels by {pixels:.1e}, "
+                  f"{codes:.2%} of codes are equal")
         x = tokens_to_counts(torch.randint(4096, (2, 128)), 4096)
         logits = compare_denoiser(denoiser, ema, x, torch.tensor([0.1, 0.8]), torch.tensor([207, 1000]))
         print(f"{name}: logits differ by at most {logits:.1e}")

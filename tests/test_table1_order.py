@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 import evaluate_fid
+from data.digits_classifier import DigitsClassifier
 from paper import table1_order, variants
 from tests.test_common import assert_one_sentence, run_here
 from tests.test_evaluate_fid import evaluate
@@ -26,7 +27,8 @@ def table(digits, small_digits, tmp_path, capsys, monkeypatch):
 
 
 def test_the_table(table, digits, tmp_path):
-    """Broken: the orders would be compared with other images than the validation images, by another distance than rFID."""
+    """Broken: the orders would be compared with other images than the validation images, by another distance than
+    rFID."""
     fids, changes = table()
     expected = evaluate("--ckpt", digits / "tokenizer.pt", folder=tmp_path)["digits_fid"]
     assert expected > 1 and fids == pytest.approx([expected] * 5, rel=0.01)
@@ -61,7 +63,7 @@ def test_processes_see_every_image_once(digits, small_digits, tmp_path):
     args = table1_order.parse([f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--num=230"])
     checkpoint = torch.load(args.ckpt, weights_only=True)
     tokenizer, dataset = evaluate_fid.open_tokenizer(args.ckpt, checkpoint, "digits", torch.device("cpu"))
-    net = evaluate_fid.DigitsClassifier()
+    net = DigitsClassifier()
     net.load_state_dict(torch.load(digits / "digits_classifier.pt", weights_only=True)["weights"])
     sums = []
     for processes in (1, 3):
@@ -74,7 +76,8 @@ def test_processes_see_every_image_once(digits, small_digits, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt=none.pt"], ["no checkpoint none.pt", "train_tokenizer.py"]), (["--num=1"], ["--num", "at least 2"]),
-    (["--data=nowhere"], ["no folder nowhere"]), (["--out=a.jpg"], ["--out", "a.jpg"]), (["--out=no/a.png"], ["no folder no"]),
+    (["--data=nowhere"], ["no folder nowhere"]), (["--out=a.jpg"], ["--out", "a.jpg"]),
+    (["--out=no/a.png"], ["no folder no"]),
     (["--inception=none.pth"], ["no file none.pth"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, digits):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from paper import table2_noise, table6_sweep, variants
+from paper.layouts import KINDS
+from tests.conftest import few_digits
 from tests.test_common import assert_one_sentence, run_here
-from tests.test_evaluate_fid import few_digits
-from tokenizer import SetTokenizer
 
 TINY = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "bf16": "off", "steps": 2}
 SMALL = dict(image_size=28, channels=1, patch_size=7, num_tokens=16, codebook_size=20, code_dim=4, width=16, heads=2,
@@ -24,15 +24,16 @@ def quick(monkeypatch, tmp_path):
     return tmp_path
 
 
-def save_tokenizer(path, data="digits", **settings):
-    """A checkpoint of a tokenizer of 28 x 28 images with large random matrices, as a fresh one's latents do not see the image."""
+def save_tokenizer(path, data="digits", kind="tokenizer", **settings):
+    """A checkpoint of a tokenizer of 28 x 28 images with large random matrices, as a fresh one's latents do not see the
+    image."""
     torch.manual_seed(1)
     model_config = SMALL | settings
-    model = SetTokenizer(**model_config)
+    model = KINDS[kind](**model_config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.5)
-    checkpoint = {"kind": "tokenizer", "model_config": model_config, "weights": model.state_dict()}
+    checkpoint = {"kind": kind, "model_config": model_config, "weights": model.state_dict()}
     torch.save(checkpoint | ({"config": {"data": data}} if data else {}), path)
     return model
 
@@ -46,7 +47,8 @@ def table(said):
     ([1, 2, 3, 4], [1, 2, 3, 4], 1, 1), ([1, 2, 3, 4], [4, 3, 2, 1], 1, 0), ([1, 2, 3, 4], [1, 3, 5, 5], 0.5, 0.25),
     ([1, 1, 1, 2], [1, 2, 2, 2], 0.5, 0.5), ([0, 0, 0, 0], [5, 5, 5, 5], 0, 0), ([1, 1, 2, 2], [2, 2, 1, 0], 0.75, 0)])
 def test_overlap_by_hand(tokens, others, as_set, as_sequence):
-    """Broken: repeated tokens would count once, or more often than both have them; or the order would matter to a set."""
+    """Broken: repeated tokens would count once, or more often than both have them; or the order would matter to a
+    set."""
     found = table2_noise.overlap(torch.tensor([tokens]), torch.tensor([others]), 6)
     assert [share.tolist() for share in found] == [[as_set], [as_sequence]]
 
@@ -66,7 +68,8 @@ def test_overlap_is_that_of_counters(C):
 @pytest.mark.parametrize("snr", table2_noise.SNRS)
 def test_noise_has_the_power_asked_for(snr, channels):
     """Broken: the ratio would be that of other units, of amplitudes, or of the batch instead of each image."""
-    pixels = torch.rand(6, channels, 64, 64, dtype=torch.float64) * torch.tensor([1, 0.5, 0.1, 0.01, 1, 0]).view(6, 1, 1, 1)
+    brightness = torch.tensor([1, 0.5, 0.1, 0.01, 1, 0]).view(6, 1, 1, 1)
+    pixels = torch.rand(6, channels, 64, 64, dtype=torch.float64) * brightness
     noisy = table2_noise.add_noise(2 * pixels - 1, torch.randn(pixels.shape, dtype=torch.float64), snr)
     noise = (noisy + 1) / 2 - pixels
     ratio = 10 * torch.log10(pixels.square().mean((1, 2, 3)) / noise.square().mean((1, 2, 3)))
@@ -78,7 +81,8 @@ def test_noise_has_the_power_asked_for(snr, channels):
 
 @pytest.mark.parametrize("share", [(0, 1), (0, 3), (1, 3), (2, 3)])
 def test_images_lie_evenly_in_the_data(share, monkeypatch):
-    """Broken: of validation images in the order of their classes only the first classes would be seen, or an image twice."""
+    """Broken: of validation images in the order of their classes only the first classes would be seen, or an image
+    twice."""
     dataset = few_digits("test", 700)
     found = list(table2_noise.batches(dataset, 300, 28, torch.device("cpu"), *share, 0))
     indices = [i for some, _ in found for i in some]
@@ -88,12 +92,12 @@ def test_images_lie_evenly_in_the_data(share, monkeypatch):
 
 
 def test_the_table(tmp_path, capsys, monkeypatch):
-    """Broken: a row would not be that tokenizer's, the two ways to count would be exchanged, or noise would change from run to
-    run or with the number of images at once."""
+    """Broken: a row would not be that tokenizer's, the two ways to count would be exchanged, or noise would change from
+    run to run or with the number of images at once."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 90))
     model = save_tokenizer(tmp_path / "set.pt")
-    save_tokenizer(tmp_path / "sequence.pt", layout="sequence", num_tokens=7)
-    save_tokenizer(tmp_path / "grid.pt", layout="grid")
+    save_tokenizer(tmp_path / "sequence.pt", kind="sequence tokenizer", num_tokens=7)
+    save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
     arguments = ["--ckpt", *(f"{tmp_path}/{name}.pt" for name in ("grid", "sequence", "set")), "--device=cpu"]
     table2_noise.main(arguments)
     rows = table(capsys.readouterr().out)
@@ -103,7 +107,8 @@ def test_the_table(tmp_path, capsys, monkeypatch):
         assert len(row) == 5 and 100 >= row[0] > row[2] > row[4] >= 0
     assert all(a <= b for a, b in zip(*shares[2:])) and shares[2] != shares[3]
     images = few_digits("test", 90).images / 127.5 - 1
-    assert float(rows[3][-1]) == pytest.approx((model.decode(model.encode(images)) - images).square().mean().item(), abs=1e-4)
+    assert float(rows[3][-1]) == pytest.approx((model.decode(model.encode(images)) - images).square().mean().item(),
+                                               abs=1e-4)
     batches = table2_noise.batches
 
     def one_by_one(*arguments):
@@ -130,7 +135,8 @@ def test_the_digits_are_trained(quick, capsys):
     """Broken: without checkpoints the three layouts would not be trained, or trained again by the second run."""
     table2_noise.main(["--device=cpu"])
     said = capsys.readouterr().out
-    assert [row[:2] for row in table(said)] == [["grid", "16"], ["sequence", "16"], ["set, as a sequence", "16"], ["set", "16"]]
+    assert [row[:2] for row in table(said)] == [["grid", "16"], ["sequence", "16"], ["set, as a sequence", "16"],
+                                                ["set", "16"]]
     assert said.count("mean squared error") == 4  # three trainings and the head of the table
     table2_noise.main(["--device=cpu"])
     again = capsys.readouterr().out
@@ -141,7 +147,7 @@ def test_the_set_is_that_of_table_6(tmp_path, monkeypatch):
     """Broken: the tables would train the same model twice."""
     trained = []
     monkeypatch.setattr(variants, "FOLDER", str(tmp_path))
-    monkeypatch.setattr(variants.train_tokenizer, "main", trained.append)
+    monkeypatch.setattr(variants.train_tokenizer, "main", lambda argv, *_: trained.append(argv))
     monkeypatch.setattr(variants, "fid", lambda *_, **__: 0.0)
     monkeypatch.setattr(variants, "fsdd", lambda *_, **__: "")
     path = table2_noise.trained("set", "cpu")
@@ -157,7 +163,8 @@ def test_the_set_is_that_of_table_6(tmp_path, monkeypatch):
 def test_mistakes_get_one_sentence(tmp_path):
     """Broken: a mistake would end in a traceback."""
     main = table2_noise.main
-    assert_one_sentence(run_here(main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt", "train_tokenizer.py")
+    assert_one_sentence(run_here(main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt",
+                        "train_tokenizer.py")
     assert_one_sentence(run_here(main, "--num=0", folder=tmp_path), "--num", "at least 1")
     assert_one_sentence(run_here(main, "--workers=-1", folder=tmp_path), "--workers", "at least 0")
     save_tokenizer(tmp_path / "imported.pt", data=None)

@@ -1,0 +1,136 @@
+"""The two sides of a comparison: images out of a folder or an .npz, or only their statistics (see evaluate_fid.py)."""
+import math
+import os
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.image_folder import SUFFIXES, center_crop, find_images, reason, to_rgb
+
+
+def side(name, num, read, labels=None, statistics=None, made_in=None):
+    """Images or statistics to compare, as a namespace.
+
+    name: as printed.  num: number of images.
+    read: slice of 0..num - 1 -> images (n, ch, H, W) uint8; None without images.
+    labels: (num,) int64 or None.  statistics: (mu, sigma) or None.  made_in: the network they are of, if known.
+    """
+    return SimpleNamespace(name=name, num=num, read=read, labels=labels, statistics=statistics, made_in=made_in)
+
+
+def open_images(path, image_size):
+    """A folder of images or an .npz as a side(); ValueError for anything else."""
+    if os.path.isdir(path):
+        return open_folder(path, image_size)
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no {path}; it should be a folder of images or an .npz file")
+    try:
+        return open_npz(path)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as problem:  # RuntimeError: encrypted
+        raise ValueError(f"{path} can't be read as an .npz file ({problem})") from None
+
+
+def open_folder(path, image_size):
+    """The images in a folder and its subfolders, in the order of their names, RGB, all of one size."""
+    paths = sorted(os.path.join(path, name) for name, _ in find_images(path, ""))
+    if not paths:
+        raise ValueError(f"there are no images in {path}; names that end in {', '.join(SUFFIXES)} are looked for")
+    first = read_image(paths[0], image_size).shape
+
+    def read_checked(name):
+        pixels = read_image(name, image_size)
+        if pixels.shape != first:
+            raise ValueError(f"images must have one size, but {paths[0]} is {first[1]} x {first[0]} pixels and {name} "
+                             f"{pixels.shape[1]} x {pixels.shape[0]}; --image_size crops them")
+        return pixels
+
+    def read(part):
+        with ThreadPoolExecutor() as threads:  # Pillow decodes outside Python's lock
+            pixels = np.stack(list(threads.map(read_checked, paths[part])))
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    return side(path, len(paths), read)
+
+
+def read_image(path, image_size):
+    """One image, (H, W, 3) uint8; with an image_size, center-cropped as ADM does."""
+    try:
+        with Image.open(path) as file:
+            return np.array(center_crop(file, image_size) if image_size else to_rgb(file))
+    except Exception as problem:  # Pillow fails in many ways on a file that is no image
+        raise ValueError(f"{path} can't be read as an image ({reason(problem)})") from None
+
+
+def open_npz(path):
+    """Statistics (mu, sigma), a sample batch (arr_0), or both, as in ADM's references, which add 10,000 images for
+    precision and recall.
+
+    Images are read on demand: 50,000 of 256 x 256 would take 9.8 GB.
+    """
+    archive = zipfile.ZipFile(path)
+    held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+    num, read, statistics, made_in = None, None, None, None
+    if {"mu", "sigma"} <= held:
+        mu, sigma = (read_array(archive, path, key) for key in ("mu", "sigma"))
+        if not mu.dtype == sigma.dtype == np.float64:
+            raise ValueError(f"mu and sigma in {path} must be floating-point numbers, got {mu.dtype} and {sigma.dtype}")
+        check_statistics(mu, sigma, f"mu and sigma in {path}")
+        statistics = (mu, sigma)
+        made_in = str(read_array(archive, path, "features")) if "features" in held else None
+    if "arr_0" in held:
+        num, read = open_batch(archive, path)
+    if not (statistics or read):
+        raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; needed is arr_0, or mu and sigma")
+    return side(path, num, read, None, statistics, made_in)
+
+
+def read_array(archive, path, key):
+    """An array in an .npz; floating-point numbers of any width and byte order become float64."""
+    try:
+        with archive.open(key + ".npy") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as problem:
+        raise ValueError(f"{key} in {path} can't be read ({problem})") from None
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def open_batch(archive, path):
+    """(N, read) of the images arr_0 (N, H, W, ch) in an .npz; read(slice) -> images (n, ch, H, W) uint8."""
+    file = archive.open("arr_0.npy")
+    try:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, column_major, dtype = header(file)
+    except ValueError as problem:
+        raise ValueError(f"arr_0 in {path} can't be read ({problem})")
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape or column_major:
+        raise ValueError(f"arr_0 in {path} must be images (N, H, W, 3), uint8 in 0..255, got {dtype} {shape}"
+                         f"{' in column-major order' if column_major else ''}")
+    begin, size = file.tell(), math.prod(shape[1:])
+
+    def read(part):
+        try:
+            file.seek(begin + part.start * size)
+            raw = file.read((part.stop - part.start) * size)
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as problem:
+            raise ValueError(f"arr_0 in {path} can't be read ({problem})")
+        if len(raw) < (part.stop - part.start) * size:
+            raise ValueError(f"arr_0 in {path} ends before its {shape[0]} images do")
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, *shape[1:]).permute(0, 3, 1, 2)
+
+    return shape[0], read
+
+
+def check_statistics(mu, sigma, name):
+    """ValueError unless mu (D,) and sigma (D, D) are finite floating-point numbers."""
+    mu, sigma = torch.as_tensor(mu), torch.as_tensor(sigma)
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not mu.is_floating_point() or not sigma.is_floating_point():
+        raise ValueError(f"{name} must be floating-point numbers of the shapes (D,) and (D, D), "
+                         f"got {mu.dtype} {tuple(mu.shape)} and {sigma.dtype} {tuple(sigma.shape)}")
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise ValueError(f"{name} must be finite, but contain NaN or infinity")

@@ -1,0 +1,93 @@
+"""Tokenizers whose tokens have an order, which the paper compares the set with (Sec. 4.2.2, 4.2.3).
+
+    sequence   as TiTok: the decoder adds a learned position to every token
+    grid       as VQGAN: moreover the encoder has no latents, every patch position becomes a token, so that M = P
+
+    python -m paper.layouts grid --num_tokens 16        trains one; its options are those of train_tokenizer.py
+
+Its checkpoint is of the kind "sequence tokenizer" or "grid tokenizer". train_fsdd.py refuses both: counts would lose
+the order.
+"""
+import argparse
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import common
+import train_tokenizer
+from dual_transform import check_integers
+from tokenizer import Decoder, Encoder, SetTokenizer, initialize
+
+
+class SequenceDecoder(Decoder):
+    """A Decoder of exactly M codes, each told its position."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.token_positions = nn.Parameter(torch.randn(cfg.num_tokens, cfg.width) * cfg.width ** -0.5)
+
+    def embed(self, q):
+        x = super().embed(q)
+        return x + self.token_positions.to(x.dtype)
+
+
+class SequenceTokenizer(SetTokenizer):
+    """Image <-> sequence of M tokens."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.decoder = SequenceDecoder(self.config).apply(initialize)
+
+    def forward(self, images, uniform=None, proxy=False):
+        return super().forward(images, None, proxy)  # no shuffle: the order matters
+
+    def decode(self, tokens):
+        """Tokens (B, M) int64 in [0, C), in their order -> images (B, ch, H, W). ValueError for anything else."""
+        check_integers("tokens", tokens, "(B, M)")
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(f"a {layout_of(self)} has {self.num_tokens} tokens, got {tokens.shape[1]}")
+        return super().decode(tokens)
+
+
+class GridEncoder(Encoder):
+    """An Encoder without latents: the patch positions become the tokens."""
+
+    def __init__(self, cfg):
+        super().__init__(replace(cfg, num_tokens=0))
+
+    def features(self, images):
+        return super().features(images)[:, 1:]  # with 0 latents, [:, -0:] gives all positions; the class comes first
+
+
+class GridTokenizer(SequenceTokenizer):
+    """Image <-> grid of P tokens, row by row."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        if self.num_tokens != self.config.grid ** 2:
+            raise ValueError(f"a grid has a token for each of the {self.config.grid ** 2} patches, "
+                             f"got num_tokens {self.num_tokens}")
+        self.encoder = GridEncoder(self.config).apply(initialize)
+
+
+KINDS = {"tokenizer": SetTokenizer, "sequence tokenizer": SequenceTokenizer, "grid tokenizer": GridTokenizer}
+
+
+def layout_of(tokenizer):
+    """The word for what a tokenizer's tokens form: set, sequence or grid."""
+    return {SetTokenizer: "set", SequenceTokenizer: "sequence", GridTokenizer: "grid"}[type(tokenizer)]
+
+
+def main(argv=None):
+    parser = common.Parser(prog="python -m paper.layouts", description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layout", choices=("sequence", "grid"))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of train_tokenizer.py")
+    args = parser.parse_args(argv)
+    kind = f"{args.layout} tokenizer"
+    return train_tokenizer.main(args.options, KINDS[kind], kind)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,50 @@
+"""Reading files of published weights, and checking that they hold the tensors that a network has."""
+import os
+
+import torch
+
+
+def load_published(path, what, address, build):
+    """A network with the weights of a published file, in evaluation mode and without gradients.
+
+    what, address: the network's name and where its file can be downloaded, for messages.
+    build: the file's dict of tensors -> a network of its sizes, whose tensors have the same names.
+    Raises ValueError where the file is missing or does not hold these tensors.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{what} is needed at {path} and is not there; get it from {address}")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        network = build(weights)
+    except Exception as problem:  # torch.load fails in many ways on another file, and so do sizes that are not there
+        raise ValueError(f"{path} can't be read as {what} ({type(problem).__name__}: {problem}); "
+                         f"get it from {address}") from None
+    check_tensors(weights, {name: weight.shape for name, weight in network.state_dict().items()}, path)
+    network.load_state_dict(weights)
+    return network.eval().requires_grad_(False)
+
+
+def check_tensors(found, shapes, path):
+    """Raise ValueError unless what a file holds is the float32 tensors that are needed.
+
+    found: what it holds by name.  shapes: the shapes needed by name.  path: the file, for the message.
+    """
+    missing = [name for name in shapes if name not in found]
+    unexpected = [name for name in found if name not in shapes]
+    wrong = [f"{name} ({kind_of(found[name])} in place of float32 {tuple(shape)})"
+             for name, shape in shapes.items() if name in found and kind_of(found[name]) != f"float32 {tuple(shape)}"]
+    if missing or unexpected or wrong:
+        raise ValueError(f"{path} is not the file that is needed: missing {listed(missing)}; "
+                         f"unexpected {listed(unexpected)}; of the wrong shape or type {listed(wrong)}")
+
+
+def kind_of(value):
+    """A tensor's dtype and shape as text."""
+    return f"{str(value.dtype)[6:]} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+
+
+def listed(names):
+    """The first three names as text, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "nothing") + more

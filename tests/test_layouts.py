@@ -1,0 +1,130 @@
+"""The tokenizers whose tokens have an order, which the paper compares the set with."""
+import pytest
+import torch
+
+import common
+from paper import layouts
+from paper.layouts import GridTokenizer, SequenceTokenizer, layout_of
+from tests.conftest import few_digits
+from tests.test_common import assert_one_sentence, run_here
+from tests.test_tokenizer import assert_every_weight_is_trained, small_tokenizer
+from tests.test_train_tokenizer import TINY
+
+LAYOUTS = {"set": {}, "sequence": {"model_class": SequenceTokenizer},  # for small_tokenizer()
+           "grid": {"model_class": GridTokenizer, "num_tokens": 4}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_who_sees_the_order(layout):
+    """Broken: a sequence or a grid would be a set in disguise, or the set a sequence."""
+    model = small_tokenizer(**LAYOUTS[layout])
+    M = model.num_tokens
+    # no token twice, so that every order is another one
+    tokens = torch.stack([torch.randperm(10)[:M] for _ in range(20)])
+    pixels = model.decode(tokens)
+    for order in (tokens.flip(1), tokens.roll(1, 1)):
+        change = (model.decode(order) - pixels).abs().amax((1, 2, 3))
+        assert change.max() < 1e-5 if layout == "set" else change.min() > 1e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_sees_what_decoding_sees(layout):
+    """Broken: the tokens of a sequence or a grid would be shuffled in training, or forward() and decode() would
+    differ."""
+    model, images = small_tokenizer(**LAYOUTS[layout]), torch.rand(7, 1, 8, 8) * 2 - 1
+    assert model.encode(images).shape == (7, model.num_tokens)
+    latents = torch.randn(7, model.num_tokens, 5)  # this encoder's own tell few tokens apart
+    model.encoder.forward = lambda images: latents
+    trained, tokens, _, _ = model(images, torch.rand(7, model.num_tokens))
+    assert torch.equal(tokens, model.encode(images)) and all(len(row.unique()) > 1 for row in tokens)
+    assert torch.allclose(trained, model.decode(tokens), atol=1e-5)
+
+
+def test_tokens_of_a_grid_have_their_positions():
+    """Broken: token p of a grid would not be that of patch p, row by row."""
+    model = small_tokenizer(**LAYOUTS["grid"])
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:  # without attention a position sees only itself
+        torch.nn.init.zeros_(block.attention.proj.weight)
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    latents = model.encoder(images)
+    for p, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
+        changed = images.clone()
+        changed[:, :, row:row + 4, column:column + 4] *= -1
+        moved = (model.encoder(changed) - latents).abs().amax(2) > 1e-6
+        assert moved.tolist() == [[position == p for position in range(4)]] * 4
+
+
+def test_layouts_differ_only_in_their_positions():
+    """Broken: checkpoints of sets would no longer load, or the layouts compared would differ in more than what they
+    say."""
+    models = {layout: small_tokenizer(**LAYOUTS[layout]) for layout in LAYOUTS}
+    assert [layout_of(model) for model in models.values()] == list(LAYOUTS)
+    shapes = {layout: {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+              for layout, model in models.items()}
+    assert "decoder.token_positions" not in shapes["set"]
+    assert shapes["sequence"] == shapes["set"] | {"decoder.token_positions": (6, 32)}
+    assert shapes["grid"] == shapes["set"] | {"decoder.token_positions": (4, 32), "encoder.latents": (0, 32)}
+
+
+@pytest.mark.parametrize("layout", ["sequence", "grid"])
+def test_every_weight_is_trained(layout):
+    """Broken: some weight would never get a gradient."""
+    assert_every_weight_is_trained(small_tokenizer(**LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda: small_tokenizer(model_class=GridTokenizer), "each of the 4 patches, got num_tokens 6"),
+    (lambda: small_tokenizer(**LAYOUTS["sequence"]).decode(torch.zeros(2, 5, dtype=torch.int64)),
+     "a sequence has 6 tokens, got 5"),
+    (lambda: small_tokenizer(**LAYOUTS["grid"]).decode(torch.tensor([[0] * 5])), "a grid has 4 tokens, got 5"),
+    (lambda: small_tokenizer(**LAYOUTS["grid"]).decode(torch.tensor([[0, 1, 2, 10]])),
+     r"tokens\[0, 3\] = 10 is outside"),
+])
+def test_bad_input_is_refused(wrong, words):
+    """Broken: bad input would fail somewhere inside, or not at all."""
+    with pytest.raises(ValueError, match=words):
+        wrong()
+
+
+@pytest.mark.parametrize("layout, M", [("sequence", 5), ("grid", 16)])
+def test_both_are_trained(layout, M, tmp_path, monkeypatch):
+    """Broken: what the paper compares with could not be trained or resumed, or would be a set again in a checkpoint."""
+    monkeypatch.setattr("data.reading.open_dataset", lambda where, split, size, **_: few_digits(split, 40))
+    arguments = [layout, *TINY, f"--num_tokens={M}"]
+    assert not run_here(layouts.main, *arguments, "--steps=2", folder=tmp_path).returncode
+    before = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert not run_here(layouts.main, layout, "--resume", "--steps=3", folder=tmp_path).returncode
+    checkpoint = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
+    assert (before["step"], checkpoint["step"], checkpoint["kind"]) == (2, 3, f"{layout} tokenizer")
+    model = layouts.KINDS[checkpoint["kind"]](**checkpoint["model_config"])
+    model.load_state_dict(checkpoint["weights"])
+    assert model.encode(few_digits("test", 3).images / 127.5 - 1).shape == (3, M)
+    for name, weight in checkpoint["training"]["model"].items():
+        assert not weight.numel() or not torch.equal(weight, before["training"]["model"][name]), name
+
+
+@pytest.mark.parametrize("layout, kind", [("set", "tokenizer"), ("sequence", "sequence tokenizer"),
+                                          ("grid", "grid tokenizer")])
+def test_checkpoints_with_a_layout_open(layout, kind, tmp_path):
+    """Broken: checkpoints from when SetTokenizer had a layout would not open, or open as what they are not."""
+    model = small_tokenizer(**LAYOUTS[layout])
+    config = vars(model.config) | {"layout": layout}
+    stage1 = {"kind": "tokenizer", "model_config": config, "weights": model.state_dict()}
+    torch.save(stage1, tmp_path / "old.pt")
+    torch.save({"kind": "fsdd", "model_config": {"width": 8}, "tokenizer": stage1}, tmp_path / "fsdd.pt")
+    opened = [common.load_checkpoint(str(tmp_path / "old.pt"), "", *layouts.KINDS),
+              common.load_checkpoint(str(tmp_path / "fsdd.pt"), "", "fsdd")["tokenizer"]]
+    for checkpoint in opened:
+        assert checkpoint["kind"] == kind
+        layouts.KINDS[kind](**checkpoint["model_config"]).load_state_dict(checkpoint["weights"])
+    if layout != "set":
+        with pytest.raises(SystemExit, match=f"not a tokenizer checkpoint but a {kind} checkpoint"):
+            common.load_checkpoint(str(tmp_path / "old.pt"), "", "tokenizer")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["bag", *TINY], ["bag", "sequence", "grid"]), (["grid", *TINY], ["each of the 16 patches", "num_tokens 4"]),
+    (["grid", *TINY, "--stepz=3"], ["--stepz"])])
+def test_mistakes_get_one_sentence(arguments, words, tmp_path):
+    """Broken: a mistake on the command line would end in a traceback."""
+    assert_one_sentence(run_here(layouts.main, *arguments, folder=tmp_path), *words)
