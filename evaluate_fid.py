@@ -55,7 +55,7 @@ NEEDS = ("this takes two files: Inception's weights, which are downloaded or giv
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, processes = common.start_processes(args.device, tf32=False)  # a published number must not hang on the GPU
+    device, rank, processes = common.init_distributed(args.device, tf32=False)  # a published number must not hang on the GPU
     began = time.time()
     try:
         results = evaluate(args, device, rank, processes)
@@ -420,10 +420,10 @@ def measure(net, images, batch, keep, device, rank=0, processes=1):
             kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of N images, evenly
 
     for first in common.tqdm(range(0, len(parts), processes), desc=images.name, disable=rank > 0, mininterval=5):
-        common.together(lambda: [see(part) for part in parts[first + rank:first + rank + 1]])
+        common.on_every_rank(lambda: [see(part) for part in parts[first + rank:first + rank + 1]])
     for tensor in (*statistics.sums(), *(score.sums() if score else ()), right):
-        common.sum_over_processes(tensor)
-    features = sample.gather(torch.cat(kept), rank, processes) if keep else []
+        common.all_reduce(tensor)
+    features = common.all_gather(torch.cat(kept)) if keep else []
     if rank > 0:
         return None
     mu, sigma = statistics.mean_and_covariance()
@@ -734,8 +734,8 @@ def inception(args, device, rank):
             raise ValueError(f"{path or 'the downloaded file'} does not hold Inception's weights ({problem}); --inception takes "
                              f"the one at {INCEPTION_URLS[0]}")
 
-    net = common.together(lambda: build() if rank == 0 else None)  # the main process downloads
-    return common.together(lambda: net or build())
+    net = common.on_every_rank(lambda: build() if rank == 0 else None)  # the main process downloads
+    return common.on_every_rank(lambda: net or build())
 
 
 def read_weights(path):
@@ -804,7 +804,7 @@ def digits_classifier(args, device, rank):
             common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
         return net
 
-    net = common.together(prepare).to(device)
+    net = common.on_every_rank(prepare).to(device)
     if dist.is_initialized():
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)

@@ -79,10 +79,10 @@ def open_datasets(cfg, image_size, **training):
 
     Image files that can't be read are left out of both (drop_unreadable()). ValueError where that is no good.
     """
-    train_set = common.together(open_dataset, cfg.data, "train", image_size, **training)
-    test_set = common.together(open_dataset, cfg.data, "test", image_size)
+    train_set = common.on_every_rank(open_dataset, cfg.data, "train", image_size, **training)
+    test_set = common.on_every_rank(open_dataset, cfg.data, "test", image_size)
     for dataset in (train_set, test_set) if cfg.data != "digits" else ():
-        if len(set(common.from_all_processes((dataset.fingerprint(), *dataset.class_names)))) > 1:
+        if len(set(common.all_gather((dataset.fingerprint(), *dataset.class_names)))) > 1:
             raise ValueError(f"the images in {dataset.root} are not the same on all machines; each needs the same files")
         drop_unreadable(dataset, os.path.join(os.path.dirname(cfg.out), "images.json"), cfg.workers)
     return train_set, test_set
@@ -95,7 +95,7 @@ def drop_unreadable(dataset, note_path, workers):
     long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
     """
     split, made_from = os.path.basename(dataset.root), dataset.fingerprint()
-    known = common.from_all_processes(common.read_json(note_path).get(split) if common.is_main() else None)[0]
+    known = common.all_gather(common.read_json(note_path).get(split) if common.is_main() else None)[0]
     if not known or known.get("made_from") != made_from:
         known = {"made_from": made_from, "unreadable": check_images(dataset, workers)}
         if common.is_main():
@@ -114,7 +114,7 @@ def check_images(dataset, workers, batch_size=64):
     found = {}
     for some in tqdm(batches, desc=f"checking {dataset.root}", disable=not common.is_main(), mininterval=5):
         found |= some
-    found = dict(sorted(item for some in common.from_all_processes(found) for item in some.items()))
+    found = dict(sorted(item for some in common.all_gather(found) for item in some.items()))
     for name in list(found)[:1000] if common.is_main() else ():
         print(f"{os.path.join(dataset.root, name)} can't be read ({found[name]})", flush=True)
     if len(found) > 0.01 * len(dataset):

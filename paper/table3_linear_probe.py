@@ -39,7 +39,7 @@ DEVICE = "auto"       # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, _, processes = common.start_processes(args.device, tf32=False)
+    device, _, processes = common.init_distributed(args.device, tf32=False)
     if processes > 1:
         common.stop("the probes are trained by one process; leave out torchrun")
     rows, pixels = [], None

@@ -14,19 +14,21 @@ and by how many tokens. The set decoder takes any number of tokens, so these are
 On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other, without a
 cache of keys and values: its samples cost far more than all others.
 """
+import math
 import os
-import sys
 import time
 from types import SimpleNamespace
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 import evaluate_fid
 import sample
 import train_fsdd
+from data import pictures
 from dual_transform import counts_to_tokens, tokens_to_counts
-from fsdd import Denoiser, fsdd_loss, generate, sample_noise
+from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
 
 LEARNING_RATES = (0.5, 1.0, 2.0)        # times --lr and --muon_lr; compared by FIRST's samples
@@ -67,7 +69,7 @@ def main(argv=None):
     began = time.time()
     cfg, _ = common.parse(HYPERPARAMETERS, __doc__, None, argv, "python -m paper.table5_priors")
     stage1 = common.load_checkpoint(cfg.ckpt, "python train_tokenizer.py", "tokenizer")
-    device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
+    device, rank, processes = common.init_distributed(cfg.device, cfg.tf32)
     try:
         world = prepare(stage1, device, rank, processes, cfg)
         found = {method: tune_and_measure(method, world, cfg) for method in cfg.methods.split(",")}
@@ -77,7 +79,7 @@ def main(argv=None):
         return
     print(f"{world.C} codes, sets of {world.M} tokens; {cfg.steps} steps of {cfg.batch_size}; {cfg.num_images} samples")
     print_table(found, cfg)
-    picture = common.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
+    picture = pictures.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
     picture.save(cfg.out)
     print(f"{cfg.out}: samples of each; {common.duration(time.time() - began)}")
 
@@ -99,11 +101,11 @@ def prepare(stage1, device, rank, processes, cfg):
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
                             M=tokenizer.num_tokens, C=tokenizer.codebook_size)
     world.size = {name: model_config[name] for name in ("num_classes", "width", "layers", "heads")}
-    world.rows = common.share_of_batch(cfg, len(train_set), rank, processes)
+    common.check_training(cfg, None, train_set)
     args = SimpleNamespace(ckpt=cfg.ckpt, inception=cfg.inception, classifier=variants.CLASSIFIER)
     world.net = evaluate_fid.network(args, cfg.data, device, rank)
     world.reference = reference(world, cfg)
-    world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
+    world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     return world
 
 
@@ -146,7 +148,7 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
     path = path_of(method, factor, seed, cfg)
     kept = path + ".json"
     key = str([purpose, num, setting, cfg.sample_steps, cfg.batch, cfg.ref, world.net.name])
-    result = common.from_all_processes(common.read_json(kept).get(key))[0]
+    result = common.all_gather(common.read_json(kept).get(key))[0]
     if result:
         return result
     model = trained(method, factor, seed, world, cfg)
@@ -161,13 +163,13 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
 
     side = evaluate_fid.side(f"{method}, seed {seed}", num, read, labels)
     found = evaluate_fid.measure(world.net, side, cfg.batch, False, world.device, world.rank, world.processes)
-    off = [(part - world.M).abs() for part in sample.gather(torch.cat(sums), world.rank, world.processes)]
+    off = [(part - world.M).abs() for part in common.all_gather(torch.cat(sums))]
     if world.rank == 0:
         off = torch.cat(off).double()
         result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference), "read": found.read_as_label,
                   "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
         common.write_json(common.read_json(kept) | {key: result}, kept)
-    return common.from_all_processes(result)[0]
+    return common.all_gather(result)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,35 +259,56 @@ def trained(method, factor, seed, world, cfg):
     checkpoint = None
     if os.path.isfile(run.out):
         checkpoint = common.load_checkpoint(run.out, "the same command, with the file removed", "prior")
-    start = common.check_resume(checkpoint, world.train_set)
-    if start == run.steps:
+    common.check_training(run, checkpoint, world.train_set)
+    if checkpoint and checkpoint["step"] == run.steps:
         model.load_state_dict(checkpoint["weights"])
         return model.eval()
-    common.set_tf32(cfg.tf32)
-    fixed = torch.randperm(world.M, generator=common.generator("cpu", method)).to(world.device)
-
-    def forward_backward(model, tokens, indices, labels, rows, random, model_config, cfg):
-        B, device = cfg.batch_size, world.device
-        x, labels, t = train_fsdd.read_batch(tokens, indices, labels, rows, random, world.size["num_classes"], cfg)
-        x1 = sample_noise(B, world.C, world.M, cfg.prior, random, device)[rows]
-        uniform = torch.rand(B, world.C, generator=random, device=device)[rows]
-        order = torch.rand(B, world.M, generator=random, device=device)[rows].argsort(1)
-        if method != "AR-random":
-            order = fixed.expand_as(order)
-        return train_fsdd.gradients(model, lambda part: loss(method, model, x[part], labels[part], t[part], x1[part], uniform[part],
-                                                             order[part], world), rows, device, cfg)
-
     if world.rank == 0:
         print(f"training {method}, learning rate x {factor:g}, seed {seed}", flush=True)
+    common.set_tf32(cfg.tf32)
+    with common.Signals() as signals:
+        return train(method, model, checkpoint, world, run, signals).eval()
+
+
+def train(method, model, checkpoint, world, cfg, signals):
+    """The training loop of train_fsdd.py with another model and loss. Returns the model with averaged weights."""
+    B, C, M, device = cfg.batch_size, world.C, world.M, world.device
+    sizes = {"codebook_size": C, "num_tokens": M, "num_classes": world.size["num_classes"]}
     header = {"kind": "prior", "method": method, "images": world.train_set.fingerprint(), "model_config": world.size}
-    with common.SignalsNoted() as signals:
-        averaged = train_fsdd.train(model, world.tokens, world.train_set.labels, world.rows, checkpoint, start, header, run,
-                                    signals, forward_backward, draw_samples=lambda averaged: None)
-    if signals.agreed:
-        if world.rank == 0:
-            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        sys.exit(128 + signals.agreed)
-    return averaged.eval()
+    fixed = torch.randperm(M, generator=common.generator("cpu", method)).to(device)
+    common.set_switches(model, cfg)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
+    start = common.restore_training(checkpoint, model, ema, optimizers)
+    ddp = common.parallel(model, device, cfg)
+    rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
+    log = common.open_log(common.beside(cfg.out, ".csv"), train_fsdd.COLUMNS, start)
+    for step in common.progress_bar(start, cfg.steps, B):
+        random = common.generator(device, "step", cfg.seed, step)
+        x, y, t, x1, uniform = train_fsdd.get_batch(world.tokens, world.train_set.labels, rows, sizes, random, step, cfg)
+        order = torch.rand(B, M, generator=random, device=device)[rows].argsort(1)
+        order = order if method == "AR-random" else fixed.expand_as(order)
+        mean = torch.zeros((), device=device)
+        for part in micro_batches:
+            ddp.require_backward_grad_sync = part is micro_batches[-1]
+            with common.autocast(device, cfg.bf16):
+                of_part = loss(method, ddp, x[part], y[part], t[part], x1[part], uniform[part], order[part], world)
+            of_part = of_part * (len(x[part]) / B)
+            (of_part * world_size).backward()
+            mean += of_part.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        lr = optimizers[0][1].get_last_lr()[0]
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        ema.update_parameters(model)
+        if common.due(step, cfg.log_every, cfg.steps):
+            log({"step": step + 1, "loss": common.all_reduce(mean).item(), "lr": lr})
+        if signals.received() or common.due(step, cfg.save_every, cfg.steps):
+            common.save_training(header, step + 1, cfg, model, ema, optimizers)
+            signals.exit_if_received(cfg.out)
+    return ema.module
 
 
 def print_table(found, cfg):

@@ -25,7 +25,7 @@ STEPS = 25       # steps from noise to data
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, rank, processes = common.start_processes(args.device, tf32=False)
+    device, rank, processes = common.init_distributed(args.device, tf32=False)
     try:
         if args.ckpt:
             rows = measure(args, device, rank, processes)

@@ -6,7 +6,6 @@ cut off goes on where it was. Whoever changes the code of a model or of its trai
 """
 import hashlib
 import os
-import sys
 
 import torch.distributed as dist
 
@@ -70,9 +69,7 @@ def trained(script, kind, options, named):
         if common.load_checkpoint(path, "the same command, with the file removed", kind)["step"] == cfg.steps:
             return path
         arguments.append("--resume")
-    code = script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"])
-    if code:  # a signal stopped it
-        sys.exit(code)
+    script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"])
     return path
 
 
@@ -82,7 +79,7 @@ def fid(checkpoint, device, rank=0, processes=1, **options):
     options = [f"--{name}={value}" for name, value in options.items() if value is not None]
     key = " ".join(options)
     kept = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""
-    known = common.from_all_processes(common.read_json(kept))[0]
+    known = common.all_gather(common.read_json(kept))[0]
     if key not in known:
         common.set_tf32(False)
         args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *options])

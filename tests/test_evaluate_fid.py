@@ -21,7 +21,7 @@ from PIL import Image
 import common
 import evaluate_fid
 import sample
-from data import open_dataset
+from data import open_dataset, pictures
 from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall, resize
 from tests.conftest import few_digits
 from tests.test_common import assert_one_sentence, run
@@ -386,7 +386,7 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
     test = few_digits("test", 400)
     net = evaluate_fid.DigitsClassifier()
     evaluate_fid.load_classifier(net, digits / "digits_classifier.pt")
-    reconstructed = common.to_uint8(model.decode(model.encode(test.images / 127.5 - 1)))
+    reconstructed = pictures.to_uint8(model.decode(model.encode(test.images / 127.5 - 1)))
     with torch.no_grad():
         ours, theirs = (net(x)[0].numpy().astype(np.float64) for x in (reconstructed, test.images))
     expected = frechet_distance(ours.mean(0), np.cov(ours.T), theirs.mean(0), np.cov(theirs.T))

@@ -33,7 +33,7 @@ def test_an_epoch_of_a_folder(tmp_path):
     B, steps = 20, 10  # two epochs
     seen = {}
     for processes, workers in ((1, 0), (1, 2), (2, 0), (3, 1)):
-        shares = [common.share(B, rank, processes) for rank in range(processes)]
+        shares = [common.shard(B, rank, processes) for rank in range(processes)]
         batches = zip(*(reading.loader(dataset, B, rows, 3, 0, steps, workers) for rows in shares))
         seen[processes, workers] = [torch.cat([images for images, _ in batch]) for batch in batches]
         assert len(seen[processes, workers]) == steps
@@ -114,7 +114,7 @@ from types import SimpleNamespace
 import common
 from data import reading
 
-_, rank, processes = common.start_processes("cpu")
+_, rank, processes = common.init_distributed("cpu")
 cfg = SimpleNamespace(data="images", out="a.pt", workers=rank %% 2)
 train_set, test_set = reading.open_datasets(cfg, 24, crop="random", flip=True, seed=3)
 said = open(f"{rank}.txt", "w")

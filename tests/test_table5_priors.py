@@ -42,7 +42,7 @@ def test_the_table(digits, cache, capsys, monkeypatch):
         assert (broken == "0.0%") == keeps and bool(by) != keeps
         assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3  # two learning rates, the best for longer
         assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed1-*.pt"))) == 1  # the best of them
-    monkeypatch.setattr(train_fsdd, "train", None)  # what is there is not trained or measured again
+    monkeypatch.setattr(table5_priors, "train", None)  # what is there is not trained or measured again
     monkeypatch.setattr(table5_priors.evaluate_fid, "frechet_distance", None)
     assert table(capsys, f"{digits}/tokenizer.pt") == rows
 
@@ -89,7 +89,8 @@ def test_orders(digits, cache, monkeypatch):
     monkeypatch.setattr(table5_priors.baselines, "autoregressive_loss",
                         lambda model, x, labels, symbols: seen.append(x) or 0 * next(model.parameters()).sum())
     tokens = torch.arange(6).expand(8, 6)
-    monkeypatch.setattr(train_fsdd, "read_batch", lambda *_: (tokens, torch.zeros(8, dtype=torch.int64), torch.rand(8)))
+    get_batch = train_fsdd.get_batch
+    monkeypatch.setattr(train_fsdd, "get_batch", lambda *args: (tokens, *get_batch(*args)[1:]))
     orders = {}
     for method in ("AR-order1", "AR-order2", "AR-random"):
         table5_priors.main([f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=2", "--seeds=1", "--search_lr=no",

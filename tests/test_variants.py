@@ -58,16 +58,16 @@ def test_a_variant_that_was_cut_off_goes_on(cache, monkeypatch):
     options = SET | TOKENIZER | {"steps": 5}
     whole = variants.tokenizer(**options)
     os.rename(whole, "whole.pt")
-    take_step, taken = common.optimizer_step, []
+    update, taken = train_tokenizer.CodeUse.update, []
 
     def stop_at_the_third(*args):
-        take_step(*args)
+        update(*args)
         taken.append(1)
         if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as cut:
-        cut.setattr(common, "optimizer_step", stop_at_the_third)
+        cut.setattr(train_tokenizer.CodeUse, "update", stop_at_the_third)
         with pytest.raises(SystemExit) as stopped:
             variants.tokenizer(**options)
     assert stopped.value.code == 128 + signal.SIGTERM and common.load_checkpoint(whole, "", "tokenizer")["step"] == 3
@@ -110,7 +110,7 @@ def test_all_processes_agree_on_what_is_kept(cache, monkeypatch):
     cache.mkdir()
     common.write_json({"--num=9": 5.0}, "cache/fsdd.pt.json")
     monkeypatch.setattr(evaluate_fid, "evaluate", refuse)
-    monkeypatch.setattr(common, "from_all_processes", lambda mine: [{"--num=9": 5.0}, mine])
+    monkeypatch.setattr(common, "all_gather", lambda mine: [{"--num=9": 5.0}, mine])
     assert variants.fid("cache/fsdd.pt", CPU, 1, 2, num=9) == 5.0
     os.remove("cache/fsdd.pt.json")
     assert variants.fid("cache/fsdd.pt", CPU, 1, 2, num=9) == 5.0
