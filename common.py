@@ -25,12 +25,11 @@ BEFORE = {"times": "uniform", "sampler": "paper"}  # what checkpoints without th
 
 
 def parse(table, description, kind, argv=None, prog=None):
-    """Settings from a script's table HYPERPARAMETERS and its command line.
+    """Settings from a script's table HYPERPARAMETERS and its command line: (a SimpleNamespace, the checkpoint to
+    resume or None). A row (name, value for digits, value for imagenet256, meaning) gives an option --name of its
+    value's type.
 
-    Every row (name, value of the recipe digits, value of the recipe imagenet256, meaning) gives an option --name of its
-    value's type. With --resume all settings are the checkpoint's.
     kind: of the checkpoint that --resume reads, "tokenizer" or "fsdd"; None where there is no --resume.
-    Returns (a SimpleNamespace with an attribute for every row, recipe and resume; the checkpoint to resume or None).
     """
     recipes = ("digits", "imagenet256")
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
@@ -73,12 +72,11 @@ def check_settings(parser, table, settings, checkpoint):
                 parser.error(f"--{name} must be {'at least 1' if least else 'positive'}, got {settings[name]}")
     if settings["ema"] >= 1:
         parser.error(f"--ema must be less than 1, got {settings['ema']}")
-    if settings["optimizer"] not in ("adamw", "muon") or settings["optimizer"] == "muon" and not settings["muon_lr"]:
-        parser.error(f"--optimizer must be adamw, or muon with a --muon_lr, got {settings['optimizer']} "
-                     f"with {settings['muon_lr']}")
-    if checkpoint and settings["steps"] < checkpoint["step"]:
-        parser.error(f"--steps must be at least {checkpoint['step']}, the step of {settings['out']}, "
-                     f"got {settings['steps']}")
+    optimizer, muon_lr = settings["optimizer"], settings["muon_lr"]
+    if optimizer not in ("adamw", "muon") or optimizer == "muon" and not muon_lr:
+        parser.error(f"--optimizer must be adamw, or muon with a --muon_lr, got {optimizer} with {muon_lr}")
+    if checkpoint and settings["steps"] < (step := checkpoint["step"]):
+        parser.error(f"--steps must be at least {step}, the step of {settings['out']}, got {settings['steps']}")
     for name in ("bf16", "fused_attention"):
         if settings.get(name, "auto") not in ("auto", "on", "off"):
             parser.error(f"--{name} must be auto, on or off, got {settings[name]}")
@@ -89,8 +87,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence, without the list of all options."""
 
     def __init__(self, **settings):
-        settings = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | settings
-        super().__init__(**settings)
+        formatter = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**formatter | settings)
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
@@ -120,15 +118,11 @@ def stop(sentence):
     sys.exit("error: " + sentence)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Process group, devices, random generators
-
+# --- process group, devices, random generators -------------------------------------------------------------------------
 
 def init_distributed(device, tf32=True):
-    """Join the process group where torchrun started this process. Returns (device, rank, world size).
-
-    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
-    """
+    """Join the process group if torchrun started this process: (device, rank, world size). device: auto, cpu, cuda,
+    cuda:N."""
     gpus = torch.cuda.device_count()
     try:
         device = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
@@ -140,8 +134,8 @@ def init_distributed(device, tf32=True):
         stop(f"--device {device} was asked for, but PyTorch sees {gpus} GPUs; use --device cpu")
     if "RANK" in os.environ:
         if on_gpu and (device.index is not None or local_rank >= gpus):
-            stop(f"each process needs a GPU of its own, and PyTorch sees {gpus}; start at most {gpus} with "
-                 f"--nproc_per_node, and give --device cuda without a number")
+            stop(f"each process needs its own GPU, and PyTorch sees {gpus}; start at most {gpus} processes by "
+                 "--nproc_per_node, with --device cuda")
         if on_gpu:
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
@@ -165,7 +159,8 @@ def set_tf32(on):
 
 
 def run(main):
-    """Run a script's main(), then leave the process group: a DDP model that outlives the group may abort the process."""
+    """Run a script's main(), then leave the process group: a DDP model that outlives the group may abort the
+    process."""
     code = 0
     try:
         main()
@@ -189,7 +184,8 @@ class StoppedBySignal(SystemExit):
 
 
 class Signals:
-    """In this context SIGTERM and SIGINT (Ctrl-C) are only recorded, so that the training loop can save a checkpoint first."""
+    """In this context SIGTERM and SIGINT (Ctrl-C) are only recorded, so that the training loop can save a checkpoint
+    first."""
 
     def __enter__(self):
         self.number = 0
@@ -233,7 +229,8 @@ def autocast(device, bf16):
 
 
 def generator(device, purpose, *key):
-    """A random generator whose seed depends on purpose, a word, and key, numbers such as (seed, step), on nothing else."""
+    """A random generator whose seed depends on purpose, a word, and key, numbers such as (seed, step), on nothing
+    else."""
     seed = np.random.SeedSequence([zlib.crc32(purpose.encode()), len(key), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed) >> 1)
 
@@ -254,7 +251,8 @@ def all_gather(thing):
 
 
 def on_every_rank(work, *args, **settings):
-    """work(...) on every rank. Where it fails on one, all raise a ValueError, so that none waits for another forever."""
+    """work(...) on every rank. Where it fails on one, all raise a ValueError, so that none waits for another
+    forever."""
     result, problem = None, ""
     try:
         result = work(*args, **settings)
@@ -283,29 +281,21 @@ def chunks(rows, size):
     return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model and optimizers
-
+# --- model and optimizers ----------------------------------------------------------------------------------------------
 
 def make_optimizers(model, cfg, steps, warmup, beta2, decay_all=False):
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest, each with linear warm-up and cosine decay over steps.
-
-    Weight decay applies to matrices only, not to norms, biases and embeddings; with decay_all to everything.
-    Returns [(optimizer, schedule), ...].
-    """
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest, each with linear warm-up and cosine decay over
+    steps: [(optimizer, schedule), ...]. Weight decay is not for norms, biases and embeddings, except with decay_all."""
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     matrices = {m.weight for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    use_muon = cfg.optimizer == "muon"
-    muon = {name: weight for name, weight in trained.items() if use_muon and "blocks." in name and weight.ndim == 2}
+    muon = {name: w for name, w in trained.items() if "blocks." in name and w.ndim == 2 and cfg.optimizer == "muon"}
     adamw = [weight for name, weight in trained.items() if name not in muon]
-    groups = [{"params": [weight for weight in adamw if weight in matrices]},
-              {"params": [weight for weight in adamw if weight not in matrices],
-               "weight_decay": cfg.weight_decay * decay_all}]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), weight_decay=cfg.weight_decay,
-                                    fused=cfg.fused_adamw)]
+    decay, rest = [w for w in adamw if w in matrices], [w for w in adamw if w not in matrices]
+    groups = [{"params": decay}, {"params": rest, "weight_decay": cfg.weight_decay * decay_all}]
+    options = {"weight_decay": cfg.weight_decay}
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=cfg.fused_adamw, **options)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon.values(), lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(muon.values(), lr=cfg.muon_lr, adjust_lr_fn="match_rms_adamw", **options))
 
     def factor(step):  # the cosine counts the warm-up's steps too
         cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
@@ -325,14 +315,11 @@ def set_switches(model, cfg):
 def parallel(model, device, cfg):
     """The model as the training loop calls it: compiled where asked for, in DDP where there is a process group."""
     model = torch.compile(model) if cfg.compile else model
-    if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids) if dist.is_initialized() else model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, logs
-
+# --- checkpoints, logs -------------------------------------------------------------------------------------------------
 
 def check_folder(path):
     """Exit before any work where the folder that a file is to be written to does not exist."""
@@ -378,10 +365,9 @@ def read_json(path):
 
 def check_training(cfg, checkpoint, dataset):
     """ValueError where the batch does not fit the ranks or the data, or the checkpoint is not of this dataset."""
-    world_size = rank_and_world_size()[1]
-    if not world_size <= cfg.batch_size <= len(dataset):
-        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {world_size}, and the "
-                         f"number of training images, {len(dataset)}")
+    if not (least := rank_and_world_size()[1]) <= cfg.batch_size <= len(dataset):
+        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {least}, and the number "
+                         f"of training images, {len(dataset)}")
     if len(set(all_gather(checkpoint and checkpoint["step"]))) > 1:
         raise ValueError("the processes see different checkpoints; --out must lie in a folder that all machines share")
     if checkpoint and checkpoint["images"] != dataset.fingerprint():
@@ -392,10 +378,10 @@ def check_training(cfg, checkpoint, dataset):
 def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):
     """Add to a checkpoint the averaged weights and all that --resume needs, and write it (rank 0 does)."""
     if is_main():
-        training = {"model": model.state_dict(), "n_averaged": ema.n_averaged, **state,
-                    "optimizers": [(optimizer.state_dict(), schedule.state_dict()) for optimizer, schedule in optimizers]}
-        save_checkpoint(checkpoint | {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(),
-                                      "training": training}, cfg.out)
+        state |= {"model": model.state_dict(), "n_averaged": ema.n_averaged,
+                  "optimizers": [(optimizer.state_dict(), schedule.state_dict()) for optimizer, schedule in optimizers]}
+        state = {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(), "training": state}
+        save_checkpoint(checkpoint | state, cfg.out)
 
 
 def restore_training(checkpoint, model, ema, optimizers, first=0):
@@ -429,11 +415,11 @@ def due(step, every, steps):
 
 
 def open_log(path, columns, step):
-    """Open a CSV log and return the function that writes a row, a dict. A run that resumes at a step keeps the rows up to
-    it; the log of another run is kept as PATH.previous."""
-    rows = []
+    """Open a CSV log and return the function that writes a row, a dict. A run that resumes at a step keeps the rows up
+    to it; the log of another run is kept as PATH.previous."""
     if not is_main():
         return lambda row: None
+    rows = []
     if os.path.isfile(path) and step:
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
@@ -446,7 +432,8 @@ def open_log(path, columns, step):
 
 
 def progress_bar(start, steps, batch_size):
-    """A tqdm bar over the images of a training, on rank 0 only; where the output is no terminal, a line now and then."""
+    """A tqdm bar over the images of a training, on rank 0 only; where the output is no terminal, a line now and
+    then."""
     tty = sys.stderr.isatty()
     return tqdm(range(start, steps), total=steps, initial=start, unit=" images", unit_scale=batch_size, disable=not is_main(),
                 mininterval=0.5 if tty else 20, dynamic_ncols=tty)
@@ -496,7 +483,3 @@ def listed(names):
 def beside(path, suffix):
     """The path of a file next to a checkpoint: tokenizer.pt -> tokenizer.csv."""
     return os.path.splitext(path)[0] + suffix
-
-
-def duration(seconds):
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

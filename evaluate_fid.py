@@ -67,7 +67,7 @@ def main(argv=None):
         common.write_json(results, args.json)
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"measured in {common.duration(time.time() - began)}")
+    print(f"measured in {(time.time() - began) / 60:.1f} min")
 
 
 def evaluate(args, device, rank=0, processes=1):

@@ -4,7 +4,8 @@
     python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
-The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained for.
+The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained
+for.
 """
 import argparse
 import os
@@ -133,7 +134,8 @@ def choose_labels(text, num, class_names, at_most):
 
 
 def generation_settings(defaults, args):
-    """The settings of fsdd.refine(): the checkpoint's, and over them those of the command line. ValueError as three_numbers()."""
+    """The settings of fsdd.refine(): the checkpoint's, and over them those of the command line. ValueError as
+    three_numbers()."""
     settings = {"sampler": "paper"} | defaults  # checkpoints from before there were two samplers
     settings.pop("adjust_from", None)           # and from when this could be set
     if args.sampler and args.sampler != settings["sampler"]:

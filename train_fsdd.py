@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 train_fsdd.py     eight processes, the same training
     python train_fsdd.py --resume                 resume a run that was interrupted
 
-Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images); from then on
-no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume need),
-fsdd.csv (a log) and fsdd.png (samples). On the digits: 5 minutes on two CPU cores (README.md).
+Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images); from then
+on no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
+need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 5 minutes on two CPU cores (README.md).
 """
 import hashlib
 import math
@@ -117,12 +117,13 @@ def main(argv=None):
         averaged = train(model, tokenizer, tokens, train_set.labels, checkpoint, header, cfg, signals)
     loss = evaluate(averaged, tokenizer, test_set, device, cfg)
     if rank == 0:
-        print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; "
+        print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; "
               f"loss {loss:.4f} on the sets of {len(test_set)} test images")
 
 
 def prepare(stage1, device, cfg):
-    """The tokenizer, both datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't fit."""
+    """The tokenizer, both datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't
+    fit."""
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
@@ -150,7 +151,8 @@ def prepare(stage1, device, cfg):
 
 
 def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
-    """The training loop. Returns the model with averaged weights. tokens (1 or 2, N, M), labels (N,): the training set."""
+    """The training loop. Returns the model with averaged weights. tokens (1 or 2, N, M), labels (N,): the training
+    set."""
     B, C, device = cfg.batch_size, model.codebook_size, model.code_embedding.device
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
@@ -194,8 +196,8 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
 
 
 def get_batch(tokens, labels, rows, model_config, random, step, cfg):
-    """This rank's rows of the global batch of a step: tokens x (rows, M) int64, labels y (rows,), some of them dropped for
-    the null class, times t (rows,) in (0, 1], noise x1 (rows, C) (Eq. 4), and uniform (rows, C) in [0, 1).
+    """This rank's rows of the global batch of a step: tokens x (rows, M) int64, labels y (rows,), some of them dropped
+    for the null class, times t (rows,) in (0, 1], noise x1 (rows, C) (Eq. 4), and uniform (rows, C) in [0, 1).
 
     Every rank draws all random numbers of the global batch, so that they are the same for any number of ranks.
     """
@@ -213,8 +215,8 @@ def get_batch(tokens, labels, rows, model_config, random, step, cfg):
 def encode_training_set(tokenizer, dataset, device, cfg):
     """The tokens of every training image, and of its mirror image where cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
 
-    They are kept at cfg.tokens; a .json file beside it says which tokenizer and images they are from, and where these are
-    the same the file is used again. ValueError where a rank can't see it.
+    They are kept at cfg.tokens; a .json file beside it says which tokenizer and images they are from, and where these
+    are the same the file is used again. ValueError where a rank can't see it.
     """
     made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
     for name, weight in tokenizer.state_dict().items():

@@ -128,14 +128,14 @@ def main(argv=None):
             model = train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
     if rank == 0:
-        print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; on {len(test_set)} test images: "
+        print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes in "
               f"use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
 
 
 def load_networks(cfg, checkpoint, device):
-    """MaskGIT-VQGAN and the Critics of the paper's recipe, each None where it is not needed (any more). ValueError where a
-    file is."""
+    """MaskGIT-VQGAN and the Critics of the paper's recipe, each None where it is not needed (any more). ValueError
+    where a file is."""
     vqgan, convnext, discriminator = None, None, None
     if cfg.proxy_steps > cfg.steps:
         raise ValueError(f"proxy_steps {cfg.proxy_steps} is more than all steps, {cfg.steps}")
@@ -156,8 +156,8 @@ def load_networks(cfg, checkpoint, device):
 
 
 def make_model(cfg, checkpoint, channels, vqgan, device):
-    """The tokenizer, with the averaged weights of a checkpoint if there is one, and its arguments. ValueError where they
-    don't fit."""
+    """The tokenizer, with the averaged weights of a checkpoint if there is one, and its arguments. ValueError where
+    they don't fit."""
     if checkpoint:
         model_config = checkpoint["model_config"]
     else:
@@ -179,7 +179,8 @@ def make_model(cfg, checkpoint, channels, vqgan, device):
 
 
 def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals):
-    """Phase 1: the decoder predicts the codes that MaskGIT-VQGAN gives the image. Returns the model, averaged weights."""
+    """Phase 1: the decoder predicts the codes that MaskGIT-VQGAN gives the image. Returns the model, averaged
+    weights."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
     ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=True)
     ddp = common.parallel(model, device, cfg)
@@ -269,8 +270,8 @@ def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, l
 
 
 def start_phase(model, checkpoint, cfg, proxy):
-    """What a phase starts with: the moving average of the weights, optimizers, use of the codes, and the step to start at,
-    all from a checkpoint if that is of this phase."""
+    """What a phase starts with: the moving average of the weights, optimizers, use of the codes, and the step to start
+    at, all from a checkpoint if that is of this phase."""
     model.requires_grad_(True)
     model.pixel_decoder.requires_grad_(not proxy)
     for module in (model.encoder, model.quantizer):  # after phase 1 the tokens stay as they are
@@ -313,8 +314,8 @@ def uniformity(latents):
 
 
 class CodeUse:
-    """Counts how long each code has not been used, and resets dead codes: after revive_after steps without use, a code is
-    put on a latent drawn at random from the global batch, the same on every rank."""
+    """Counts how long each code has not been used, and resets dead codes: after revive_after steps without use, a code
+    is put on a latent drawn at random from the global batch, the same on every rank."""
 
     def __init__(self, codebooks, cfg):
         """codebooks: the model's and its moving average's, (C, code_dim) each."""
@@ -406,7 +407,8 @@ def convnext_of(weights):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (arXiv 2201.03545) with torchvision's names of tensors: images (B, 3, 224, 224), normalized -> logits (B, classes).
+    """ConvNeXt (arXiv 2201.03545) with torchvision's names of tensors: images (B, 3, 224, 224), normalized -> logits
+    (B, classes).
 
     widths, depths: of the four stages; those of ConvNeXt-S if left out.
     """
@@ -425,7 +427,8 @@ class ConvNeXt(nn.Module):
         return self.classifier(self.features(x).mean((2, 3), keepdim=True))
 
     def see(self, images):
-        """images (B, ch, H, W) in [-1, 1] -> logits, at the size and with the mean and spread that the network was trained on."""
+        """images (B, ch, H, W) in [-1, 1] -> logits, at the size and with the mean and spread that the network was
+        trained on."""
         x = F.interpolate((images.expand(-1, 3, -1, -1) + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
         mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         return self((x - mean) / std)
@@ -476,7 +479,8 @@ class Discriminator(nn.Module):
 
 
 def halve(x):
-    """Blur with (1, 3, 3, 1) in both directions and take every second place, (B, channels, h, w) -> (B, channels, h/2, w/2)."""
+    """Blur with (1, 3, 3, 1) in both directions and take every second place, (B, channels, h, w) -> (B, channels, h/2,
+    w/2)."""
     kernel = x.new_tensor([1, 3, 3, 1]) / 8
     kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])

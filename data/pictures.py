@@ -11,7 +11,8 @@ def to_uint8(images):
 
 
 def decode(tokenizer, tokens):
-    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at once, as MaskGIT-VQGAN needs memory."""
+    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at once, as MaskGIT-VQGAN needs
+    memory."""
     at_once = max(1, 2 ** 20 // tokenizer.image_size ** 2)
     return torch.cat([to_uint8(tokenizer.decode(part)).cpu() for part in tokens.split(at_once)])
 

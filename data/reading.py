@@ -1,4 +1,5 @@
-"""Batches of images for the scripts: which images a step takes, reading them ahead, and leaving out files that can't be read."""
+"""Batches of images for the scripts: which images a step takes, reading them ahead, and leaving out files that can't
+be read."""
 import functools
 import os
 import signal
@@ -40,7 +41,8 @@ def in_order(dataset, parts, workers):
 
 
 def read_ahead(dataset, batches, workers):
-    """What the dataset gives for lists of its items, read ahead by worker processes (0 = in this one, when it is needed).
+    """What the dataset gives for lists of its items, read ahead by worker processes (0 = in this one, when it is
+    needed).
 
     An image that can't be read any more ends the run with one sentence: the last checkpoint stands.
     """
@@ -52,7 +54,8 @@ def read_ahead(dataset, batches, workers):
 
 
 class OrSentence(torch.utils.data.Dataset):
-    """Batches of a dataset, or the sentence that says why there is none: an exception would come with a worker's traceback."""
+    """Batches of a dataset, or the sentence that says why there is none: an exception would come with a worker's
+    traceback."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -69,13 +72,15 @@ def as_it_is(batch):
 
 
 def leave_signals(worker):
-    """A process that reads images ends with the process it works for, and leaves the signals to that, which saves a checkpoint."""
+    """A process that reads images ends with the process it works for, and leaves the signals to that, which saves a
+    checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def open_datasets(cfg, image_size, **training):
-    """The training set, with open_dataset()'s further arguments in training, and the test set, the same for all processes.
+    """The training set, with open_dataset()'s further arguments in training, and the test set, the same for all
+    processes.
 
     Image files that can't be read are left out of both (drop_unreadable()). ValueError where that is no good.
     """
@@ -91,8 +96,8 @@ def open_datasets(cfg, image_size, **training):
 def drop_unreadable(dataset, note_path, workers):
     """Leave out the image files that can't be read, so that every epoch and every share of it has the same images.
 
-    All processes read all files once, together. What they find is noted in a JSON file, for each split, and holds for as
-    long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
+    All processes read all files once, together. What they find is noted in a JSON file, for each split, and holds for
+    as long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
     """
     split, made_from = os.path.basename(dataset.root), dataset.fingerprint()
     known = common.all_gather(common.read_json(note_path).get(split) if common.is_main() else None)[0]
@@ -107,7 +112,8 @@ def drop_unreadable(dataset, note_path, workers):
 
 
 def check_images(dataset, workers, batch_size=64):
-    """Those of a dataset's files that can't be read, {name: reason}. The main process names them; ValueError if too many."""
+    """Those of a dataset's files that can't be read, {name: reason}. The main process names them; ValueError if too
+    many."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, len(dataset), processes)
     batches = DataLoader(mine, batch_size, num_workers=workers, collate_fn=dataset.unreadable, worker_init_fn=leave_signals)

@@ -2,10 +2,11 @@
 
     python -m paper.cost
 
-FLOPs are counted by torch.utils.flop_counter over the models and losses that train, run on tensors without data, so it takes
-seconds and little memory; a multiplication and an addition are two. Memory is weights, gradients and DDP's copy of them, AdamW's
-two moments and the moving average in float32, and what the backward pass keeps, without torch.compile, which keeps less. Hours
-follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was timed on a GPU.
+FLOPs are counted by torch.utils.flop_counter over the models and losses that train, run on tensors without data, so it
+takes seconds and little memory; a multiplication and an addition are two. Memory is weights, gradients and DDP's copy
+of them, AdamW's two moments and the moving average in float32, and what the backward pass keeps, without
+torch.compile, which keeps less. Hours follow from the FLOPs and the share of the peak below, which is an assumption:
+nothing here was timed on a GPU.
 """
 import functools
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ def main():
 
 
 def row(name, trained, state_bytes, forward, training, step, fixed_bytes, image_bytes, images):
-    """One line of the table, from what tokenizer_cost() or denoiser_cost() gives and the number of images that training sees.
+    """One line of the table, from what tokenizer_cost() or denoiser_cost() gives and the number of images that
+    training sees.
 
     What a step takes beyond the model's own forward and backward pass, training, is the networks that judge it.
     """
@@ -84,10 +86,11 @@ def kept_bytes(model, step):
 
 
 def cost(model, cfg, forward, step, judge=lambda number: None):
-    """(FLOPs of forward(), of forward() and its backward pass, of a whole step on an image; bytes kept at all, and an image).
+    """(FLOPs of forward(), of forward() and its backward pass, of a whole step on an image; bytes kept at all, and an
+    image).
 
-    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.  judge: the same of
-    the discriminator, which comes when what step() keeps is gone, and keeps less.
+    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.  judge: the
+    same of the discriminator, which comes when what step() keeps is gone, and keeps less.
     """
     cfg.fused_attention = "off"
     common.set_switches(model, cfg)
@@ -169,7 +172,8 @@ def denoiser_cost(name):
 
 
 def sizes(model, *others):
-    """(number of trained weights; bytes of all weights, the model's moving average, gradients, DDP's copy and AdamW's moments)."""
+    """(number of trained weights; bytes of all weights, the model's moving average, gradients, DDP's copy and AdamW's
+    moments)."""
     weights = [weight for network in (model, *filter(None, others)) for weight in network.parameters()]
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     averaged = sum(weight.numel() for weight in model.parameters())

@@ -49,7 +49,7 @@ def main(argv=None):
               f"| {(after != x0).sum()} |")
     decoded = sample.decode(tokenizer, counts_to_tokens(torch.cat([after for _, after in states])))
     draw(states, decoded).save(args.out)
-    print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}; {common.duration(time.time() - began)}")
+    print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}; {(time.time() - began) / 60:.1f} min")
 
 
 def state(x0, x1, t, uniform, num_tokens):

@@ -50,7 +50,7 @@ def main(argv=None):
             print(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
         columns = [f"token {token + 1}" for token in range(number)]
         pictures.grid(torch.cat([heat(maps) for maps, _ in found]), number, names, columns).save(args.out)
-        print(f"{args.out}: {number} tokens of each; {common.duration(time.time() - began)}")
+        print(f"{args.out}: {number} tokens of each; {(time.time() - began) / 60:.1f} min")
 
 
 def measure(tokenizer, dataset, patch, number, args, device, rank, processes):

@@ -60,7 +60,7 @@ def main(argv=None):
     rows = [torch.nn.functional.pad(dataset.__getitems__([(i, 0) for i in row])[0], (0,) * 7 + (columns - len(row),), value=255)
             for row in members]
     pictures.grid(torch.cat(rows), columns, [f"code {codes[i]}" for i in best]).save(args.out)
-    print(f"{args.out}: the first images of each; {common.duration(time.time() - began)}")
+    print(f"{args.out}: the first images of each; {(time.time() - began) / 60:.1f} min")
 
 
 def count_codes(tokenizer, dataset, device, workers=0):

@@ -48,7 +48,7 @@ def main(argv=None):
         print("| order | " + " | ".join(reconstruct.COLUMNS[1:]) + " |\n|" + "---|" * 6)
         print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in fids) + " |")
         print("| largest change of a pixel, of 255 | " + " | ".join(map(str, changes)) + " |")
-        print(f"{args.out}: the first images; {common.duration(time.time() - began)}")
+        print(f"{args.out}: the first images; {(time.time() - began) / 60:.1f} min")
 
 
 def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):

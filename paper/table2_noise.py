@@ -51,7 +51,7 @@ def main(argv=None):
             shown = {"set, as a sequence": as_sequence, "set": as_set} if layout == "set" else {layout: as_sequence}
             for name, shares in shown.items():
                 print(f"| {name} | {M} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + f" | {mse:.4f} |")
-        print(f"{num} images; {common.duration(time.time() - began)}")
+        print(f"{num} images; {(time.time() - began) / 60:.1f} min")
 
 
 def trained(layout, device):

@@ -59,7 +59,7 @@ def main(argv=None):
         print(f"| {M} | {C} | {counts:.1%} | {latents:.1%} |")
     print(f"of {len(test.labels)} validation images, after {args.epochs} epochs of {len(train.labels)} training images; "
           f"{train.pixels.shape[1]} raw pixels: {pixels:.1%}; by chance, always the most frequent class: {chance:.1%}")
-    print(common.duration(time.time() - began))
+    print(f"{(time.time() - began) / 60:.1f} min")
 
 
 def trained(args):

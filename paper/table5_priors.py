@@ -1,17 +1,20 @@
-"""Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and parameters that
-differ by less than 5 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and with the paper's.
+"""Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and
+parameters that differ by less than 5 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and
+with the paper's.
 
     python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
-    torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own table
+    torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own
+    table
 
-Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for --search_steps, then
-guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search samples. The best setting is trained
-with every seed and measured with --num_images other samples. Trainings and measurements are kept in paper/cache: a run that was cut
-off goes on.
-Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the fixed sum
-and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
+Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for
+--search_steps, then guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search
+samples. The best setting is trained with every seed and measured with --num_images other samples. Trainings and
+measurements are kept in paper/cache: a run that was cut off goes on.
+Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the
+fixed sum and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
 
-On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other, without a
+On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other,
+without a
 cache of keys and values: its samples cost far more than all others.
 """
 import math
@@ -81,11 +84,12 @@ def main(argv=None):
     print_table(found, cfg)
     picture = pictures.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
     picture.save(cfg.out)
-    print(f"{cfg.out}: samples of each; {common.duration(time.time() - began)}")
+    print(f"{cfg.out}: samples of each; {(time.time() - began) / 60:.1f} min")
 
 
 def prepare(stage1, device, rank, processes, cfg):
-    """All that the seven have in common: tokens, labels, tokenizer, what FID is measured by. ValueError where something lacks."""
+    """All that the seven have in common: tokens, labels, tokenizer, what FID is measured by. ValueError where
+    something lacks."""
     unknown = [method for method in cfg.methods.split(",") if method not in METHODS]
     if unknown:
         raise ValueError(f"--methods must be some of {', '.join(METHODS)}, got {', '.join(unknown)}")
@@ -139,11 +143,11 @@ def tune_and_measure(method, world, cfg):
 
 
 def measure(method, factor, seed, setting, purpose, num, world, cfg):
-    """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average, "read": the share
-    that the digits' classifier reads as asked for, or None}.
+    """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average,
+    "read": the share that the digits' classifier reads as asked for, or None}.
 
-    num samples of the training with a seed and learning rate, drawn from noise that hangs on seed and purpose, a word. What was
-    measured before is kept.
+    num samples of the training with a seed and learning rate, drawn from noise that hangs on seed and purpose, a word.
+    What was measured before is kept.
     """
     path = path_of(method, factor, seed, cfg)
     kept = path + ".json"
@@ -206,8 +210,8 @@ def loss(method, model, x, labels, t, x1, uniform, order, world):
 
 
 def generated(method, model, labels, setting, key, world, cfg):
-    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise hangs on, a word and
-    numbers."""
+    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise hangs on,
+    a word and numbers."""
     labels, random = labels.to(world.device), common.generator(world.device, *key)
     setting = setting | {"guidance": common.three_numbers(setting["guidance"]), "generator": random}
     with common.autocast(world.device, cfg.bf16):

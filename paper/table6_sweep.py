@@ -37,7 +37,7 @@ def main(argv=None):
         print("| M | C | rFID | gFID |\n|---|---|---|---|")
         for M, C, rfid, gfid in rows:
             print(f"| {M} | {C} | {variants.number(rfid)} | {variants.number(gfid)} |")
-        print(common.duration(time.time() - began))
+        print(f"{(time.time() - began) / 60:.1f} min")
 
 
 def pairs(num_tokens, codebook_sizes):

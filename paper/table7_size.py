@@ -35,7 +35,7 @@ def main(argv=None):
         for config, parameters, gfid in rows:
             print(f"| {config['num_tokens']} | {config['codebook_size']} | {config['layers']} | {config['width']} "
                   f"| {parameters / 1e6:.2f} M | {variants.number(gfid)} |")
-        print(common.duration(time.time() - began))
+        print(f"{(time.time() - began) / 60:.1f} min")
 
 
 def size(path):

@@ -1,8 +1,9 @@
 """What the tables share: models with other settings than the digits' own, trained once and kept; their FID.
 
-A variant is a run of train_tokenizer.py or train_fsdd.py with some options. Its checkpoint stands in FOLDER under a name made of
-those options and a hash of all settings, so that a second run finds it, and changed defaults make a new one. A run that was
-cut off goes on where it was. Whoever changes the code of a model or of its training removes the folder.
+A variant is a run of train_tokenizer.py or train_fsdd.py with some options. Its checkpoint stands in FOLDER under a
+name made of those options and a hash of all settings, so that a second run finds it, and changed defaults make a new
+one. A run that was cut off goes on where it was. Whoever changes the code of a model or of its training removes the
+folder.
 """
 import hashlib
 import os
@@ -26,7 +27,8 @@ def tokenizer(**options):
 
 
 def fsdd(tokenizer_path, **options):
-    """The path of a digits' denoiser of a tokenizer's sets, trained with options of train_fsdd.py, now if it is not there."""
+    """The path of a digits' denoiser of a tokenizer's sets, trained with options of train_fsdd.py, now if it is not
+    there."""
     places = {"tokenizer": tokenizer_path, "tokens": tokens_of(tokenizer_path)}
     return trained(train_fsdd, "fsdd", options | places, {"of": digest(tokenizer_path)} | options)
 
@@ -74,8 +76,9 @@ def trained(script, kind, options, named):
 
 
 def fid(checkpoint, device, rank=0, processes=1, **options):
-    """rFID of a tokenizer's checkpoint or gFID of a denoiser's, as evaluate_fid.py measures it with options; on the digits,
-    digits FID. Only the main process knows it. What was measured of a variant is kept beside it. ValueError as there."""
+    """rFID of a tokenizer's checkpoint or gFID of a denoiser's, as evaluate_fid.py measures it with options; on the
+    digits, digits FID. Only the main process knows it. What was measured of a variant is kept beside it. ValueError as
+    there."""
     options = [f"--{name}={value}" for name, value in options.items() if value is not None]
     key = " ".join(options)
     kept = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""

@@ -12,7 +12,8 @@ import common
 class Critics:
     """Two networks that see reconstructions: one as published, ConvNeXt, and one in training, the discriminator.
 
-    convnext, discriminator: or None.  checkpoint: of train_tokenizer.py, or None.  cfg: the settings of train_tokenizer.py.
+    convnext, discriminator: or None.  checkpoint: of train_tokenizer.py, or None.  cfg: the settings of
+    train_tokenizer.py.
     """
 
     def __init__(self, convnext, discriminator, checkpoint, cfg):
@@ -51,8 +52,8 @@ class Critics:
         return sum(getattr(self.cfg, name) * loss for name, loss in losses.items())
 
     def step(self, images, step):
-        """After a step of the tokenizer on this rank's images (rows, ch, H, W): one of the discriminator, on these and the
-        reconstructions that loss() was given. Returns this rank's part of the mean of each loss, by name."""
+        """After a step of the tokenizer on this rank's images (rows, ch, H, W): one of the discriminator, on these and
+        the reconstructions that loss() was given. Returns this rank's part of the mean of each loss, by name."""
         means, self.means = self.means, defaultdict(float)
         if self.discriminator and step >= self.first:
             drawn, self.drawn = torch.cat(self.drawn), []
@@ -82,7 +83,8 @@ class Critics:
 
 
 def discriminator_loss(real, fake, lecam, weight):
-    """Hinge loss and LeCam regularization (arXiv 2104.03310) of the logits of images and of reconstructions, (B, 256) each.
+    """Hinge loss and LeCam regularization (arXiv 2104.03310) of the logits of images and of reconstructions, (B, 256)
+    each.
 
     lecam: (2,), moving averages of the mean logits of both.  weight: of the regularization.
     """

@@ -145,7 +145,8 @@ def settings(**changes):
 
 
 def test_schedule():
-    """Broken: the learning rate would not rise over the warm-up and fall along a cosine to its end, or stay where lr_end is 1."""
+    """Broken: the learning rate would not rise over the warm-up and fall along a cosine to its end, or stay where
+    lr_end is 1."""
     for lr_end in (0.1, 1.0):
         (optimizer, scheduler), = common.make_optimizers(torch.nn.Linear(2, 2), settings(lr_end=lr_end), 110, 10, 0.99)
         rates = []

@@ -1,4 +1,5 @@
-"""The recipe imagenet256 from end to end, narrow, on a folder of small image files: both phases of stage 1, stage 2, samples."""
+"""The recipe imagenet256 from end to end, narrow, on a folder of small image files: both phases of stage 1, stage 2,
+samples."""
 import signal
 
 import pytest
@@ -56,7 +57,8 @@ def whole(files):
 
 
 def test_the_whole_training(whole):
-    """Broken: the paper's training would not run from proxy codes to samples, or a phase would not learn what it is for."""
+    """Broken: the paper's training would not run from proxy codes to samples, or a phase would not learn what it is
+    for."""
     log = read_log(whole / "tokenizer.csv")
     assert [row["step"] for row in log] == list(range(1, 33))
     for row in log:
@@ -72,7 +74,8 @@ def test_the_whole_training(whole):
 
 
 def stop_in_the_middle(script, arguments, folder, log, rows, sent, to_one, steps):
-    """Stop a training of two processes by a signal, to all or to one of them; look whether its checkpoint lies within the steps."""
+    """Stop a training of two processes by a signal, to all or to one of them; look whether its checkpoint lies within
+    the steps."""
     code, errors = kill_in_the_middle(script, arguments, folder, folder / log, 2, rows, sent=sent, to_one=to_one)
     step = torch.load(folder / log.replace("csv", "pt"), weights_only=True)["step"]
     assert step in steps and code != 0
@@ -81,8 +84,9 @@ def stop_in_the_middle(script, arguments, folder, log, rows, sent, to_one, steps
 
 
 def test_stopped_in_every_phase_and_resumed(files, whole, tmp_path):
-    """Broken: after a kill or a signal in the proxy phase, the pixel phase or stage 2, --resume would not give the very numbers
-    of the unbroken run; or a signal would lose steps; or the loss of one process would leave the other one hanging."""
+    """Broken: after a kill or a signal in the proxy phase, the pixel phase or stage 2, --resume would not give the
+    very numbers of the unbroken run; or a signal would lose steps; or the loss of one process would leave the other
+    one hanging."""
     folder = place(files, tmp_path / "stopped")
     stop_in_the_middle("train_tokenizer.py", STAGE1, folder, "tokenizer.csv", 4, signal.SIGKILL, False, range(3, 32))
     stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 9, signal.SIGTERM, False, range(9, 32))
@@ -165,7 +169,8 @@ def test_other_data_without_published_networks(files, tmp_path):
     (["--proxy_steps=33"], ["proxy_steps 33", "32"]), (["--patch_size=8"], ["16 pixels"]), (["--discriminator=33"], ["33"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
-    """Broken: a missing or wrong file would end in a traceback, hours into the training or with something else in its place."""
+    """Broken: a missing or wrong file would end in a traceback, hours into the training or with something else in its
+    place."""
     folder = place(files, tmp_path / "wrong")
     if "broken" in arguments[0]:
         weights = torch.load(files / "convnext.pth")

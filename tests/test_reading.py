@@ -25,7 +25,8 @@ def test_an_epoch_sees_every_image_once():
 
 
 def test_an_epoch_of_a_folder(tmp_path):
-    """Broken: an image would be seen twice in an epoch or not at all, or crops hang on the number of processes or workers."""
+    """Broken: an image would be seen twice in an epoch or not at all, or crops hang on the number of processes or
+    workers."""
     make_image_folder(tmp_path, 100)
     cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=0)
     dataset, _ = reading.open_datasets(cfg, 24, crop="random", flip=True, seed=3)

@@ -29,7 +29,8 @@ def rows_of(said):
 
 
 def test_the_table(digits, cache, capsys, monkeypatch):
-    """Broken: a method would be left out, be given other models or searches than the rest, or break the sum unnoticed."""
+    """Broken: a method would be left out, be given other models or searches than the rest, or break the sum
+    unnoticed."""
     monkeypatch.setattr(table5_priors, "LEARNING_RATES", (1.0, 2.0))
     monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
     monkeypatch.setattr(table5_priors, "CUTS", table5_priors.CUTS[1:])
@@ -120,7 +121,8 @@ def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
 
 
 def test_what_is_measured_hangs_on_all_its_settings(digits, cache, capsys):
-    """Broken: a distance measured with one setting would be shown for another; or that of the search for the table's."""
+    """Broken: a distance measured with one setting would be shown for another; or that of the search for the
+    table's."""
     options = ["--methods=FSDD", "--search_lr=no"]
     first = table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)["FSDD"]
     assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first  # as many as the search

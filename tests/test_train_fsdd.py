@@ -46,7 +46,8 @@ def test_a_killed_run_resumes_exactly(stage1, tmp_path):
 
 
 def test_any_number_of_processes_trains_alike(stage1, tmp_path):
-    """Broken: the global batch, its noise and times, or the average of the gradients would hang on the number of processes."""
+    """Broken: the global batch, its noise and times, or the average of the gradients would hang on the number of
+    processes."""
     logs = []
     for processes in (1, 3):  # unequal shares of the batch
         folder = tmp_path / str(processes)
@@ -70,7 +71,8 @@ def test_accumulated_gradients_are_the_batchs(stage1, tmp_path):
 
 
 def test_tokens_are_encoded_once(stage1, tmp_path):
-    """Broken: the training set would be encoded again for nothing, or tokens of another tokenizer would be taken for these."""
+    """Broken: the training set would be encoded again for nothing, or tokens of another tokenizer would be taken for
+    these."""
     tokenizer_path, tokens_path = (option.split("=")[1] for option in stage1)
     checkpoint = torch.load(tokenizer_path, weights_only=True)
     own = ["--tokens", tmp_path / "tokens.npy", "--steps=1"]

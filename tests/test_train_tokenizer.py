@@ -34,7 +34,8 @@ def kill_in_the_middle(script, arguments, folder, log, processes, rows=5, **how)
 
 
 def kill_when(ready, script, arguments, folder, processes, sent=signal.SIGKILL, to_one=False):
-    """Start a script and, once ready() holds, send a signal to it and its children, or to_one of the training processes.
+    """Start a script and, once ready() holds, send a signal to it and its children, or to_one of the training
+    processes.
     Returns its exit code and what it printed as errors."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     process = subprocess.Popen([sys.executable, *start, os.path.join(ROOT, script), *arguments], cwd=folder, text=True,
@@ -114,7 +115,8 @@ def test_any_number_of_processes_trains_alike(tmp_path):
 
 
 def test_what_a_run_leaves(tmp_path):
-    """Broken: the checkpoint could not be read safely, the picture or the last line would be missing, or the run before lost."""
+    """Broken: the checkpoint could not be read safely, the picture or the last line would be missing, or the run
+    before lost."""
     finished = run("train_tokenizer.py", *TINY, "--steps=3", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("recipe digits: as asked for")
@@ -132,7 +134,8 @@ def test_what_a_run_leaves(tmp_path):
 
 @pytest.mark.parametrize("layout, M", [("set", 5), ("sequence", 5), ("grid", 16)])
 def test_every_layout_trains(layout, M, tmp_path, monkeypatch):
-    """Broken: what the paper compares with could not be trained, or would be a set again where the checkpoint is used."""
+    """Broken: what the paper compares with could not be trained, or would be a set again where the checkpoint is
+    used."""
     monkeypatch.setattr("data.reading.open_dataset", lambda where, split, size, **_: few_digits(split, 40))
     arguments = [*TINY, f"--num_tokens={M}", f"--layout={layout}"]
     assert not run_here(train_tokenizer.main, *arguments, "--steps=2", folder=tmp_path).returncode
@@ -272,7 +275,8 @@ def test_blur():
 
 
 def test_hinge_and_lecam():
-    """Broken: the discriminator would learn another loss, or its moving averages would not be those of the global batch."""
+    """Broken: the discriminator would learn another loss, or its moving averages would not be those of the global
+    batch."""
     real, fake, lecam = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([0.3, -0.4])
     expected = ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2
     expected += 0.5 * ((real.mean(1) + 0.4).clamp(min=0) ** 2 + (0.3 - fake.mean(1)).clamp(min=0) ** 2).mean()
