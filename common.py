@@ -118,7 +118,7 @@ def stop(sentence):
     sys.exit("error: " + sentence)
 
 
-# --- process group, devices, random generators -------------------------------------------------------------------------
+# --- process group, devices, random generators -----------------------------------------------------------------------
 
 def init_distributed(device, tf32=True):
     """Join the process group if torchrun started this process: (device, rank, world size). device: auto, cpu, cuda,
@@ -206,8 +206,8 @@ class Signals:
     def exit_if_received(self, path):
         """End the training, saved at path, where received() found a signal."""
         if self.agreed and is_main():
-            print(f"\nstopped by {signal.Signals(self.agreed).name}; {path} holds all that was done, resume with --resume",
-                  file=sys.stderr, flush=True)
+            name = signal.Signals(self.agreed).name
+            print(f"\nstopped by {name}; {path} is saved, resume it with --resume", file=sys.stderr, flush=True)
         if self.agreed:
             raise StoppedBySignal(128 + self.agreed)
 
@@ -218,14 +218,10 @@ class Signals:
 
 def autocast(device, bf16):
     """Automatic mixed precision in bfloat16: "on", "off", or "auto", on where the hardware multiplies bfloat16 fast."""
-    if bf16 == "auto" and device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif bf16 == "auto":
-        cpu = torch.cpu.get_capabilities()
-        enabled = cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
-    else:
-        enabled = bf16 == "on"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    cpu, on_gpu = torch.cpu.get_capabilities(), device.type == "cuda"
+    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) or \
+        not on_gpu and (cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or bf16 == "auto" and fast)
 
 
 def generator(device, purpose, *key):
@@ -281,7 +277,7 @@ def chunks(rows, size):
     return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
 
-# --- model and optimizers ----------------------------------------------------------------------------------------------
+# --- model and optimizers --------------------------------------------------------------------------------------------
 
 def make_optimizers(model, cfg, steps, warmup, beta2, decay_all=False):
     """AdamW, or Muon for the blocks' matrices and AdamW for the rest, each with linear warm-up and cosine decay over
@@ -319,7 +315,7 @@ def parallel(model, device, cfg):
     return DistributedDataParallel(model, device_ids=device_ids) if dist.is_initialized() else model
 
 
-# --- checkpoints, logs -------------------------------------------------------------------------------------------------
+# --- checkpoints, logs -----------------------------------------------------------------------------------------------
 
 def check_folder(path):
     """Exit before any work where the folder that a file is to be written to does not exist."""
@@ -366,12 +362,12 @@ def read_json(path):
 def check_training(cfg, checkpoint, dataset):
     """ValueError where the batch does not fit the ranks or the data, or the checkpoint is not of this dataset."""
     if not (least := rank_and_world_size()[1]) <= cfg.batch_size <= len(dataset):
-        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {least}, and the number "
-                         f"of training images, {len(dataset)}")
+        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {least}, and the "
+                         f"number of training images, {len(dataset)}")
     if len(set(all_gather(checkpoint and checkpoint["step"]))) > 1:
         raise ValueError("the processes see different checkpoints; --out must lie in a folder that all machines share")
     if checkpoint and checkpoint["images"] != dataset.fingerprint():
-        raise ValueError("the training images are not those of the checkpoint, so --resume can't continue its training; "
+        raise ValueError("the training images are not those of the checkpoint, so --resume can't continue from it; "
                          "restore them, or start a new training")
 
 
@@ -432,11 +428,10 @@ def open_log(path, columns, step):
 
 
 def progress_bar(start, steps, batch_size):
-    """A tqdm bar over the images of a training, on rank 0 only; where the output is no terminal, a line now and
-    then."""
+    """A tqdm bar over training steps, on rank 0 only, that counts images; without a terminal, a line now and then."""
     tty = sys.stderr.isatty()
-    return tqdm(range(start, steps), total=steps, initial=start, unit=" images", unit_scale=batch_size, disable=not is_main(),
-                mininterval=0.5 if tty else 20, dynamic_ncols=tty)
+    return tqdm(range(start, steps), total=steps, initial=start, unit=" images", unit_scale=batch_size,
+                disable=not is_main(), mininterval=0.5 if tty else 20, dynamic_ncols=tty)
 
 
 def load_published(path, what, address, build):

@@ -221,6 +221,7 @@ def generated(path, checkpoint, args, data, device):
     names = checkpoint["class_names"]
     labels = sample.choose_labels(None, args.num or (NUM_DIGITS if data == "digits" else NUM), names, len(names))
     settings = sample.generation_settings(checkpoint["generation"], args)
+    next(sample.refine(denoiser, labels[:1].to(device), **settings))  # refuses wrong settings
 
     def read(part):  # measure() reads slices of args.batch images: the chunks that sample.py draws
         return sample.draw_chunk(denoiser, tokenizer, labels[part], settings, part.start // args.batch, args)[-1]

@@ -56,7 +56,8 @@ def main(argv=None):
         mine = None
         if first + rank < len(parts):
             part = parts[first + rank]
-            mine = draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args, args.out.endswith(".gif"))
+            mine = draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args,
+                              args.out.endswith(".gif"))
         found = common.all_gather(mine)
         if rank == 0:
             images += [chunk for chunk in found if chunk is not None]
@@ -89,7 +90,8 @@ def add_generation_options(parser):
     """The options that generated images depend on, for every script that generates."""
     for name, value, _, meaning in GENERATION:
         parser.add_argument("--" + name.removeprefix("sample_"), type=type(value), help=f"{meaning} (the checkpoint's)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"images at once ({BATCH}); another gives other images")
+    parser.add_argument("--batch", type=int, default=BATCH,
+                        help=f"images at once ({BATCH}); another gives other images")
     parser.add_argument("--seed", type=int, default=SEED, help=f"another seed gives other images ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
     parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"),

@@ -33,47 +33,47 @@ MODELS = {  # width, layers, heads of the denoiser
 HYPERPARAMETERS = [
     # name               digits          imagenet256      meaning
     ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "checkpoint of stage 1"),
-    ("data",             "digits",       "data/imagenet", "digits, or a folder that holds train/CLASS/* and val/CLASS/*"),
+    ("data",             "digits",       "data/imagenet", "digits, or a folder with train/CLASS/* and val/CLASS/*"),
     ("flip",             False,          True,            "learn from mirrored images too"),
     # noise and denoiser
-    ("prior",            "multinomial",  "multinomial",   "X_1: multinomial (the paper) or distinct (the authors' release)"),
+    ("prior",            "multinomial",  "multinomial",   "X_1: multinomial (paper) or distinct (authors' release)"),
     ("model",            "digits",       "S",             "size of the denoiser: digits, S or B, see MODELS"),
     ("width",            0,              0,               "its width, 0 = the model's"),
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
-    ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as in the paper's number of parameters"),
-    ("times",            "flips",        "uniform",       "density of t: uniform (the paper) or flips, see fsdd.sample_times()"),
+    ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as the paper counts them"),
+    ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
     ("steps",            1200,           1000000,         "optimizer steps"),
     ("batch_size",       128,            256,             "images a step, over all processes"),
-    ("device_batch",     128,            32,              "images a process takes at once; more are accumulated"),
-    ("optimizer",        "muon",         "adamw",         "adamw, or muon for the blocks' matrices and adamw for the rest"),
+    ("device_batch",     128,            32,              "images a process takes at once; gradients accumulate"),
+    ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
     ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
     ("muon_lr",          1e-2,           1e-3,            "peak learning rate of muon"),
-    ("lr_end",           0.01,           1.0,             "learning rate at the end, a share of the peak (cosine); 1 = constant"),
+    ("lr_end",           0.01,           1.0,             "learning rate at the end / peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
     ("beta2",            0.99,           0.999,           "second beta of adamw"),
-    ("weight_decay",     0.01,           0.01,            "on all weights, as the authors' release (PyTorch's default)"),
+    ("weight_decay",     0.01,           0.01,            "on all weights, as in the authors' release"),
     ("clip",             1.0,            0.0,             "largest norm of the gradient, 0 = any"),
     ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
 ]
 GENERATION = [  # settings of fsdd.refine() for the pictures during training, and the defaults of sample.py
-    ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10) or exchange (Eq. 8 with its exact posterior)"),
+    ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
     ("sample_steps",     10,             25,              "steps from noise to data"),
     ("guidance",         "4",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
-    ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
+    ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
 ]
 HYPERPARAMETERS += GENERATION + [
     # the machine
-    ("seed",             0,              0,               "all random draws hang on it"),
+    ("seed",             0,              0,               "all random numbers depend on it"),
     ("device",           "auto",         "auto",          "auto, cpu, cuda"),
-    ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where the processor is fast at it"),
+    ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where it is fast"),
     ("tf32",             True,           True,            "float32 products in TF32, on GPUs that have it"),
     ("compile",          False,          True,            "torch.compile"),
     ("fused_adamw",      True,           True,            "PyTorch's fused AdamW"),
-    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on a GPU or for long sequences"),
+    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on GPUs, long sequences"),
     ("recompute",        False,          False,           "activation checkpointing: less memory, a third more time"),
     ("workers",          0,              8,               "processes that read images, for each training process"),
     # what is written
@@ -140,7 +140,8 @@ def prepare(stage1, device, cfg):
         raise ValueError(f"the classes in {cfg.data}/train and {cfg.data}/val are not the same")
     if cfg.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
-    sample_times(torch.zeros(1), cfg.times)  # refuses a density of times that there is not
+    sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
+    sample_times(torch.zeros(1), cfg.times)  # and a density of times that there is not
     width, layers, heads = MODELS[cfg.model]
     model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names),
                     "width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,
@@ -263,7 +264,7 @@ def evaluate(model, tokenizer, dataset, device, cfg):
     rank, world_size = common.rank_and_world_size()
     C, M = model.codebook_size, model.num_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
-    parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::world_size]  # what memory allows
+    parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::world_size]
     for part, (images, labels) in zip(parts, in_order(dataset, parts, cfg.workers)):
         random = common.generator(device, "test", cfg.seed, part.start)
         t = 1 - torch.rand(len(images), generator=random, device=device)

@@ -33,13 +33,13 @@ from tokenizer import VQGAN, SetTokenizer
 
 HYPERPARAMETERS = [
     # name               digits         imagenet256       meaning
-    ("data",             "digits",      "data/imagenet",  "digits, or a folder that holds train/CLASS/* and val/CLASS/*"),
+    ("data",             "digits",      "data/imagenet",  "digits, or a folder with train/CLASS/* and val/CLASS/*"),
     ("image_size",       28,            256,              "side of an image, pixels"),
     # the set
     ("num_tokens",       32,            128,              "M, tokens in a set"),
     ("codebook_size",    96,            4096,             "C, codes in the codebook"),
     ("code_dim",         4,             12,               "dimensions of a code"),
-    ("layout",           "set",         "set",            "what a token's place says: set (nothing), sequence or grid, to compare"),
+    ("layout",           "set",         "set",            "what a token's place says: set (nothing), sequence, grid"),
     # the two transformers
     ("patch_size",       7,             16,               "side of a patch, pixels"),
     ("width",            128,           768,              "width of encoder and decoder"),
@@ -47,33 +47,33 @@ HYPERPARAMETERS = [
     ("encoder_layers",   2,             12,               "blocks of the encoder"),
     ("decoder_layers",   3,             12,               "blocks of the decoder"),
     # published networks, files in PyTorch's format; "" = none
-    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN: gives the proxy codes, and draws"),
-    ("convnext",         "",            "convnext_small-0c510722.pth", "ConvNeXt-S of torchvision, for the perceptual loss"),
+    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN"),
+    ("convnext",         "",            "convnext_small-0c510722.pth", "torchvision's ConvNeXt-S"),
     # phase 1, proxy codes: cross-entropy + quantizer
     ("proxy_steps",      0,             500000,           "steps of this phase, 0 = pixels from the first step"),
     ("proxy_warmup",     0,             10000,            "steps of linear warm-up"),
     ("proxy_beta2",      0.99,          0.99,             "second beta of adamw"),
     # phase 2, pixels: squared error, perceptual, adversarial; after no phase 1 quantizer and uniformity too
-    ("squared",          1.0,           0.25,             "weight of the mean squared error; pixels span 2, in TiTok 1, hence 1/4"),
+    ("squared",          1.0,           0.25,             "weight of the squared error (pixels span 2, TiTok's 1)"),
     ("perceptual",       0.0,           0.1,              "weight of the squared difference of ConvNeXt's logits"),
-    ("adversarial",      0.0,           0.01,             "weight of the discriminator's judgement"),
+    ("adversarial",      0.0,           0.01,             "weight of the adversarial loss"),
     ("adversarial_from", 0,             20000,            "step of this phase at which the discriminator comes in"),
     ("discriminator",    128,           128,              "width of the discriminator's first layer, a multiple of 32"),
     ("lecam",            0.001,         0.001,            "weight of the LeCam regularization of the discriminator"),
     ("lecam_ema",        0.999,         0.999,            "decay of the moving averages it needs"),
     # the set's own losses
-    ("commitment",       0.25,          0.25,             "pull of latents to their codes, against that of codes to latents"),
-    ("uniformity",       0.25,          0.0,              "weight of a loss that spreads an image's latents (not in the paper)"),
-    ("revive_after",     20,            0,                "steps without use after which a code is put on a latent, 0 = never"),
-    ("revive_until",     0.8,           0.8,              "share of the training after which codes are left alone"),
+    ("commitment",       0.25,          0.25,             "weight of the commitment loss"),
+    ("uniformity",       0.25,          0.0,              "weight of uniformity() (not in the paper)"),
+    ("revive_after",     20,            0,                "steps without use after which a code is reset, 0 = never"),
+    ("revive_until",     0.8,           0.8,              "share of the training after which no code is reset"),
     # optimization
-    ("steps",            1800,          1000000,          "optimizer steps of both phases together"),
+    ("steps",            1800,          1000000,          "optimizer steps, of both phases"),
     ("batch_size",       128,           256,              "images a step, over all processes"),
-    ("device_batch",     128,           32,               "images a process takes at once; more are accumulated"),
-    ("optimizer",        "muon",        "adamw",          "adamw, or muon for the blocks' matrices and adamw for the rest"),
+    ("device_batch",     128,           32,               "images a process takes at once; gradients accumulate"),
+    ("optimizer",        "muon",        "adamw",          "adamw, or muon (blocks' matrices) and adamw (the rest)"),
     ("lr",               2e-3,          1e-4,             "peak learning rate of adamw"),
     ("muon_lr",          1e-2,          1e-3,             "peak learning rate of muon"),
-    ("lr_end",           0.01,          0.1,              "learning rate at a phase's end, as a share of the peak (cosine)"),
+    ("lr_end",           0.01,          0.1,              "learning rate at a phase's end / peak (cosine)"),
     ("warmup",           50,            5000,             "steps of linear warm-up (phase 2)"),
     ("beta2",            0.99,          0.999,            "second beta of adamw (phase 2)"),
     ("weight_decay",     1e-4,          1e-4,             "on matrices; none on norms, biases and embeddings"),
@@ -81,13 +81,13 @@ HYPERPARAMETERS = [
     ("ema",              0.99,          0.999,            "decay of the moving average of the weights"),
     ("flip",             False,         True,             "mirror images at random"),
     # the machine
-    ("seed",             0,             0,                "all random draws hang on it"),
+    ("seed",             0,             0,                "all random numbers depend on it"),
     ("device",           "auto",        "auto",           "auto, cpu, cuda"),
-    ("bf16",             "auto",        "auto",           "bfloat16 autocast: on, off, auto = where the processor is fast at it"),
+    ("bf16",             "auto",        "auto",           "bfloat16 autocast: on, off, auto = where it is fast"),
     ("tf32",             True,          True,             "float32 products in TF32, on GPUs that have it"),
     ("compile",          False,         True,             "torch.compile"),
     ("fused_adamw",      True,          True,             "PyTorch's fused AdamW"),
-    ("fused_attention",  "auto",        "auto",           "flash attention: on, off, auto = on a GPU or for long sequences"),
+    ("fused_attention",  "auto",        "auto",           "flash attention: on, off, auto = on GPUs, long sequences"),
     ("recompute",        False,         False,            "activation checkpointing: less memory, a third more time"),
     ("workers",          0,             8,                "processes that read images, for each training process"),
     # what is written
@@ -129,8 +129,8 @@ def main(argv=None):
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
-              f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes in "
-              f"use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
+              f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "
+              f"in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
 
 
 def load_networks(cfg, checkpoint, device):
@@ -240,11 +240,11 @@ def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, l
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
             with common.autocast(device, cfg.bf16):
-                drawn, tokens, latents, quantizer = ddp(images[part], shuffle[part])
-            mse = F.mse_loss(drawn.float(), images[part])
+                recon, tokens, latents, quantizer = ddp(images[part], shuffle[part])
+            mse = F.mse_loss(recon.float(), images[part])
             loss = cfg.squared * mse + quantizer + cfg.uniformity * uniformity(latents)
             if critics:  # the paper's recipe: perceptual and adversarial loss
-                loss = loss + critics.loss(drawn.float(), images[part], step)
+                loss = loss + critics.loss(recon.float(), images[part], step)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, mse, quantizer]).detach() * (len(tokens) / B)
             codes.see(tokens, latents)
@@ -342,7 +342,7 @@ class CodeUse:
         if not dead.any():
             return
         M = self.cfg.num_tokens
-        pick = torch.randint(self.cfg.batch_size * M, dead.shape, generator=random, device=dead.device)  # a latent for each
+        pick = torch.randint(self.cfg.batch_size * M, dead.shape, generator=random, device=dead.device)  # one for each
         here = (pick >= rows.start * M) & (pick < rows.stop * M)
         chosen = torch.zeros_like(self.codebooks[0].data)
         chosen[here] = latents[pick[here] - rows.start * M]
@@ -407,8 +407,7 @@ def convnext_of(weights):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (arXiv 2201.03545) with torchvision's names of tensors: images (B, 3, 224, 224), normalized -> logits
-    (B, classes).
+    """ConvNeXt (arXiv 2201.03545) with torchvision's names of tensors: images (B, 3, 224, 224), normalized -> logits (B, classes).
 
     widths, depths: of the four stages; those of ConvNeXt-S if left out.
     """
@@ -427,8 +426,7 @@ class ConvNeXt(nn.Module):
         return self.classifier(self.features(x).mean((2, 3), keepdim=True))
 
     def see(self, images):
-        """images (B, ch, H, W) in [-1, 1] -> logits, at the size and with the mean and spread that the network was
-        trained on."""
+        """images (B, ch, H, W) in [-1, 1] -> logits, at the size and with the mean and spread that the network was trained on."""
         x = F.interpolate((images.expand(-1, 3, -1, -1) + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
         mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         return self((x - mean) / std)
@@ -479,8 +477,7 @@ class Discriminator(nn.Module):
 
 
 def halve(x):
-    """Blur with (1, 3, 3, 1) in both directions and take every second place, (B, channels, h, w) -> (B, channels, h/2,
-    w/2)."""
+    """Blur with (1, 3, 3, 1) in both directions and take every second place, (B, channels, h, w) -> (B, channels, h/2, w/2)."""
     kernel = x.new_tensor([1, 3, 3, 1]) / 8
     kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])

@@ -26,15 +26,15 @@ from tokenizer import VQGAN, SetTokenizer
 
 BATCH = 32                # images on a GPU at once
 GPUS = 8                  # H100 SXM
-BF16, TF32 = 989e12, 495e12  # dense peak of one, FLOP/s: the models run in bfloat16, the networks that judge them in TF32
+BF16, TF32 = 989e12, 495e12  # dense peak of one, FLOP/s: the models run in bfloat16, VQGAN and critics in TF32
 UTILIZATION = 0.35        # assumed share of that peak
 STAGE1_IMAGES = 500_000 * 256    # that each of its phases sees
 STAGE2_IMAGES = 200 * 1_281_167  # 200 epochs of ImageNet
 
 
 def main():
-    print(f"| | parameters, trained | GFLOPs an image, forward | training | GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n"
-          "|---|---|---|---|---|---|")
+    print(f"| | parameters, trained | GFLOPs an image, forward | training | GiB a GPU, batch {BATCH} "
+          f"| hours on {GPUS} H100 |\n|---|---|---|---|---|---|")
     row("stage 1, proxy codes", *tokenizer_cost(proxy=True), STAGE1_IMAGES)
     row("stage 1, pixels", *tokenizer_cost(proxy=False), STAGE1_IMAGES)
     for name in ("S", "B"):

@@ -9,7 +9,7 @@ with the paper's.
 Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for
 --search_steps, then guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search
 samples. The best setting is trained with every seed and measured with --num_images other samples. Trainings and
-measurements are kept in paper/cache: a run that was cut off goes on.
+measurements are kept in paper/cache: an interrupted run resumes.
 Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the
 fixed sum and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
 
@@ -56,14 +56,15 @@ HYPERPARAMETERS = [
     ("methods",          ",".join(METHODS), ",".join(METHODS), "which, with commas between"),
     ("seeds",            3,              1,              "trainings of every method with its best setting"),
     ("search_lr",        True,           False,          "search the learning rate; else it is --lr"),
-    ("search_steps",     940,            1000000,        "steps of the trainings that the learning rate is searched by"),
-    ("num_search",       500,            10000,          "samples a setting is judged by in the search"),
+    ("search_steps",     940,            1000000,        "steps of the trainings that search the learning rate"),
+    ("num_search",       500,            10000,          "samples that measure a setting in the search"),
     ("num_images",       1000,           50000,          "samples of the table"),
-    ("batch",            250,            100,            "samples drawn together"),
-    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "what samples are compared with, see evaluate_fid.py"),
+    ("batch",            250,            100,            "samples at once"),
+    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "reference, see evaluate_fid.py"),
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
-    *[(name, CHANGED.get(name, digits), imagenet256, meaning) for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS
-      if name not in ("tokenizer", "tokens", "out", "seed", "times", "sampler", "guidance", "top_p", "top_k", "picture_every")],
+    *[(name, CHANGED.get(name, digits), *rest) for name, digits, *rest in train_fsdd.HYPERPARAMETERS
+      if name not in ("tokenizer", "tokens", "out", "seed", "times", "sampler", "guidance", "top_p", "top_k",
+                      "picture_every")],
     ("out",              "table5.png",   "table5.png",   "a picture, samples of each method"),
 ]
 
@@ -114,7 +115,7 @@ def prepare(stage1, device, rank, processes, cfg):
 
 
 def reference(world, cfg):
-    """(mu, sigma) of the images that samples are compared with, known to the main process."""
+    """(mu, sigma) of the images that samples are compared with, known to rank 0."""
     if not cfg.ref and cfg.data != "digits":
         raise ValueError(f"--ref must say what samples are compared with; {evaluate_fid.NEEDS}")
     images = evaluate_fid.open_images(cfg.ref, None) if cfg.ref else evaluate_fid.training_digits()
@@ -128,12 +129,15 @@ def reference(world, cfg):
 def tune_and_measure(method, world, cfg):
     """The result of one row of the table: the setting that was chosen, and what its trainings were measured to be."""
     shorter = SimpleNamespace(**vars(cfg) | {"steps": cfg.search_steps})
-    judge = lambda factor, setting, cfg: measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]  # noqa: E731
+
+    def search_fid(factor, setting, cfg):
+        return measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]
+
     factors = LEARNING_RATES if cfg.search_lr else (1.0,)
-    factor = min(factors, key=lambda factor: judge(factor, FIRST, shorter)) if len(factors) > 1 else factors[0]
+    factor = min(factors, key=lambda factor: search_fid(factor, FIRST, shorter)) if len(factors) > 1 else factors[0]
     cuts = CUTS if method != "Continuous Diffusion" else CUTS[:1]  # there is no distribution to cut
     setting = min(({"guidance": guidance, **cut} for guidance in GUIDANCE for cut in cuts),
-                  key=lambda setting: judge(factor, setting, cfg))
+                  key=lambda setting: search_fid(factor, setting, cfg))
     results = [measure(method, factor, seed, setting, "table", cfg.num_images, world, cfg) for seed in range(cfg.seeds)]
     model = trained(method, factor, 0, world, cfg)
     labels = sample.choose_labels(None, 20, world.train_set.class_names, 10)
@@ -146,8 +150,8 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
     """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average,
     "read": the share that the digits' classifier reads as asked for, or None}.
 
-    num samples of the training with a seed and learning rate, drawn from noise that hangs on seed and purpose, a word.
-    What was measured before is kept.
+    num samples of the training with a seed and learning rate, drawn from noise that depends on seed and purpose, a
+    word. What was measured before is kept.
     """
     path = path_of(method, factor, seed, cfg)
     kept = path + ".json"
@@ -170,7 +174,8 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
     off = [(part - world.M).abs() for part in common.all_gather(torch.cat(sums))]
     if world.rank == 0:
         off = torch.cat(off).double()
-        result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference), "read": found.read_as_label,
+        result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference),
+                  "read": found.read_as_label,
                   "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
         common.write_json(common.read_json(kept) | {key: result}, kept)
     return common.all_gather(result)[0]
@@ -210,7 +215,7 @@ def loss(method, model, x, labels, t, x1, uniform, order, world):
 
 
 def generated(method, model, labels, setting, key, world, cfg):
-    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise hangs on,
+    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise depends on,
     a word and numbers."""
     labels, random = labels.to(world.device), common.generator(world.device, *key)
     setting = setting | {"guidance": common.three_numbers(setting["guidance"]), "generator": random}
@@ -246,8 +251,9 @@ def decode(tokenizer, counts):
 
 def path_of(method, factor, seed, cfg):
     """Where a training's checkpoint stands: a name that all its settings are in."""
-    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "search_steps", "num_search", "num_images", "batch",
-                                      "ref", "inception", "times", "sampler", "sample_steps", "guidance", "top_p", "top_k"}
+    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "search_steps", "num_search",
+                                      "num_images", "batch", "ref", "inception", "times", "sampler", "sample_steps",
+                                      "guidance", "top_p", "top_k"}
     settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
     mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
     return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{factor:g}-seed{seed}-{mark}.pt"
@@ -276,7 +282,7 @@ def trained(method, factor, seed, world, cfg):
 
 def train(method, model, checkpoint, world, cfg, signals):
     """The training loop of train_fsdd.py with another model and loss. Returns the model with averaged weights."""
-    B, C, M, device = cfg.batch_size, world.C, world.M, world.device
+    B, C, M, device, labels = cfg.batch_size, world.C, world.M, world.device, world.train_set.labels
     sizes = {"codebook_size": C, "num_tokens": M, "num_classes": world.size["num_classes"]}
     header = {"kind": "prior", "method": method, "images": world.train_set.fingerprint(), "model_config": world.size}
     fixed = torch.randperm(M, generator=common.generator("cpu", method)).to(device)
@@ -289,7 +295,7 @@ def train(method, model, checkpoint, world, cfg, signals):
     log = common.open_log(common.beside(cfg.out, ".csv"), train_fsdd.COLUMNS, start)
     for step in common.progress_bar(start, cfg.steps, B):
         random = common.generator(device, "step", cfg.seed, step)
-        x, y, t, x1, uniform = train_fsdd.get_batch(world.tokens, world.train_set.labels, rows, sizes, random, step, cfg)
+        x, y, t, x1, uniform = train_fsdd.get_batch(world.tokens, labels, rows, sizes, random, step, cfg)
         order = torch.rand(B, M, generator=random, device=device)[rows].argsort(1)
         order = order if method == "AR-random" else fixed.expand_as(order)
         mean = torch.zeros((), device=device)
@@ -318,8 +324,8 @@ def train(method, model, checkpoint, world, cfg, signals):
 def print_table(found, cfg):
     """The table in Markdown."""
     fid = "gFID" if cfg.data != "digits" or cfg.inception else "digits FID"
-    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | read as asked for | break the sum | by, tokens | "
-          "parameters | learning rate, guidance, top-p, top-k |\n|" + "---|" * 11)
+    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | read as asked for | break the sum "
+          "| by, tokens | parameters | learning rate, guidance, top-p, top-k |\n|" + "---|" * 11)
     for method, row in found.items():
         *priors, paper = METHODS[method]
         fids = torch.tensor([result["fid"] for result in row.results])

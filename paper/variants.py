@@ -16,7 +16,7 @@ import train_fsdd
 import train_tokenizer
 
 FOLDER = "paper/cache"
-CLASSIFIER = evaluate_fid.CLASSIFIER  # one for all tables, the one that evaluate_fid.py keeps beside tokenizer.pt and fsdd.pt
+CLASSIFIER = evaluate_fid.CLASSIFIER  # one for all tables: evaluate_fid.py's, beside tokenizer.pt and fsdd.pt
 NO_MATTER = {"recipe", "resume", "device", "tf32", "workers", "out", "tokenizer", "tokens", "log_every", "save_every",
              "picture_every"}  # settings that change where a variant is trained and what is told, not what it is
 
@@ -85,7 +85,8 @@ def fid(checkpoint, device, rank=0, processes=1, **options):
     known = common.all_gather(common.read_json(kept))[0]
     if key not in known:
         common.set_tf32(False)
-        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *options])
+        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}",
+                                   *options])
         results = evaluate_fid.evaluate(args, device, rank, processes)
         if rank == 0:
             known[key] = results.get("digits_fid", results.get("fid"))
@@ -101,10 +102,11 @@ def number(value):
 
 def add_options(parser, num):
     """The options that every table of FIDs has."""
-    parser.add_argument("--data", help="digits, or a folder that holds train/ and val/ (what the checkpoint was trained on)")
-    parser.add_argument("--ref", help="what generated images are compared with, see evaluate_fid.py (the training digits)")
+    parser.add_argument("--data", help="digits, or a folder that holds train/ and val/ (the checkpoint's)")
+    parser.add_argument("--ref", help="reference of generated images, see evaluate_fid.py (the training digits)")
     parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
-    parser.add_argument("--num", "--num_images", type=int, help=f"images to generate (digits: {num}); under torchrun write "
+    parser.add_argument("--num", "--num_images", type=int,
+                        help=f"images to generate (digits: {num}); under torchrun write "
                                                                 "--num_images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
 

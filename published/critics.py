@@ -20,7 +20,7 @@ class Critics:
         self.cfg, self.convnext, self.discriminator, self.optimizers = cfg, convnext, discriminator, []
         self.first = cfg.proxy_steps + cfg.adversarial_from  # the step at which the discriminator comes in
         self.lecam = torch.zeros(2)  # moving averages of the discriminator's mean logits, of images and reconstructions
-        self.drawn, self.means = [], defaultdict(float)
+        self.recon, self.means = [], defaultdict(float)
         if not discriminator:
             return
         device = discriminator.conv_in.weight.device
@@ -38,15 +38,15 @@ class Critics:
         """What a checkpoint holds of this beside the optimizers."""
         return {"lecam": self.lecam, "discriminator": self.discriminator.state_dict() if self.discriminator else None}
 
-    def loss(self, drawn, images, step):
-        """The weighted losses of reconstructions drawn (B, ch, H, W) of images, for the tokenizer."""
+    def loss(self, recon, images, step):
+        """The weighted losses of reconstructions recon (B, ch, H, W) of images, for the tokenizer."""
         losses = {}
         if self.convnext:
-            losses["perceptual"] = F.mse_loss(self.convnext.see(drawn), self.convnext.see(images))
+            losses["perceptual"] = F.mse_loss(self.convnext.see(recon), self.convnext.see(images))
         if self.discriminator and step >= self.first:
             weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-            losses["adversarial"] = -torch.func.functional_call(self.discriminator, weights, (drawn,)).mean()
-            self.drawn.append(drawn.detach())
+            losses["adversarial"] = -torch.func.functional_call(self.discriminator, weights, (recon,)).mean()
+            self.recon.append(recon.detach())
         for name, loss in losses.items():
             self.means[name] += loss.detach() * len(images) / self.cfg.batch_size
         return sum(getattr(self.cfg, name) * loss for name, loss in losses.items())
@@ -56,18 +56,18 @@ class Critics:
         the reconstructions that loss() was given. Returns this rank's part of the mean of each loss, by name."""
         means, self.means = self.means, defaultdict(float)
         if self.discriminator and step >= self.first:
-            drawn, self.drawn = torch.cat(self.drawn), []
-            means["discriminator"] = self.train_discriminator(images, drawn)
+            recon, self.recon = torch.cat(self.recon), []
+            means["discriminator"] = self.train_discriminator(images, recon)
         return means
 
-    def train_discriminator(self, images, drawn):
+    def train_discriminator(self, images, recon):
         """One step on images and reconstructions (rows, ch, H, W), as the steps of train_tokenizer.py."""
         cfg = self.cfg
         _, micro_batches, world_size = common.shares(cfg.batch_size, cfg.device_batch)
         mean, logits = torch.zeros((), device=images.device), torch.zeros(2, device=images.device)
         for part in micro_batches:
             self.ddp.require_backward_grad_sync = part is micro_batches[-1]
-            real, fake = self.ddp(torch.cat([images[part], drawn[part]])).flatten(1).chunk(2)  # (B, 256) each
+            real, fake = self.ddp(torch.cat([images[part], recon[part]])).flatten(1).chunk(2)  # (B, 256) each
             weight = len(real) / cfg.batch_size
             loss = discriminator_loss(real, fake, self.lecam, cfg.lecam) * weight
             (loss * world_size).backward()

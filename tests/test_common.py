@@ -13,7 +13,8 @@ import common
 from data import pictures
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"), ("ema", 0.9, 0.9, "decay"),
+TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"),
+         ("ema", 0.9, 0.9, "decay"),
          ("tf32", True, True, "switch"),
          ("optimizer", "adamw", "muon", "which"), ("muon_lr", 0.1, 0.1, "rate"), ("bf16", "auto", "auto", "bfloat16"),
          ("out", "a.pt", "a.pt", "checkpoint")]
@@ -23,7 +24,8 @@ def run(script, *args, folder, processes=1):
     """Run a script of the project as a user does, in a folder of its own; returns the finished process."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return subprocess.run([sys.executable, *start, os.path.join(ROOT, script), *map(str, args)], cwd=folder,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)
 
 
 def run_here(main, *args, folder):
@@ -67,16 +69,19 @@ def test_recipe_chooses_the_column(tmp_path, monkeypatch, capsys):
 
 def test_key_value():
     """Broken: --key value and --key=value would not both work, or give another type than the table's."""
-    cfg, _ = common.parse(TABLE, "", "fsdd", ["--recipe=digits", "--steps", "7", "--lr=3e-4", "--flip", "true", "--out=b.pt"])
+    cfg, _ = common.parse(TABLE, "", "fsdd",
+                          ["--recipe=digits", "--steps", "7", "--lr=3e-4", "--flip", "true", "--out=b.pt"])
     assert (cfg.steps, cfg.lr, cfg.flip, cfg.out, cfg.tf32) == (7, 3e-4, True, "b.pt", True)
     assert common.parse(TABLE, "", "fsdd", ["--recipe=digits", "--tf32=false"])[0].tf32 is False
 
 
-@pytest.mark.parametrize("argv, word", [(["--stepz", "7"], "--stepz"), (["--step", "7"], "--step"), (["--steps", "x"], "--steps"),
+@pytest.mark.parametrize("argv, word", [(["--stepz", "7"], "--stepz"), (["--step", "7"], "--step"),
+                                        (["--steps", "x"], "--steps"),
                                         (["--steps", "1.5"], "--steps"), (["--flip", "maybe"], "--flip"),
                                         (["--steps=0"], "--steps"), (["--lr=-1"], "--lr"), (["--lr=nan"], "--lr"),
                                         (["--ema=1"], "--ema"),
-                                        (["--optimizer=sgd"], "--optimizer"), (["--optimizer=muon", "--muon_lr=0"], "--muon_lr"),
+                                        (["--optimizer=sgd"], "--optimizer"),
+                                        (["--optimizer=muon", "--muon_lr=0"], "--muon_lr"),
                                         (["--recipe", "cifar"], "--recipe")])
 def test_wrong_command_lines(argv, word, capsys):
     """Broken: a misspelt key or a value of the wrong type would be taken for something else."""
@@ -96,7 +101,8 @@ def test_help_names_every_key(capsys):
 def test_resume_takes_the_checkpoints_settings(tmp_path, capsys):
     """Broken: a resumed run would train with other settings than the run it goes on from."""
     path = str(tmp_path / "a.pt")
-    config = {"recipe": "digits", "resume": False, "steps": 50, "lr": 0.5, "flip": True, "ema": 0.9, "optimizer": "adamw",
+    config = {"recipe": "digits", "resume": False, "steps": 50, "lr": 0.5, "flip": True, "ema": 0.9,
+              "optimizer": "adamw",
               "muon_lr": 0.1, "bf16": "off", "out": "old"}
     common.save_checkpoint({"kind": "fsdd", "step": 50, "config": config}, path)
     cfg, checkpoint = common.parse(TABLE, "", "fsdd", ["--resume", "--out", path, "--steps", "60"])
@@ -127,7 +133,7 @@ def test_shares_cover_the_batch(total):
             assert all(piece.stop - piece.start <= 3 for piece in pieces)
 
 
-def test_random_numbers_hang_on_the_key():
+def test_random_numbers_depend_on_the_key():
     """Broken: two steps, or two seeds, would draw the same noise, or the same step other noise after a resume."""
     draws = {key: torch.rand(4, generator=common.generator("cpu", "step", *key)).tolist()
              for key in [(0,), (0, 0), (0, 1), (1, 0), (0, 2), (0, 0, 1)]}

@@ -13,7 +13,8 @@ from paper import table5_priors
 from tests.test_common import ROOT, assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import assert_same_checkpoint
 
-SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40", "--num_search=20",
+SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40",
+         "--num_search=20",
          "--search_steps=2", "--device=cpu"]
 
 
@@ -41,7 +42,8 @@ def test_the_table(digits, cache, capsys, monkeypatch):
         assert setting.startswith(("x 1, ", "x 2, "))
         keeps = method.startswith("AR-") or priors[2] == "x"  # M tokens one by one, or a sum that the model knows
         assert (broken == "0.0%") == keeps and bool(by) != keeps
-        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3  # two learning rates, the best for longer
+        # two learning rates, the best for longer
+        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3
         assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed1-*.pt"))) == 1  # the best of them
     monkeypatch.setattr(table5_priors, "train", None)  # what is there is not trained or measured again
     monkeypatch.setattr(table5_priors.evaluate_fid, "frechet_distance", None)
@@ -120,12 +122,13 @@ def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
     assert_one_sentence(run_here(main, "--ckpt=grid.pt", folder=tmp_path), "makes a grid", "--layout set")
 
 
-def test_what_is_measured_hangs_on_all_its_settings(digits, cache, capsys):
+def test_what_is_measured_depends_on_all_its_settings(digits, cache, capsys):
     """Broken: a distance measured with one setting would be shown for another; or that of the search for the
     table's."""
     options = ["--methods=FSDD", "--search_lr=no"]
     first = table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)["FSDD"]
-    assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first  # as many as the search
+    # as many as the search
+    assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first
     kept, = cache.glob("*.pt.json")
     before = len(common.read_json(kept))
     assert before == 12 + 2

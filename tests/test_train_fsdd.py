@@ -46,13 +46,14 @@ def test_a_killed_run_resumes_exactly(stage1, tmp_path):
 
 
 def test_any_number_of_processes_trains_alike(stage1, tmp_path):
-    """Broken: the global batch, its noise and times, or the average of the gradients would hang on the number of
+    """Broken: the global batch, its noise and times, or the average of the gradients would depend on the number of
     processes."""
     logs = []
     for processes in (1, 3):  # unequal shares of the batch
         folder = tmp_path / str(processes)
         folder.mkdir()
-        finished = run("train_fsdd.py", *TINY, *stage1, "--steps=4", "--optimizer=adamw", folder=folder, processes=processes)
+        finished = run("train_fsdd.py", *TINY, *stage1, "--steps=4", "--optimizer=adamw", folder=folder,
+                       processes=processes)
         assert finished.returncode == 0, finished.stderr
         logs.append(read_log(folder / "fsdd.csv"))
     assert len(logs[0]) == 4
@@ -89,7 +90,8 @@ def test_tokens_are_encoded_once(stage1, tmp_path):
     assert again.returncode == 0 and "used again" in again.stdout, again.stderr
     checkpoint["weights"]["encoder.to_code.bias"][0] += 1e-3
     torch.save(checkpoint, tmp_path / "other.pt")
-    other = run("train_fsdd.py", *TINY, f"--tokenizer={tmp_path}/other.pt", *own, "--flip=true", folder=tmp_path, processes=2)
+    other = run("train_fsdd.py", *TINY, f"--tokenizer={tmp_path}/other.pt", *own, "--flip=true", folder=tmp_path,
+                processes=2)
     assert other.returncode == 0 and "used again" not in other.stdout, other.stderr
     flipped = np.load(tmp_path / "tokens.npy")
     assert flipped.shape == (2, 60000, 4) and (flipped[0] != flipped[1]).any()  # and all processes did their share
@@ -162,8 +164,9 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, tmp_path):
     assert (tmp_path / "fsdd.png").stat().st_size > 1000
     checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
     config = checkpoint["config"]
-    assert checkpoint["generation"] == {"prior": "multinomial", "sampler": "exchange", "steps": config["sample_steps"], "guidance":
-                                        [1.0, 2.0, 3.0], "top_p": config["top_p"], "top_k": config["top_k"]}
+    assert checkpoint["generation"] == {"prior": "multinomial", "sampler": "exchange", "steps": config["sample_steps"],
+                                        "guidance": [1.0, 2.0, 3.0], "top_p": config["top_p"],
+                                        "top_k": config["top_k"]}
     assert checkpoint["tokenizer"]["model_config"]["num_tokens"] == checkpoint["model_config"]["num_tokens"] == 4
     assert checkpoint["class_names"] == list("0123456789")
 
@@ -199,8 +202,8 @@ def test_too_many_codes_get_one_sentence():
 
 def test_a_tokenizer_of_colour_images_gets_one_sentence():
     """Broken: grey images would go into a tokenizer of colour images, and end in a traceback."""
-    model_config = dict(channels=3, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16, heads=2,
-                        encoder_layers=1, decoder_layers=1)
+    model_config = dict(channels=3, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16,
+                        heads=2, encoder_layers=1, decoder_layers=1)
     stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
     cfg = SimpleNamespace(data="digits", out="a.pt", tokenizer="colour.pt", workers=0)
     with pytest.raises(ValueError, match="images of digits have 1 channels, those of colour.pt 3"):

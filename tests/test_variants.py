@@ -13,7 +13,8 @@ import train_tokenizer
 from paper import variants
 from tests.test_train_tokenizer import assert_same_checkpoint
 
-TOKENIZER = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "steps": 3, "device": "cpu"}
+TOKENIZER = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "steps": 3,
+             "device": "cpu"}
 SET = {"num_tokens": 4, "codebook_size": 16}
 DENOISER = {"width": 16, "heads": 2, "layers": 1, "batch_size": 8, "steps": 3, "sample_steps": 2, "device": "cpu"}
 CPU = torch.device("cpu")
@@ -32,7 +33,8 @@ def test_a_variant_is_trained_once(cache, monkeypatch):
     with monkeypatch.context() as without:
         without.setattr(train_tokenizer, "main", refuse)
         assert variants.tokenizer(**SET, **TOKENIZER) == path
-        assert variants.tokenizer(**SET, **TOKENIZER | {"device": "auto"}, log_every=7) == path  # they do not change the model
+        # they do not change the model
+        assert variants.tokenizer(**SET, **TOKENIZER | {"device": "auto"}, log_every=7) == path
     others = [variants.tokenizer(**SET, **TOKENIZER | other) for other in ({"steps": 2}, {"lr": 1e-4})]
     table = [(*row[:1], 5e-4, *row[2:]) if row[0] == "lr" else row for row in train_tokenizer.HYPERPARAMETERS]
     monkeypatch.setattr(train_tokenizer, "HYPERPARAMETERS", table)
@@ -48,7 +50,8 @@ def test_a_denoiser_belongs_to_its_tokenizer(cache, monkeypatch):
     assert denoisers[0] != denoisers[1] and len(list(cache.glob("tokens-*.npy"))) == 2
     for path, of in zip(denoisers, (first, second)):
         its, weights = (common.load_checkpoint(one, "", "fsdd", "tokenizer") for one in (path, of))
-        assert all(torch.equal(its["tokenizer"]["weights"][name], weights["weights"][name]) for name in weights["weights"])
+        assert all(torch.equal(its["tokenizer"]["weights"][name], weight)
+                   for name, weight in weights["weights"].items())
     monkeypatch.setattr(train_fsdd, "main", refuse)
     assert variants.fsdd(first, **DENOISER) == denoisers[0]
 
