@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+RECIPES = ("digits", "imagenet256")  # columns of values in the tables HYPERPARAMETERS; a third one needs its name here
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
@@ -26,26 +27,24 @@ BEFORE = {"times": "uniform", "sampler": "paper"}  # what checkpoints without th
 
 def parse(table, description, kind, argv=None, prog=None):
     """Settings from a script's table HYPERPARAMETERS and its command line: (a SimpleNamespace, the checkpoint to
-    resume or None). A row (name, value for digits, value for imagenet256, meaning) gives an option --name of its
-    value's type.
+    resume or None). A row (name, a value for each recipe, meaning) gives an option --name of its values' type.
 
     kind: of the checkpoint that --resume reads, "tokenizer" or "fsdd"; None where there is no --resume.
     """
-    recipes = ("digits", "imagenet256")
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--recipe", choices=recipes, help="which column of the table")
+    parser.add_argument("--recipe", choices=RECIPES, help="which column of the table")
     if kind:
         parser.add_argument("--resume", action="store_true", help="resume the checkpoint at --out, with its settings")
-    for name, digits, imagenet256, meaning in table:
-        parser.add_argument("--" + name, type=yes_or_no if isinstance(digits, bool) else type(digits),
-                            metavar=type(digits).__name__.upper(),
-                            help=f"{meaning} (digits: {digits}, imagenet256: {imagenet256})".replace("%", "%%"))
+    for name, *values, meaning in table:
+        kind_of_value, each = type(values[0]), ", ".join(f"{recipe}: {value}" for recipe, value in zip(RECIPES, values))
+        parser.add_argument("--" + name, type=yes_or_no if kind_of_value is bool else kind_of_value,
+                            metavar=kind_of_value.__name__.upper(), help=f"{meaning} ({each})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     recipe, why = given.get("recipe"), "as asked for"
     if recipe is None:
         found = os.path.isdir("data/imagenet/train")
-        recipe, why = recipes[found], f"data/imagenet/train is {'there' if found else 'not there'}"
-    settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + recipes.index(recipe)] for row in table}
+        recipe, why = RECIPES[found], f"data/imagenet/train is {'there' if found else 'not there'}"
+    settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + RECIPES.index(recipe)] for row in table}
     checkpoint = None
     if given.get("resume"):
         out = given.get("out", settings["out"])
@@ -203,11 +202,11 @@ class Signals:
         self.agreed = number.item()
         return self.agreed > 0
 
-    def exit_if_received(self, path):
+    def exit_if_received(self, path, option="--resume"):
         """End the training, saved at path, where received() found a signal."""
         if self.agreed and is_main():
             name = signal.Signals(self.agreed).name
-            print(f"\nstopped by {name}; {path} is saved, resume it with --resume", file=sys.stderr, flush=True)
+            print(f"\nstopped by {name}; {path} is saved, {option} continues from it", file=sys.stderr, flush=True)
         if self.agreed:
             raise StoppedBySignal(128 + self.agreed)
 

@@ -142,7 +142,8 @@ def generation_settings(defaults, args):
     settings.pop("adjust_from", None)           # and from when this could be set
     if args.sampler and args.sampler != settings["sampler"]:
         settings |= SAMPLERS.get(args.sampler, {})
-    settings |= {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
+    names = [name.removeprefix("sample_") for name, *_ in GENERATION]
+    settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings["guidance"] = common.three_numbers(settings["guidance"])
     return settings
 

@@ -58,7 +58,9 @@ HYPERPARAMETERS = [
     ("clip",             1.0,            0.0,             "largest norm of the gradient, 0 = any"),
     ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
 ]
-GENERATION = [  # settings of fsdd.refine() for the pictures during training, and the defaults of sample.py
+# Settings of fsdd.refine(), for the pictures during training and as options of all scripts that generate.
+# A new knob of the sampler is a parameter of refine() and a row here.
+GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
     ("sample_steps",     10,             25,              "steps from noise to data"),
     ("guidance",         "4",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),

@@ -317,7 +317,7 @@ def train(method, model, checkpoint, world, cfg, signals):
             log({"step": step + 1, "loss": common.all_reduce(mean).item(), "lr": lr})
         if signals.received() or common.due(step, cfg.save_every, cfg.steps):
             common.save_training(header, step + 1, cfg, model, ema, optimizers)
-            signals.exit_if_received(cfg.out)
+            signals.exit_if_received(cfg.out, "the same command")
     return ema.module
 
 
