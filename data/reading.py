@@ -1,5 +1,4 @@
-"""Batches of images for the scripts: which images a step takes, reading them ahead, and leaving out files that can't
-be read."""
+"""Batches of images for the scripts: which images a step takes, reading them ahead, leaving out unreadable files."""
 import functools
 import os
 import signal
@@ -96,7 +95,7 @@ def open_datasets(cfg, image_size, **training):
 def drop_unreadable(dataset, note_path, workers):
     """Leave out the image files that can't be read, so that every epoch and every share of it has the same images.
 
-    Every file is read once, each rank reads a share. What they find is noted in a JSON file, for each split, and holds for
+    Every file is read once, each rank reads a share. What they find is noted in a JSON file, by split, and holds for
     as long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
     """
     split, made_from = os.path.basename(dataset.root), dataset.fingerprint()
