@@ -1,6 +1,5 @@
-"""What both training scripts and sample.py share: command line, processes, random numbers, checkpoints, pictures."""
+"""What the scripts share: command line, process group, random generators, optimizers, checkpoints and logs."""
 import argparse
-import contextlib
 import csv
 import gc
 import json
@@ -9,67 +8,53 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers", "out",
-              "data", "vqgan", "convnext", "tokens",  # other places of the same
-              "log_every", "save_every", "picture_every")  # settings that --resume may be given anew
-
-
-BEFORE = {"times": "uniform", "sampler": "paper", "gelu": "tanh"}  # what checkpoints that don't know these settings were trained with
+RECIPES = ("digits", "imagenet256")  # columns of values in the tables HYPERPARAMETERS; a third one needs its name here
+MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
+              "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
+              "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
+BEFORE = {"times": "uniform", "sampler": "paper", "gelu": "tanh"}  # what checkpoints without these were trained with
 
 
 def parse(table, description, kind, argv=None, prog=None):
-    """Settings from the table of hyperparameters at the top of a training script and from the command line.
+    """Settings from a script's table HYPERPARAMETERS and its command line: (a SimpleNamespace, the checkpoint to
+    resume or None). A row (name, a value for each recipe, meaning) gives an option --name of its values' type.
 
-    table: rows (name, value in the recipe digits, value in the recipe imagenet256, meaning). Every row is an option --name,
-    its type that of its value. --recipe chooses the column; left out, it is imagenet256 where data/imagenet/train exists and
-    digits elsewhere, and the first line printed says which and why. With --resume all settings are the checkpoint's.
-    kind: of the checkpoint that the script writes, "tokenizer" or "fsdd"; None where there is no --resume.
-    prog: how the script is called, where that is not its file's name.
-    Returns (a SimpleNamespace with one attribute a row, recipe and resume; the checkpoint to go on from or None).
+    kind: of the checkpoint that --resume reads, "tokenizer" or "fsdd"; None where there is no --resume.
     """
-    recipes = ("digits", "imagenet256")
-    parser = Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=recipes, help="which column of the table")
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--recipe", choices=RECIPES, help="which column of the table")
     if kind:
-        parser.add_argument("--resume", action="store_true", help="go on from the checkpoint at --out, with its settings")
-    for name, digits, imagenet256, meaning in table:
-        parser.add_argument("--" + name, type=yes_or_no if isinstance(digits, bool) else type(digits),
-                            metavar=type(digits).__name__.upper(),
-                            help=f"{meaning} (digits: {digits}, imagenet256: {imagenet256})".replace("%", "%%"))
+        parser.add_argument("--resume", action="store_true", help="resume the checkpoint at --out, with its settings")
+    for name, *values, meaning in table:
+        kind_of_value, each = type(values[0]), ", ".join(f"{recipe}: {value}" for recipe, value in zip(RECIPES, values))
+        parser.add_argument("--" + name, type=yes_or_no if kind_of_value is bool else kind_of_value,
+                            metavar=kind_of_value.__name__.upper(), help=f"{meaning} ({each})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     recipe, why = given.get("recipe"), "as asked for"
     if recipe is None:
         found = os.path.isdir("data/imagenet/train")
-        recipe, why = recipes[found], f"data/imagenet/train is {'there' if found else 'not there'}"
-    settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + recipes.index(recipe)] for row in table}
+        recipe, why = RECIPES[found], f"data/imagenet/train is {'there' if found else 'not there'}"
+    settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + RECIPES.index(recipe)] for row in table}
     checkpoint = None
     if given.get("resume"):
         out = given.get("out", settings["out"])
         checkpoint = load_checkpoint(out, "the same command without --resume", kind)
         if "config" not in checkpoint:
-            stop(f"{out} holds weights without a training to go on from (imported weights have none); leave out --resume")
+            stop(f"{out} holds weights without a training state (imported weights have none); leave out --resume")
         settings, why = settings | BEFORE | checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
-    settings = settings | given
+    settings |= given
     check_settings(parser, table, settings, checkpoint)
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
@@ -77,31 +62,34 @@ def parse(table, description, kind, argv=None, prog=None):
 
 
 def check_settings(parser, table, settings, checkpoint):
-    """End with one sentence where a setting can't be right, before any work is done."""
-    for name, *values, _ in table:  # a number that is positive in both recipes has to be positive, and none may be negative
+    """Exit with one sentence where a setting is out of range, before any work is done."""
+    for name, *values, _ in table:  # what is positive in both recipes must be positive, and no number may be negative
         if isinstance(values[0], (int, float)) and not isinstance(values[0], bool):
             least = 1 if isinstance(values[0], int) and min(values) >= 1 else 0
-            is_zero = min(values) > 0 and settings[name] == 0
-            if not least <= settings[name] < math.inf or is_zero:
-                parser.error(f"argument --{name}: must be {'at least 1' if least else 'positive'}, got {settings[name]}")
+            if not least <= settings[name] < math.inf or min(values) > 0 and not settings[name]:
+                parser.error(f"--{name} must be {'at least 1' if least else 'positive'}, got {settings[name]}")
     if settings["ema"] >= 1:
-        parser.error(f"argument --ema: must be less than 1, got {settings['ema']}")
-    if settings["optimizer"] not in ("adamw", "muon") or settings["optimizer"] == "muon" and not settings["muon_lr"]:
-        parser.error(f"argument --optimizer: must be adamw, or muon with a --muon_lr, got {settings['optimizer']} "
-                     f"with {settings['muon_lr']}")
-    if checkpoint and settings["steps"] < checkpoint["step"]:
-        parser.error(f"argument --steps: {settings['out']} is at step {checkpoint['step']} already, got {settings['steps']}")
+        parser.error(f"--ema must be less than 1, got {settings['ema']}")
+    optimizer, muon_lr = settings["optimizer"], settings["muon_lr"]
+    if optimizer not in ("adamw", "muon") or optimizer == "muon" and not muon_lr:
+        parser.error(f"--optimizer must be adamw, or muon with a --muon_lr, got {optimizer} with {muon_lr}")
+    if checkpoint and settings["steps"] < (step := checkpoint["step"]):
+        parser.error(f"--steps must be at least {step}, the step of {settings['out']}, got {settings['steps']}")
     for name in ("bf16", "fused_attention"):
         if settings.get(name, "auto") not in ("auto", "on", "off"):
-            parser.error(f"argument --{name}: must be auto, on or off, got {settings[name]}")
+            parser.error(f"--{name} must be auto, on or off, got {settings[name]}")
     check_folder(settings["out"])
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, without the list of all options in front."""
+    """An ArgumentParser whose errors are one sentence, without the list of all options."""
+
+    def __init__(self, **settings):
+        formatter = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**formatter | settings)
 
     def error(self, message):
-        self.exit(2, f"error: {message}; {self.prog} --help lists what there is\n")
+        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
 def yes_or_no(text):
@@ -119,69 +107,69 @@ def three_numbers(text):
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 3) or not all(0 <= number < math.inf for number in numbers):
-        raise ValueError(f"guidance must be one number or three with commas between, none negative, such as 4,50,55; got {text!r}")
+        raise ValueError(f"guidance must be one number or three, none negative, such as 4 or 4,50,55; got {text!r}")
     return numbers * (3 // len(numbers))
 
 
 def stop(sentence):
-    """End the program with one sentence on standard error and the exit code 1."""
+    """Exit with one sentence on standard error and the exit code 1."""
     sys.exit("error: " + sentence)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes and devices
+# --- process group, devices, random generators -----------------------------------------------------------------------
 
-
-def start_processes(device, tf32=True):
-    """Join the process group when started by torchrun, on one machine or many. Returns (device, rank, number of processes).
-
-    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".  tf32: float32 products in TF32 on GPUs that have it.
-    """
+def init_distributed(device, tf32=True):
+    """Join the process group if torchrun started this process: (device, rank, world size). device: auto, cpu, cuda,
+    cuda:N."""
+    gpus = torch.cuda.device_count()
     try:
-        torch.device("cpu" if device == "auto" else device)
+        device = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
     except RuntimeError:
         stop(f"--device must be auto, cpu, cuda or cuda:N, got {device}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        stop(f"--device {device} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
     set_tf32(tf32)
-    if "RANK" not in os.environ:
-        return torch.device(device), 0, 1
-    if device.startswith("cuda"):
-        if device != "cuda" or int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            stop(f"each process needs a GPU of its own, and there are {torch.cuda.device_count()} here; start at most so many with "
-                 f"--nproc_per_node, and without the number in --device {device}")
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device), dist.get_rank(), dist.get_world_size()
+    on_gpu, local_rank = device.type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu and (device.index or 0) >= gpus:
+        stop(f"--device {device} was asked for, but PyTorch sees {gpus} GPUs; use --device cpu")
+    if "RANK" in os.environ:
+        if on_gpu and (device.index is not None or local_rank >= gpus):
+            stop(f"each process needs its own GPU, and PyTorch sees {gpus}; start at most {gpus} processes by "
+                 "--nproc_per_node, with --device cuda")
+        if on_gpu:
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    return device, *rank_and_world_size()
+
+
+def rank_and_world_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_main():
+    """Whether this is rank 0, which prints and writes (known before the process group exists)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def set_tf32(on):
-    """Whether GPUs that have TF32 take float32 products in it."""
+    """Whether GPUs that have TF32 use it for float32 products."""
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
 
 
-def is_main():
-    """Whether this process is the one that prints and writes (known before the process group exists)."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def run(main):
-    """Run a script's main() and leave the process group after it: a DDP model that outlives the group may abort the process.
-
-    Ctrl-C ends it with one sentence; inside a training loop see SignalsNoted.
-    """
+    """Run a script's main(), then leave the process group: a DDP model that outlives the group may abort the
+    process."""
+    code = 0
     try:
-        code = main()
+        main()
+    except StoppedBySignal as stopped:
+        code = stopped.code
     except KeyboardInterrupt:
         stop("interrupted")
-    finally:  # processes that read images ignore SIGTERM (data/reading.py), by which Python would end them
+    finally:  # the data loader's workers ignore SIGTERM (data/reading.py), by which Python would end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for reader in multiprocessing.active_children():
-            reader.kill()
+        for worker in multiprocessing.active_children():
+            worker.kill()
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
@@ -189,212 +177,149 @@ def run(main):
     sys.exit(code)
 
 
-class SignalsNoted:
-    """Inside this context SIGTERM and SIGINT (Ctrl-C) do not end the process: they are noted, so that the training loop can
-    save a checkpoint first. A signal sent to one process stops all of them, after the same step.
+class StoppedBySignal(SystemExit):
+    """Raised on all ranks after the same step, with the exit code 128 + the signal's number."""
 
-    agreed: the number of the signal that arrived() found, the same in all processes; 0 for none.
-    """
+
+class Signals:
+    """In this context SIGTERM and SIGINT (Ctrl-C) are only recorded, so that the training loop can save a checkpoint
+    first."""
 
     def __enter__(self):
-        self.number = self.agreed = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.number = 0
+        self.handlers = {number: signal.signal(number, self.record) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def note(self, number, frame):
+    def record(self, number, frame):
         self.number = number
 
-    def arrived(self):
-        """Ask all processes whether any of them was sent a signal; the same answer in all."""
+    def received(self):
+        """Whether any rank has received a signal; the same answer on all ranks."""
         number = torch.tensor(self.number)
         if dist.is_initialized():
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
         self.agreed = number.item()
         return self.agreed > 0
 
+    def exit_if_received(self, path, option="--resume"):
+        """End the training, saved at path, where received() found a signal."""
+        if self.agreed and is_main():
+            name = signal.Signals(self.agreed).name
+            print(f"\nstopped by {name}; {path} is saved, {option} continues from it", file=sys.stderr, flush=True)
+        if self.agreed:
+            raise StoppedBySignal(128 + self.agreed)
+
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
-def leave(signals, cfg):
-    """Say that a signal stopped the training, whose checkpoint is written; returns the exit code."""
-    if is_main():
-        name = signal.Signals(signals.agreed).name
-        print(f"stopped by {name}; {cfg.out} holds all that was done, and --resume goes on from there", file=sys.stderr, flush=True)
-    return 128 + signals.agreed
-
-
 def autocast(device, bf16):
-    """Automatic mixed precision. bf16: "auto" (where the processor multiplies bfloat16 fast), "on" or "off"."""
-    if bf16 == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            processor = torch.cpu.get_capabilities()
-            fast = processor.get("avx512_bf16", False) or processor.get("amx_bf16", False)
-        bf16 = "on" if fast else "off"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on")
+    """Automatic mixed precision in bfloat16: "on", "off", or "auto", on where the hardware multiplies bfloat16 fast."""
+    cpu, on_gpu = torch.cpu.get_capabilities(), device.type == "cuda"
+    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) or \
+        not on_gpu and (cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or bf16 == "auto" and fast)
 
 
 def generator(device, purpose, *key):
-    """A random generator that hangs on purpose, a word, and the numbers in key, such as (seed, step), and on nothing else."""
+    """A random generator whose seed depends on purpose, a word, and key, numbers such as (seed, step), on nothing
+    else."""
     seed = np.random.SeedSequence([zlib.crc32(purpose.encode()), len(key), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed) >> 1)
 
 
-def sum_over_processes(tensor):
-    """The sum of a tensor over all processes, in place."""
+def all_reduce(tensor):
+    """The sum of a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def from_all_processes(thing):
-    """What every process hands in, anything that pickle takes: a list in the order of the processes, the same in all of them."""
-    things = [thing] * (dist.get_world_size() if dist.is_initialized() else 1)
+def all_gather(thing):
+    """Every rank's thing, anything that pickle takes, as a list in the order of ranks."""
+    things = [thing] * rank_and_world_size()[1]
     if dist.is_initialized():
         dist.all_gather_object(things, thing)
     return things
 
 
-def together(work, *args, **settings):
-    """work(...) in every process. Where it fails in one, all raise a ValueError, so that none is left waiting for another."""
+def on_every_rank(work, *args, **settings):
+    """work(...) on every rank. Where it fails on one, all raise a ValueError, so that none waits for another
+    forever."""
     result, problem = None, ""
     try:
         result = work(*args, **settings)
     except (ValueError, OSError) as error:
         problem = str(error)
-    problem = next(filter(None, from_all_processes(problem)), "")
+    problem = next(filter(None, all_gather(problem)), "")
     if problem:
         raise ValueError(problem)
     return result
 
 
-def share(total, rank, processes):
-    """This process's part of total rows: a slice; the slices of all processes cover them in order, without overlap."""
-    return slice(total * rank // processes, total * (rank + 1) // processes)
+def shard(total, rank, world_size):
+    """This rank's rows of total: a slice; the slices of all ranks cover them in order, without overlap."""
+    return slice(total * rank // world_size, total * (rank + 1) // world_size)
 
 
-def share_of_batch(cfg, num_images, rank, processes):
-    """share() of the global batch; ValueError where the batch fits neither the processes nor the data."""
-    if not processes <= cfg.batch_size <= num_images:
-        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {processes}, and the number "
-                         f"of training images, {num_images}")
-    return share(cfg.batch_size, rank, processes)
+def shares(batch_size, device_batch):
+    """(this rank's rows of a global batch, a slice; those rows in micro-batches, slices from 0 on; the world size)."""
+    rank, world_size = rank_and_world_size()
+    rows = shard(batch_size, rank, world_size)
+    return rows, chunks(slice(0, rows.stop - rows.start), device_batch), world_size
 
 
 def chunks(rows, size):
-    """Cut a slice into slices of at most size rows: the micro-batches of gradient accumulation."""
+    """Cut a slice into slices of at most size rows, such as the micro-batches of gradient accumulation."""
     return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimization
+# --- model and optimizers --------------------------------------------------------------------------------------------
 
-
-def make_optimizers(model, cfg, decay_all=False):
-    """AdamW, or Muon for the matrices in the blocks and AdamW for the rest, each with warm-up and cosine decay.
-
-    Weight decay falls on matrices only, none on norms, biases and embeddings, or with decay_all on everything.
-    Returns [(optimizer, scheduler), ...].
-    """
-    matrices, embeddings, muon = [], [], []
-    for module in model.modules():
-        for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters(recurse=False)):
-            is_matrix = isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and parameter.ndim > 1
-            (matrices if is_matrix else embeddings).append(parameter)
-    if cfg.optimizer == "muon":
-        muon = [p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2 and p.requires_grad]
-        in_muon = set(map(id, muon))
-        matrices = [p for p in matrices if id(p) not in in_muon]
-    groups = [{"params": matrices}, {"params": embeddings, "weight_decay": cfg.weight_decay * decay_all}]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay,
-                                    fused=cfg.fused_adamw)]
+def make_optimizers(model, cfg, steps, warmup, beta2, decay_all=False):
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest, each with linear warm-up and cosine decay over
+    steps: [(optimizer, schedule), ...]. Weight decay is not for norms, biases and embeddings, except with decay_all."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    matrices = {m.weight for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+    muon = {name: w for name, w in trained.items() if "blocks." in name and w.ndim == 2 and cfg.optimizer == "muon"}
+    adamw = [weight for name, weight in trained.items() if name not in muon]
+    decay, rest = [w for w in adamw if w in matrices], [w for w in adamw if w not in matrices]
+    groups = [{"params": decay}, {"params": rest, "weight_decay": cfg.weight_decay * decay_all}]
+    options = {"weight_decay": cfg.weight_decay}
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=cfg.fused_adamw, **options)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=cfg.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(muon.values(), lr=cfg.muon_lr, adjust_lr_fn="match_rms_adamw", **options))
 
     def factor(step):  # the cosine counts the warm-up's steps too
-        warm = min(1.0, (step + 1) / max(1, cfg.warmup))
-        cosine = (1 + math.cos(math.pi * min(1.0, step / cfg.steps))) / 2
-        return warm * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
+        cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
+        return min(1.0, (step + 1) / max(1, warmup)) * (cfg.lr_end + (1 - cfg.lr_end) * cosine)
 
     return [(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)) for optimizer in optimizers]
 
 
 def set_switches(model, cfg):
-    """Tell a model's parts about the fused attention and the recomputed activations that cfg asks for."""
+    """Set fused attention and activation checkpointing (recompute) in all parts of a model."""
     for module in model.modules():
-        if hasattr(module, "fused_attention"):
-            module.fused_attention = cfg.fused_attention
-        if hasattr(module, "recompute"):
-            module.recompute = cfg.recompute
+        for name in ("fused_attention", "recompute"):
+            if hasattr(module, name):
+                setattr(module, name, getattr(cfg, name))
 
 
-def wrap(model, device, cfg):
-    """The model as the training loop calls it: compiled if asked for, averaging gradients where there are several processes."""
-    if cfg.compile:
-        model = torch.compile(model)
-    if not dist.is_initialized():
-        return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+def parallel(model, device, cfg):
+    """The model as the training loop calls it: compiled where asked for, in DDP where there is a process group."""
+    model = torch.compile(model) if cfg.compile else model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids) if dist.is_initialized() else model
 
 
-def backward(model, loss_of, rows, size, batch_size):
-    """Gradients of the mean loss over the global batch, whatever the number of processes.
-
-    loss_of: a slice of this process's rows -> their mean loss.  size: rows taken at once.
-    DDP averages over processes, which may hold unequal shares; so every loss counts by its rows of the global batch.
-    """
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    parts = chunks(slice(0, rows.stop - rows.start), size)
-    for part in parts:
-        wait = processes > 1 and part is not parts[-1]
-        with model.no_sync() if wait else contextlib.nullcontext():
-            weight = processes * (part.stop - part.start) / batch_size
-            (loss_of(part) * weight).backward()
-
-
-def optimizer_step(model, ema, optimizers, clip):
-    """Clip the gradients to the norm clip (0 = leave them), then one step of every optimizer, its schedule and the average
-    (ema, or None)."""
-    if clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    for optimizer, scheduler in optimizers:
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-    if ema is not None:
-        ema.update_parameters(model)
-
-
-def moving_average(model, decay):
-    """The exponential moving average (EMA) of a model's weights, which starts at its first update."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints, log, pictures
-
+# --- checkpoints, logs -----------------------------------------------------------------------------------------------
 
 def check_folder(path):
-    """Stop before the work where the folder that a file is to be written to does not exist."""
+    """Exit before any work where the folder that a file is to be written to does not exist."""
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         stop(f"there is no folder {folder} to write {path} to")
-
-
-def check_picture(parser, path):
-    """Stop before the work where a picture can't be written to path."""
-    if not path.endswith(".png"):
-        parser.error(f"--out must end in .png, got {path}")
-    check_folder(path)
 
 
 def save_checkpoint(checkpoint, path):
@@ -404,7 +329,7 @@ def save_checkpoint(checkpoint, path):
 
 
 def load_checkpoint(path, made_by, *kinds):
-    """Read a checkpoint; one sentence and the exit code 1 where there is none, or it is of none of the kinds that are needed."""
+    """Read a checkpoint; exits with one sentence where there is none, or one of another kind."""
     if not os.path.isfile(path):
         stop(f"there is no checkpoint {path}; make it with: {made_by}")
     try:
@@ -436,117 +361,91 @@ def write_json(content, path):
 
 
 def read_json(path):
-    """The dict in a JSON file; {} where there is no such file or none that can be read."""
+    """The dict in a JSON file; {} where there is none."""
     try:
         with open(path) as file:
-            content = json.load(file)
-    except (OSError, ValueError):
-        content = {}
-    return content if isinstance(content, dict) else {}
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def check_training(cfg, checkpoint, dataset):
+    """ValueError where the batch does not fit the ranks or the data, or the checkpoint is not of this dataset."""
+    if not (least := rank_and_world_size()[1]) <= cfg.batch_size <= len(dataset):
+        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {least}, and the "
+                         f"number of training images, {len(dataset)}")
+    if len(set(all_gather(checkpoint and checkpoint["step"]))) > 1:
+        raise ValueError("the processes see different checkpoints; --out must lie in a folder that all machines share")
+    if checkpoint and checkpoint["images"] != dataset.fingerprint():
+        raise ValueError("the training images are not those of the checkpoint, so --resume can't continue from it; "
+                         "restore them, or start a new training")
 
 
 def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):
-    """Add to a checkpoint the averaged weights and all that --resume needs, and write it (the main process does)."""
+    """Add to a checkpoint the averaged weights and all that --resume needs, and write it (rank 0 does)."""
     if is_main():
-        training = {"model": model.state_dict(), "n_averaged": ema.n_averaged, **state,
-                    "optimizers": [(optimizer.state_dict(), scheduler.state_dict()) for optimizer, scheduler in optimizers]}
-        save_checkpoint(checkpoint | {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(),
-                                      "training": training}, cfg.out)
+        state |= {"model": model.state_dict(), "n_averaged": ema.n_averaged,
+                  "optimizers": [(optimizer.state_dict(), schedule.state_dict()) for optimizer, schedule in optimizers]}
+        state = {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(), "training": state}
+        save_checkpoint(checkpoint | state, cfg.out)
 
 
-def keep_previous(path):
-    """A new run does not overwrite the checkpoint of the run before: that is kept as PATH.previous."""
-    if is_main() and os.path.isfile(path):
-        os.replace(path, path + ".previous")
-        print(f"{path} was there already; it is kept as {path}.previous", flush=True)
-
-
-def check_resume(checkpoint, dataset):
-    """The step to go on from, 0 without a checkpoint. ValueError where the images are other ones than the checkpoint's, which would
-    be other batches, or where the processes do not see the same checkpoint."""
-    step = checkpoint["step"] if checkpoint else 0
-    if len(set(from_all_processes(step))) > 1:
-        raise ValueError("the processes do not see the same checkpoint; --out must lie in a folder that all machines share")
-    if checkpoint and checkpoint["images"] != dataset.fingerprint():
-        raise ValueError("the training images are not those that the checkpoint was trained on, so --resume can't go on as if "
-                         "nothing had been; bring them back, or train anew")
-    return step
-
-
-def restore(checkpoint, model, ema, optimizers):
-    """Put a checkpoint's training state back."""
+def restore_training(checkpoint, model, ema, optimizers, first=0):
+    """Load the training state of a checkpoint, if it is from after step first. Returns the step to go on from."""
+    if not checkpoint or checkpoint["step"] <= first:
+        return first
     training = checkpoint["training"]
     model.load_state_dict(training["model"])
     ema.module.load_state_dict(checkpoint["weights"])
     ema.n_averaged.copy_(training["n_averaged"])
-    for (optimizer, scheduler), (optimizer_state, scheduler_state) in zip(optimizers, training["optimizers"]):
+    restore_optimizers(optimizers, training["optimizers"])
+    return checkpoint["step"]
+
+
+def restore_optimizers(optimizers, states):
+    for (optimizer, schedule), (optimizer_state, schedule_state) in zip(optimizers, states):
         optimizer.load_state_dict(optimizer_state)
-        scheduler.load_state_dict(scheduler_state)
+        schedule.load_state_dict(schedule_state)
 
 
-def due(done, every, last):
-    """Whether after so many steps something is to be done that comes every so often, and at the last."""
-    return done % every == 0 or done == last
+def keep_previous(path):
+    """Rename the checkpoint of an earlier run to PATH.previous, so that a new run does not overwrite it."""
+    if is_main() and os.path.isfile(path):
+        os.replace(path, path + ".previous")
+        print(f"{path} already exists; it is kept as {path}.previous", flush=True)
+
+
+def due(step, every, steps):
+    """Whether something that is done every so many steps, and at the end, is due after a step (counted from 0)."""
+    return (step + 1) % every == 0 or step + 1 == steps
 
 
 def open_log(path, columns, step):
-    """Open a CSV log and return the function that writes a row. Where a run goes on from a step, the rows up to it stay; a log
-    of another run is kept as PATH.previous."""
+    """Open a CSV log and return the function that writes a row, a dict. A run that resumes at a step keeps the rows up
+    to it; the log of another run is kept as PATH.previous."""
     if not is_main():
         return lambda row: None
     rows = []
-    if os.path.isfile(path) and not step:
-        os.replace(path, path + ".previous")
-    elif os.path.isfile(path):
+    if os.path.isfile(path) and step:
         with open(path, newline="") as file:
-            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-    write = csv.writer(open(path, "w", newline="", buffering=1)).writerow
-    for row in [columns, *rows]:
-        write(row)
-    return write
+            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
+    elif os.path.isfile(path):
+        os.replace(path, path + ".previous")
+    writer = csv.DictWriter(open(path, "w", newline="", buffering=1), columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return writer.writerow
 
 
-def progress_bar(start, steps):
-    """A tqdm bar over training steps, of the main process only; where nobody watches it prints a line now and then."""
-    watched = sys.stderr.isatty()
-    return tqdm(total=steps, initial=start, disable=not is_main(), mininterval=0.5 if watched else 20, dynamic_ncols=watched)
+def progress_bar(start, steps, batch_size):
+    """A tqdm bar over training steps, on rank 0 only, that counts images; without a terminal, a line now and then."""
+    tty = sys.stderr.isatty()
+    return tqdm(range(start, steps), total=steps, initial=start, unit=" images", unit_scale=batch_size,
+                disable=not is_main(), mininterval=0.5 if tty else 20, dynamic_ncols=tty)
 
 
-def show(progress, cfg, text):
-    """Put text and the images a second behind the bar (only the main process's bar keeps the time)."""
-    if not progress.disable:
-        rate = (progress.n - progress.initial) * cfg.batch_size / (time.time() - progress.start_t)
-        progress.set_postfix_str(f"{text}, {rate:.0f} images/s", refresh=False)
 
 
 def beside(path, suffix):
-    """The path of a file that stands beside a checkpoint: tokenizer.pt -> tokenizer.csv."""
+    """The path of a file next to a checkpoint: tokenizer.pt -> tokenizer.csv."""
     return os.path.splitext(path)[0] + suffix
-
-
-def duration(seconds):
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-
-
-def to_uint8(images):
-    """Images in [-1, 1] -> uint8 0..255, same shape."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def grid(images, columns, row_labels=None, column_labels=None):
-    """A PIL image of uint8 images (N, ch, H, W) in rows of columns; row_labels: a text in front of each row, column_labels: one
-    above each column."""
-    N, _, H, W = images.shape
-    rows = -(-N // columns)
-    scale = max(1, 56 // H)  # digits would be tiny
-    margin = 0 if row_labels is None else 12 + max(7 * len(text) for text in row_labels)
-    top = 0 if column_labels is None else 18
-    page = Image.new("RGB", (margin + columns * W * scale, top + rows * H * scale), "white")
-    for i, image in enumerate(images.cpu().numpy()):
-        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).resize((W * scale, H * scale), 0)
-        page.paste(picture, (margin + i % columns * W * scale, top + i // columns * H * scale))
-    for row, text in enumerate(row_labels or []):
-        ImageDraw.Draw(page).text((6, top + (row + 0.5) * H * scale - 6), text, fill="black")
-    for column, text in enumerate(column_labels or []):
-        ImageDraw.Draw(page).text((margin + column * W * scale + 2, 3), text, fill="black")
-    return page

@@ -41,7 +41,7 @@ NEEDS = ("this takes two files: Inception's weights, which are downloaded or giv
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, processes = common.start_processes(args.device, tf32=False)  # the same number on every GPU
+    device, rank, processes = common.init_distributed(args.device, tf32=False)  # the same number on every GPU
     began = time.time()
     try:
         results = evaluate(args, device, rank, processes)
@@ -53,7 +53,7 @@ def main(argv=None):
         common.write_json(results, args.json)
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"measured in {common.duration(time.time() - began)}")
+    print(f"measured in {(time.time() - began) / 60:.1f} min")
 
 
 def evaluate(args, device, rank=0, processes=1):
@@ -91,8 +91,8 @@ def network(args, data, device, rank):
 def inception(path, device, rank):
     """Inception-v3 with the weights in a file, or without one the published ones, which the main process downloads."""
     try:
-        net = common.together(lambda: load_inception(path, progress=True) if rank == 0 else None)
-        return common.together(lambda: net or load_inception(path)).to(device)
+        net = common.on_every_rank(lambda: load_inception(path, progress=True) if rank == 0 else None)
+        return common.on_every_rank(lambda: net or load_inception(path)).to(device)
     except ValueError as problem:
         raise ValueError(f"{problem}; --inception names the file") from None
 
@@ -215,6 +215,7 @@ def generated(path, checkpoint, args, data, device):
     names = checkpoint["class_names"]
     labels = sample.choose_labels(None, args.num or (NUM_DIGITS if data == "digits" else NUM), names, len(names))
     settings = sample.generation_settings(checkpoint["generation"], args)
+    next(sample.refine(denoiser, labels[:1].to(device), **settings))  # refuses wrong settings
 
     def read(part):  # measure() reads slices of args.batch images: the chunks that sample.py generates
         return sample.draw_chunk(denoiser, tokenizer, labels[part], settings, part.start // args.batch, args)[-1]
@@ -315,10 +316,10 @@ def measure(net, images, batch, keep, device, rank=0, processes=1):
             kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of N images, evenly
 
     for first in common.tqdm(range(0, len(parts), processes), desc=images.name, disable=rank > 0, mininterval=5):
-        common.together(lambda: [see(part) for part in parts[first + rank:first + rank + 1]])
+        common.on_every_rank(lambda: [see(part) for part in parts[first + rank:first + rank + 1]])
     for tensor in (*statistics.sums(), *(score.sums() if score else ()), right):
-        common.sum_over_processes(tensor)
-    features = sample.gather(torch.cat(kept), rank, processes) if keep else []
+        common.all_reduce(tensor)
+    features = common.all_gather(torch.cat(kept)) if keep else []
     if rank > 0:
         return None
     mu, sigma = statistics.mean_and_covariance()

@@ -300,6 +300,10 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     """
     if sampler not in ("paper", "exchange"):
         raise ValueError(f"sampler must be 'paper' or 'exchange', got {sampler!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 or more, got {top_k}")
     B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
     weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
     x = sample_noise(B, C, M, prior, generator, device)

@@ -4,26 +4,27 @@
     python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
-The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained for.
+The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained
+for.
 """
-import argparse
 import os
 import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from tqdm import tqdm
 
 import common
+from data.pictures import decode, grid
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, refine
 from tokenizer import SetTokenizer
+from train_fsdd import GENERATION
 
-# These have no value in a checkpoint; what is left out on the command line is taken from here.
 CKPT = "fsdd.pt"      # checkpoint of train_fsdd.py
 OUT = "samples.png"   # .png: a grid, .npz: arrays, .gif: the steps
 NUM = 100             # images in all, spread evenly over the labels
-BATCH = 100           # images generated together; another value draws other images
+BATCH = 100           # images generated at once; another value gives other images
 SEED = 0
 DEVICE = "auto"       # auto, cpu, cuda
 BF16 = "auto"         # bfloat16 autocast of the denoiser: on, off, auto = where the processor is fast at it
@@ -35,26 +36,30 @@ SAMPLERS = {          # settings of a sampler that is not the checkpoint's own
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, processes = common.start_processes(args.device)
+    device, rank, world_size = common.init_distributed(args.device)
     denoiser, tokenizer, checkpoint = load(args.ckpt, device)
     class_names = checkpoint["class_names"]
     try:
-        labels = choose_labels(args.labels, args.num, class_names, 10 if args.out[-3:] != "npz" else len(class_names))
+        labels = choose_labels(args.labels, args.num, class_names, len(class_names) if args.out[-3:] == "npz" else 10)
         settings = generation_settings(checkpoint["generation"], args)
+        next(refine(denoiser, labels[:1].to(device), **settings))  # refuses wrong settings
     except ValueError as problem:
         common.stop(str(problem))
     if rank == 0:
-        print("generating", len(labels), "images:", ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
+        print("generating", len(labels), "images:", ", ".join(f"{name} {value}" for name, value in settings.items()),
+              flush=True)
     began = time.time()
-    animate = args.out.endswith(".gif")
     parts = common.chunks(slice(0, len(labels)), args.batch)
-    images = []  # on the main process, in order: (frames, n, ch, H, W) uint8; one frame, or all of them for an animation
-    for first in common.tqdm(range(0, len(parts), processes), disable=rank > 0):
+    images = []  # on rank 0, in order: (frames, n, ch, H, W) uint8; one frame, or all of them for an animation
+    for first in tqdm(range(0, len(parts), world_size), disable=rank > 0):
         mine = None
         if first + rank < len(parts):
             part = parts[first + rank]
-            mine = draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args, every_step=animate)
-        images += [found for found in gather(mine, rank, processes) if found is not None]
+            mine = draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args,
+                              args.out.endswith(".gif"))
+        found = common.all_gather(mine)
+        if rank == 0:
+            images += [chunk for chunk in found if chunk is not None]
     if rank == 0:
         seconds = time.time() - began
         write(args.out, torch.cat(images, dim=1), labels, class_names)
@@ -62,12 +67,12 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = common.Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_fsdd.py ({CKPT})")
-    parser.add_argument("--out", default=OUT, help=f".png: a labelled grid, .npz: ADM's sample batch, arr_0 uint8 (N, H, W, 3) and "
-                                                   f"arr_1 the labels, .gif: the set as it is refined ({OUT})")
+    parser.add_argument("--out", default=OUT, help=f".png: a labelled grid, .npz: ADM's sample batch, arr_0 uint8 "
+                        f"(N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined ({OUT})")
     parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for pictures ten at most)")
-    parser.add_argument("--num", "--num_images", type=int, default=NUM,  # torchrun takes --num for its own --numa-binding
+    parser.add_argument("--num", "--num_images", type=int, default=NUM,  # torchrun takes --num for --numa-binding
                         help=f"images in all, spread evenly over the labels ({NUM}); under torchrun write --num_images")
     add_generation_options(parser)
     args = parser.parse_args(argv)
@@ -81,17 +86,15 @@ def parse(argv):
 
 
 def add_generation_options(parser):
-    """The options that generation hangs on, for every script that generates."""
-    parser.add_argument("--sampler", choices=list(SAMPLERS), help="how a step is taken: paper (Eq. 9-10) or exchange (Eq. 8 with its "
-                        "exact posterior). The checkpoint's; another one comes with its own guidance and top_p")
-    parser.add_argument("--steps", type=int, help="steps from noise to data (the checkpoint's)")
-    parser.add_argument("--guidance", help="one weight, or three for the thirds of the steps; 1 = none (the checkpoint's)")
-    parser.add_argument("--top_p", type=float, help="draw x_0 from the likeliest counts beyond this probability (the checkpoint's)")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest counts, 0 = all (the checkpoint's)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"images made together ({BATCH}); another draws other images")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"another seed draws other images ({SEED})")
+    """The options that generated images depend on, for every script that generates."""
+    for name, value, _, meaning in GENERATION:
+        parser.add_argument("--" + name.removeprefix("sample_"), type=type(value), help=f"{meaning} (the checkpoint's)")
+    parser.add_argument("--batch", type=int, default=BATCH,
+                        help=f"images at once ({BATCH}); another gives other images")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"another seed gives other images ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
-    parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"), help=f"bfloat16 autocast of the denoiser ({BF16})")
+    parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"),
+                        help=f"bfloat16 autocast of the denoiser ({BF16})")
 
 
 def check_generation_options(parser, args):
@@ -132,52 +135,28 @@ def choose_labels(text, num, class_names, at_most):
 
 
 def generation_settings(defaults, args):
-    """The settings of fsdd.refine(): the checkpoint's, and over them what the command line says. ValueError where one is wrong."""
+    """The settings of fsdd.refine(): the checkpoint's, and over them those of the command line. ValueError as
+    three_numbers()."""
     settings = {"sampler": "paper"} | defaults  # checkpoints from before there were two samplers
     settings.pop("adjust_from", None)           # and from when this could be set
     if args.sampler and args.sampler != settings["sampler"]:
         settings |= SAMPLERS.get(args.sampler, {})
-    settings |= {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
+    names = [name.removeprefix("sample_") for name, *_ in GENERATION]
+    settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings["guidance"] = common.three_numbers(settings["guidance"])
-    check_sampling(settings)
     return settings
 
 
-def check_sampling(settings):
-    """ValueError where a setting of fsdd.refine() is out of range."""
-    if settings["sampler"] not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {settings['sampler']!r}")
-    if not 0 < settings["top_p"] <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
-    if settings["top_k"] < 0:
-        raise ValueError(f"top_k must be 0 or more, got {settings['top_k']}")
-
-
-def decode(tokenizer, tokens):
-    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at once, as MaskGIT-VQGAN needs memory."""
-    at_once = max(1, 2 ** 20 // tokenizer.image_size ** 2)
-    return torch.cat([common.to_uint8(tokenizer.decode(part)).cpu() for part in tokens.split(at_once)])
-
-
 def draw_chunk(denoiser, tokenizer, labels, settings, chunk, args, every_step=False):
-    """Generate images that belong together, (frames, n, ch, H, W) uint8 on the CPU: the samples, or with every_step all states.
+    """One chunk of images, (frames, n, ch, H, W) uint8 on the CPU: the samples, or with every_step all states.
 
-    labels: (n,).  settings: of fsdd.refine().  chunk: its number; the noise hangs on it and on args.seed.  args.bf16: see autocast.
+    labels: (n,).  settings: of fsdd.refine().  chunk: its number; the noise depends on it and on args.seed.
     """
     device = next(denoiser.parameters()).device
     with common.autocast(device, args.bf16):
         states = list(refine(denoiser, labels.to(device), **settings,
                              generator=common.generator(device, "sample", args.seed, chunk)))
     return torch.stack([decode(tokenizer, counts_to_tokens(x)) for x in states[0 if every_step else -1:]])
-
-
-def gather(images, rank, processes):
-    """Every process's images (or None), in order, on the main process; [] on the others."""
-    if processes == 1:
-        return [images]
-    found = [None] * processes if rank == 0 else None
-    dist.gather_object(images, found)
-    return found or []
 
 
 def write(path, images, labels, class_names):
@@ -188,7 +167,7 @@ def write(path, images, labels, class_names):
         return
     columns = int(labels.bincount().max())  # a row for each class
     rows = [class_names[label] for label in labels.unique_consecutive()]
-    pages = [common.grid(fill_rows(frame, labels, columns), columns, rows) for frame in images]
+    pages = [grid(fill_rows(frame, labels, columns), columns, rows) for frame in images]
     if path.endswith(".png"):
         pages[0].save(path)
     else:

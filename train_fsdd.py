@@ -2,25 +2,27 @@
 
     python train_fsdd.py                          after train_tokenizer.py
     torchrun --nproc_per_node=8 train_fsdd.py     eight processes, the same training
-    python train_fsdd.py --resume                 go on where a run was cut off
+    python train_fsdd.py --resume                 resume a run that was interrupted
 
-Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images); from then on
-no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py needs, and all that
---resume needs), fsdd.csv (a log) and fsdd.png (samples). On the digits: 5 minutes on two CPU cores (README.md).
+Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images); from then
+on no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
+need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 5 minutes on two CPU cores (README.md).
 """
 import hashlib
+import math
 import os
 import time
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
+from data.pictures import decode, grid
 from data.reading import batch_indices, in_order, open_datasets
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
-from fsdd import Denoiser, fsdd_loss, generate, sample_noise, sample_times
-from sample import check_sampling, decode, gather
+from fsdd import Denoiser, fsdd_loss, generate, refine, sample_noise, sample_times
 from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
@@ -31,45 +33,50 @@ MODELS = {  # width, layers, heads of the denoiser
 HYPERPARAMETERS = [
     # name               digits          imagenet256      meaning
     ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "checkpoint of stage 1"),
-    ("data",             "digits",       "data/imagenet", "digits, or a folder that holds train/CLASS/* and val/CLASS/*"),
+    ("data",             "digits",       "data/imagenet", "digits, or a folder with train/CLASS/* and val/CLASS/*"),
     ("flip",             False,          True,            "learn from mirrored images too"),
     # noise and denoiser
-    ("prior",            "multinomial",  "multinomial",   "X_1: multinomial (the paper) or distinct (the authors' release)"),
+    ("prior",            "multinomial",  "multinomial",   "X_1: multinomial (paper) or distinct (authors' release)"),
     ("model",            "digits",       "S",             "size of the denoiser: digits, S or B, see MODELS"),
     ("width",            0,              0,               "its width, 0 = the model's"),
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
-    ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as in the paper's number of parameters"),
-    ("times",            "flips",        "uniform",       "density of t: uniform (the paper) or flips, see fsdd.sample_times()"),
-    ("gelu",             "none",         "tanh",          "GELU: tanh (DiT) or none, the exact one, which is faster on CPUs"),
+    ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as the paper counts them"),
+    ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
+    ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
     ("steps",            1200,           1000000,         "optimizer steps"),
     ("batch_size",       128,            256,             "images a step, over all processes"),
-    ("device_batch",     128,            32,              "images a process takes at once; more are accumulated"),
-    ("optimizer",        "muon",         "adamw",         "adamw, or muon for the blocks' matrices and adamw for the rest"),
+    ("device_batch",     128,            32,              "images a process takes at once; gradients accumulate"),
+    ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
     ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
     ("muon_lr",          1e-2,           1e-3,            "peak learning rate of muon"),
-    ("lr_end",           0.01,           1.0,             "learning rate at the end, a share of the peak (cosine); 1 = constant"),
+    ("lr_end",           0.01,           1.0,             "learning rate at the end / peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
     ("beta2",            0.99,           0.999,           "second beta of adamw"),
-    ("weight_decay",     0.01,           0.01,            "on all weights, as the authors' release (PyTorch's default)"),
+    ("weight_decay",     0.01,           0.01,            "on all weights, as in the authors' release"),
     ("clip",             1.0,            0.0,             "largest norm of the gradient, 0 = any"),
     ("ema",              0.99,           0.9999,          "decay of the moving average of the weights"),
-    # generation: pictures during training, and the defaults of sample.py
-    ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10) or exchange (Eq. 8 with its exact posterior)"),
+]
+# Settings of fsdd.refine(), for the pictures during training and as options of all scripts that generate.
+# A new knob of the sampler is a parameter of refine() and a row here.
+GENERATION = [
+    ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
     ("sample_steps",     10,             25,              "steps from noise to data"),
     ("guidance",         "4",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
-    ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts that exceed this probability"),
+    ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
+]
+HYPERPARAMETERS += GENERATION + [
     # the machine
-    ("seed",             0,              0,               "all random draws hang on it"),
+    ("seed",             0,              0,               "all random numbers depend on it"),
     ("device",           "auto",         "auto",          "auto, cpu, cuda"),
-    ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where the processor is fast at it"),
+    ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where it is fast"),
     ("tf32",             True,           True,            "float32 products in TF32, on GPUs that have it"),
     ("compile",          False,          True,            "torch.compile"),
     ("fused_adamw",      True,           True,            "PyTorch's fused AdamW"),
-    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on a GPU or for long sequences"),
+    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on GPUs, long sequences"),
     ("recompute",        False,          False,           "activation checkpointing: less memory, a third more time"),
     ("workers",          0,              8,               "processes that read images, for each training process"),
     # what is written
@@ -86,39 +93,40 @@ def main(argv=None):
     cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, "fsdd", argv)
     stage1 = checkpoint["tokenizer"] if checkpoint else common.load_checkpoint(
         cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
-    device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
+    device, rank, _ = common.init_distributed(cfg.device, cfg.tf32)
     began = time.time()
     common.check_folder(cfg.tokens)
     try:
         tokenizer, train_set, test_set, model_config, generation = prepare(stage1, device, cfg)
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
-        rows = common.share_of_batch(cfg, len(train_set), rank, processes)  # of every global batch, this process's
-        start = common.check_resume(checkpoint, train_set)
-        tokens = encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
+        common.set_switches(model, cfg)
+        next(refine(model, torch.zeros(1, dtype=torch.int64, device=device), **generation))  # refuses wrong settings
+        common.check_training(cfg, checkpoint, train_set)
+        tokens = encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
         common.stop(str(problem))
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     if rank == 0:
         print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
               f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
+    common.set_switches(tokenizer, cfg)
+    if not checkpoint:
+        common.keep_previous(cfg.out)
     header = {"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names,
               "images": train_set.fingerprint(), "generation": generation,
               "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}}
-    common.set_switches(tokenizer, cfg)
-    with common.SignalsNoted() as signals:
-        averaged = train(model, tokens, train_set.labels, rows, checkpoint, start, header, cfg, signals, forward_backward,
-                         lambda averaged: draw_samples(averaged, tokenizer, header, device, cfg))
-    if signals.agreed:
-        return common.leave(signals, cfg)
-    loss = evaluate(averaged, tokenizer, test_set, device, rank, processes, cfg)
+    with common.Signals() as signals:
+        averaged = train(model, tokenizer, tokens, train_set.labels, checkpoint, header, cfg, signals)
+    loss = evaluate(averaged, tokenizer, test_set, device, cfg)
     if rank == 0:
-        print(f"{cfg.out}: {cfg.steps} steps in {common.duration(time.time() - began)}; "
+        print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; "
               f"loss {loss:.4f} on the sets of {len(test_set)} test images")
 
 
 def prepare(stage1, device, cfg):
-    """The tokenizer, the two datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't fit."""
+    """The tokenizer, both datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't
+    fit."""
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
@@ -133,173 +141,130 @@ def prepare(stage1, device, cfg):
     if cfg.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
     sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
-    sample_times(torch.zeros(1), cfg.times)  # and a density of times
-    model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names)}
+    sample_times(torch.zeros(1), cfg.times)  # and a density of times that there is not
     width, layers, heads = MODELS[cfg.model]
-    model_config |= {"width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,
-                     "unused_rows": cfg.unused_rows, "gelu": cfg.gelu}
-    generation = {"prior": cfg.prior, "sampler": cfg.sampler, "steps": cfg.sample_steps,
-                  "guidance": common.three_numbers(cfg.guidance), "top_p": cfg.top_p, "top_k": cfg.top_k}
-    check_sampling(generation)
+    model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names),
+                    "width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,
+                    "unused_rows": cfg.unused_rows, "gelu": cfg.gelu}
+    generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
+    generation["guidance"] = common.three_numbers(generation["guidance"])
     return tokenizer, train_set, test_set, model_config, generation
 
 
-def train(model, tokens, labels, rows, checkpoint, start, header, cfg, signals, forward_backward, draw_samples):
-    """The training loop, from step start to the last or to a signal. Returns the model with its averaged weights.
-
-    forward_backward: see below; paper/table5_priors.py has others.  draw_samples: the model with averaged weights -> a picture.
-    """
-    device = next(model.parameters()).device
-    common.set_switches(model, cfg)
-    ema = common.moving_average(model, cfg.ema)
-    optimizers = common.make_optimizers(model, cfg, decay_all=True)
-    if checkpoint:
-        common.restore(checkpoint, model, ema, optimizers)
-    else:
-        common.keep_previous(cfg.out)
-    parallel = common.wrap(model, device, cfg)
+def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
+    """The training loop. Returns the model with averaged weights. tokens (1 or 2, N, M), labels (N,): the training
+    set."""
+    B, C, device = cfg.batch_size, model.codebook_size, model.code_embedding.device
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
+    start = common.restore_training(checkpoint, model, ema, optimizers)
+    ddp = common.parallel(model, device, cfg)
+    rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
     log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
-    progress = common.progress_bar(start, cfg.steps)
-
-    for step in range(start, cfg.steps):
+    progress = common.progress_bar(start, cfg.steps, B)
+    for step in progress:
+        # the batch: sets, labels, times, noise, and what the draw of X_t depends on
         random = common.generator(device, "step", cfg.seed, step)
-        indices = batch_indices(len(labels), cfg.batch_size, cfg.seed, step)[rows]
-        loss = forward_backward(parallel, tokens, indices, labels, rows, random, header["model_config"], cfg)
+        x, y, t, x1, uniform = get_batch(tokens, labels, rows, header["model_config"], random, step, cfg)
+        x0 = tokens_to_counts(x, C)  # (rows, C), every row sums to M
+        # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
+        mean = torch.zeros((), device=device)
+        for part in micro_batches:
+            ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
+            with common.autocast(device, cfg.bf16):
+                loss = fsdd_loss(ddp, x0[part], y[part], t[part], x1[part], uniform[part]) * (len(x0[part]) / B)
+            (loss * world_size).backward()  # DDP divides by the world size
+            mean += loss.detach()
+        # clip, step, learning rate, moving average
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         lr = optimizers[0][1].get_last_lr()[0]
-        common.optimizer_step(model, ema, optimizers, cfg.clip)
-
-        done = step + 1
-        progress.update()
-        if common.due(done, cfg.log_every, cfg.steps):
-            loss = common.sum_over_processes(loss).item()
-            log([done, loss, lr])
-            common.show(progress, cfg, f"loss {loss:.4f}")
-        if signals.arrived() or common.due(done, cfg.save_every, cfg.steps):
-            common.save_training(header, done, cfg, model, ema, optimizers)
-        if signals.agreed:
-            break
-        if common.due(done, cfg.picture_every, cfg.steps):
-            draw_samples(ema.module)
-    progress.close()
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        ema.update_parameters(model)
+        # once in a while: log, save, draw samples
+        if common.due(step, cfg.log_every, cfg.steps):
+            loss = common.all_reduce(mean).item()
+            log({"step": step + 1, "loss": loss, "lr": lr})
+            progress.set_postfix_str(f"step {step + 1}, loss {loss:.4f}", refresh=False)
+        if signals.received() or common.due(step, cfg.save_every, cfg.steps):
+            common.save_training(header, step + 1, cfg, model, ema, optimizers)
+            signals.exit_if_received(cfg.out)
+        if common.due(step, cfg.picture_every, cfg.steps):
+            draw_samples(ema.module, tokenizer, header, device, cfg)
     return ema.module
 
 
-def forward_backward(model, tokens, indices, labels, rows, random, model_config, cfg):
-    """Gradients of the loss over the global batch, of which this process holds the images in indices (rows,).
+def get_batch(tokens, labels, rows, model_config, random, step, cfg):
+    """This rank's rows of the global batch of a step: tokens x (rows, M) int64, labels y (rows,), some of them dropped
+    for the null class, times t (rows,) in (0, 1], noise x1 (rows, C) (Eq. 4), and uniform (rows, C) in [0, 1).
 
-    All noise is drawn for the whole global batch and cut to this process's rows, so that it is the same for any number of
-    processes. Returns this process's part of the mean loss.
+    Every rank draws all random numbers of the global batch, so that they are the same for any number of ranks.
     """
-    B, device = cfg.batch_size, random.device
-    M, C, null = (model_config[name] for name in ("num_tokens", "codebook_size", "num_classes"))
-    x0, labels, t = read_batch(tokens, indices, labels, rows, random, null, cfg)
-    x0 = tokens_to_counts(x0, C)  # (rows, C)
+    B, C, M, null = cfg.batch_size, *(model_config[name] for name in ("codebook_size", "num_tokens", "num_classes"))
+    device, indices = random.device, batch_indices(len(labels), B, cfg.seed, step)[rows]
+    mirrored, dropped, t = torch.rand(3, B, generator=random, device=device)[:, rows]  # each (rows,)
+    versions = (mirrored * len(tokens)).long().cpu()  # 0: the image; 1, where tokens has it: its mirror image
+    x = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)
+    y = torch.where(dropped < cfg.label_drop, null, labels[indices].to(device))
     x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
     uniform = torch.rand(B, C, generator=random, device=device)[rows]
-    loss_of = lambda part: fsdd_loss(model, x0[part], labels[part], t[part], x1[part], uniform[part])  # noqa: E731
-    return gradients(model, loss_of, rows, device, cfg)
+    return x, y, sample_times(t, cfg.times), x1, uniform
 
 
-def read_batch(tokens, indices, labels, rows, random, null, cfg):
-    """This process's rows of a global batch: tokens (rows, M) int64, labels (rows,), some dropped for null, times t (rows,) in
-    (0, 1]. indices (rows,): the images."""
-    device = random.device
-    mirrored, dropped, t = torch.rand(3, cfg.batch_size, generator=random, device=device)[:, rows]  # each (rows,)
-    versions = (mirrored * len(tokens)).long().cpu()  # as it is or, where tokens has a second version, mirrored
-    x = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (rows, M)
-    return x, torch.where(dropped < cfg.label_drop, null, labels[indices].to(device)), sample_times(t, cfg.times)
-
-
-def gradients(model, loss_of, rows, device, cfg):
-    """Gradients of the mean over the global batch of loss_of, a slice of this process's rows -> their mean loss. Returns this
-    process's part of that mean."""
-    total = torch.zeros((), device=device)
-
-    def counted(part):
-        with common.autocast(device, cfg.bf16):
-            loss = loss_of(part)
-        total.add_(loss.detach() * (part.stop - part.start) / cfg.batch_size)
-        return loss
-
-    common.backward(model, counted, rows, cfg.device_batch, cfg.batch_size)
-    return total
-
-
-def encode_training_set(tokenizer, dataset, device, rank, processes, cfg):
+def encode_training_set(tokenizer, dataset, device, cfg):
     """The tokens of every training image, and of its mirror image where cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
 
-    The file at cfg.tokens is used again if it was made with the same tokenizer weights from the same images; what it was
-    made from stands beside it in a .json file. All processes encode, the main process writes, and a run that is cut off
-    here goes on where it was. ValueError where another process can't see the file.
+    They are kept at cfg.tokens; a .json file beside it says which tokenizer and images they are from, and where these
+    are the same the file is used again. ValueError where a rank can't see it.
     """
     made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
     for name, weight in tokenizer.state_dict().items():
         made_from.update(name.encode() + weight.cpu().numpy().tobytes())
-    shape = (2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens)
-    note = {"made_from": made_from.hexdigest(), "shape": list(shape)}
+    shape = [2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens]
+    note = {"made_from": made_from.hexdigest(), "shape": shape}
     path, note_path = cfg.tokens, common.beside(cfg.tokens, ".json")
-    if common.from_all_processes(os.path.isfile(path) and common.read_json(note_path) == note)[0]:
-        if rank == 0:
-            print(f"{path} holds the tokens of these images by this tokenizer; used again", flush=True)
-    else:
-        encode(tokenizer, dataset, shape, note, device, rank, processes, cfg)
-        if rank == 0:
+    found = os.path.isfile(path) and common.read_json(note_path) == note
+    if not common.all_gather(found)[0]:
+        tokens = encode(tokenizer, dataset, device, cfg)
+        if common.is_main():
+            with open(path + ".tmp", "wb") as file:
+                np.save(file, tokens)
             if os.path.exists(note_path):
-                os.remove(note_path)  # first, so that at no moment these tokens stand beside another's note
+                os.remove(note_path)  # first, so that these tokens never stand beside another's note
             os.replace(path + ".tmp", path)
             common.write_json(note, note_path)
-            os.remove(path + ".tmp.json")
-        common.wait_for_all()
-    common.together(check_shared, path, note_path, note)
+    elif common.is_main():
+        print(f"{path} holds the tokens of these images by this tokenizer; used again", flush=True)
+    common.all_gather(None)  # rank 0 has written
+    if not all(common.all_gather(os.path.isfile(path) and common.read_json(note_path) == note)):
+        raise ValueError(f"not every machine sees {path} as rank 0 wrote it; --tokens must lie in a folder they share")
     return np.load(path, mmap_mode="r")
 
 
-def encode(tokenizer, dataset, shape, note, device, rank, processes, cfg):
-    """Write the tokens to cfg.tokens.tmp, and beside it how many images are done; goes on from there if the note is the same.
-
-    Each turn every process encodes a part of the images and the main process writes what all have found. The parts are the
-    same for any number of processes and wherever a run was cut off, and so are the tokens.
-    """
-    path, note_path = cfg.tokens + ".tmp", cfg.tokens + ".tmp.json"
-    done = 0
-    if rank == 0:
-        found = common.read_json(note_path)
-        done = found.get("done", 0) if os.path.isfile(path) and found | note == found else 0
-        if not done:
-            common.write_json(note | {"done": 0}, note_path)  # first, lest a kill leave a new file beside an old note
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=shape)
-        tokens = np.load(path, mmap_mode="r+")
-    done = common.from_all_processes(done)[0]
-    common.together(check_shared, path, note_path, note | {"done": done})
-    parts = common.chunks(slice(done, len(dataset)), min(250, max(1, 2 ** 22 // tokenizer.image_size ** 2)))
-    batches = in_order(dataset, parts[rank::processes], cfg.workers)
-    for turn in tqdm(range(0, len(parts), processes), desc="encoding the training set", disable=rank > 0, mininterval=5):
-        mine = None
-        if turn + rank < len(parts):
-            images = next(batches)[0].to(device) / 127.5 - 1  # (n, ch, H, W) in [-1, 1]
-            with common.autocast(device, cfg.bf16):
-                mine = torch.stack([tokenizer.encode(images if version == 0 else images.flip(3)) for version in range(shape[0])])
-            mine = mine.cpu().numpy().astype(np.uint16)  # (1 or 2, n, M)
-        for part, found in zip(parts[turn:], gather(mine, rank, processes)):
-            tokens[:, part] = found
-        last = turn + processes >= len(parts)
-        if rank == 0 and (last or turn // processes % 20 == 19):
-            tokens.flush()
-            common.write_json(note | {"done": parts[min(turn + processes, len(parts)) - 1].stop}, note_path)
-
-
-def check_shared(path, note_path, note):
-    """ValueError where this process does not see a file that the main process wrote, with its note."""
-    if not os.path.isfile(path) or common.read_json(note_path) != note:
-        raise ValueError(f"not every machine sees {path} as the first one wrote it; --tokens must lie in a folder they share")
+def encode(tokenizer, dataset, device, cfg):
+    """The same tokens as an array. The batches, and so the rounding, are the same for any number of ranks."""
+    rank, world_size = common.rank_and_world_size()
+    parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 22 // tokenizer.image_size ** 2)))
+    mine, batches = parts[rank::world_size], []
+    for images, _ in tqdm(in_order(dataset, mine, cfg.workers), desc="encoding the training set", total=len(mine),
+                          disable=rank > 0, mininterval=5):
+        images = images.to(device) / 127.5 - 1  # (n, ch, H, W) in [-1, 1]
+        with common.autocast(device, cfg.bf16):
+            versions = [tokenizer.encode(x) for x in ([images, images.flip(3)] if cfg.flip else [images])]
+        batches.append(torch.stack(versions).cpu().numpy().astype(np.uint16))  # (1 or 2, n, M)
+    found = common.all_gather(batches)  # found[rank][turn]
+    return np.concatenate([found[i % world_size][i // world_size] for i in range(len(parts))], axis=1)
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, dataset, device, rank, processes, cfg):
+def evaluate(model, tokenizer, dataset, device, cfg):
     """The loss on a dataset, one time t and one noise vector an image, the same at every call."""
+    rank, world_size = common.rank_and_world_size()
     C, M = model.codebook_size, model.num_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
-    parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::processes]  # what memory allows
+    parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::world_size]
     for part, (images, labels) in zip(parts, in_order(dataset, parts, cfg.workers)):
         random = common.generator(device, "test", cfg.seed, part.start)
         t = 1 - torch.rand(len(images), generator=random, device=device)
@@ -308,11 +273,11 @@ def evaluate(model, tokenizer, dataset, device, rank, processes, cfg):
         with common.autocast(device, cfg.bf16):
             x0 = tokens_to_counts(tokenizer.encode(images.to(device) / 127.5 - 1), C)
             total += fsdd_loss(model, x0, labels.to(device), t, x1, uniform) * len(images)
-    return common.sum_over_processes(total).item() / len(dataset)
+    return common.all_reduce(total).item() / len(dataset)
 
 
 def draw_samples(model, tokenizer, header, device, cfg):
-    """A grid of samples, a row for each of up to ten classes."""
+    """A page of samples, a row for each of up to ten classes."""
     if common.is_main():
         class_names = header["class_names"]
         classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
@@ -321,7 +286,7 @@ def draw_samples(model, tokenizer, header, device, cfg):
             counts = torch.cat([generate(model, labels, **header["generation"], generator=random)
                                 for labels in classes.repeat_interleave(10).to(device).split(cfg.device_batch)])
         images = decode(tokenizer, counts_to_tokens(counts))
-        common.grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
+        grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
 import sample  # noqa: E402
 import train_tokenizer  # noqa: E402
-from data import digits_classifier, open_dataset  # noqa: E402
+from data import digits_classifier, open_dataset, pictures  # noqa: E402
 from data.digits_classifier import share_read_as  # noqa: E402
 from dual_transform import counts_to_tokens, tokens_to_counts  # noqa: E402
 from fsdd import refine  # noqa: E402
@@ -73,7 +73,7 @@ def encode(tokenizer, digits):
 
 def check_samples(net, tokenizer, tokens, test):
     """1000 samples by sample.py: read as what was asked for, and varied."""
-    reconstructed = common.to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
+    reconstructed = pictures.to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
     print(f"     reconstructed test digits read as their label: {share_read_as(net, reconstructed, test.labels):.2%}")
     subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"],
                    check=True)

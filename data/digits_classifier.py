@@ -1,6 +1,5 @@
 """A small classifier of digits: digits FID is taken in its features, and it tells which digit a sample shows."""
 import hashlib
-import os
 
 import torch
 import torch.distributed as dist
@@ -55,7 +54,7 @@ def open_classifier(path, device, rank):
             common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
         return net
 
-    net = common.together(prepare).to(device)
+    net = common.on_every_rank(prepare).to(device)
     if dist.is_initialized():
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)

@@ -1,10 +1,9 @@
-"""Batches of images for the scripts: which images a step takes, reading them ahead, and leaving out files that can't be read."""
+"""Batches of images for the scripts: which images a step takes, reading them ahead, leaving out unreadable files."""
 import functools
 import os
 import signal
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -40,7 +39,8 @@ def in_order(dataset, parts, workers):
 
 
 def read_ahead(dataset, batches, workers):
-    """What the dataset gives for lists of its items, read ahead by worker processes (0 = in this one, when it is needed).
+    """What the dataset gives for lists of its items, read ahead by worker processes (0 = in this one, when it is
+    needed).
 
     An image that can't be read any more ends the run with one sentence: the last checkpoint stands.
     """
@@ -52,7 +52,8 @@ def read_ahead(dataset, batches, workers):
 
 
 class OrSentence(torch.utils.data.Dataset):
-    """Batches of a dataset, or the sentence that says why there is none: an exception would come with a worker's traceback."""
+    """Batches of a dataset, or the sentence that says why there is none: an exception would come with a worker's
+    traceback."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -69,21 +70,24 @@ def as_it_is(batch):
 
 
 def leave_signals(worker):
-    """A process that reads images ends with the process it works for, and leaves the signals to that, which saves a checkpoint."""
+    """A process that reads images ends with the process it works for, and leaves the signals to that, which saves a
+    checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def open_datasets(cfg, image_size, **training):
-    """The training set, with open_dataset()'s further arguments in training, and the test set, the same for all processes.
+    """The training set, with open_dataset()'s further arguments in training, and the test set, the same for all
+    processes.
 
     Image files that can't be read are left out of both (drop_unreadable()). ValueError where that is no good.
     """
-    train_set = common.together(open_dataset, cfg.data, "train", image_size, **training)
-    test_set = common.together(open_dataset, cfg.data, "test", image_size)
+    train_set = common.on_every_rank(open_dataset, cfg.data, "train", image_size, **training)
+    test_set = common.on_every_rank(open_dataset, cfg.data, "test", image_size)
     for dataset in (train_set, test_set) if cfg.data != "digits" else ():
-        if len(set(common.from_all_processes((dataset.fingerprint(), *dataset.class_names)))) > 1:
-            raise ValueError(f"the images in {dataset.root} are not the same on all machines; each needs the same files")
+        if len(set(common.all_gather((dataset.fingerprint(), *dataset.class_names)))) > 1:
+            raise ValueError(f"the images in {dataset.root} are not the same on all machines; "
+                             "each needs the same files")
         drop_unreadable(dataset, os.path.join(os.path.dirname(cfg.out), "images.json"), cfg.workers)
     return train_set, test_set
 
@@ -91,35 +95,37 @@ def open_datasets(cfg, image_size, **training):
 def drop_unreadable(dataset, note_path, workers):
     """Leave out the image files that can't be read, so that every epoch and every share of it has the same images.
 
-    All processes read all files once, together. What they find is noted in a JSON file, for each split, and holds for as
-    long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
+    Every file is read once, each rank reads a share. What they find is noted in a JSON file, by split, and holds for
+    as long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
     """
     split, made_from = os.path.basename(dataset.root), dataset.fingerprint()
-    known = common.from_all_processes(common.read_json(note_path).get(split) if common.is_main() else None)[0]
+    known = common.all_gather(common.read_json(note_path).get(split) if common.is_main() else None)[0]
     if not known or known.get("made_from") != made_from:
         known = {"made_from": made_from, "unreadable": check_images(dataset, workers)}
         if common.is_main():
             common.write_json(common.read_json(note_path) | {split: known}, note_path)
     elif known["unreadable"] and common.is_main():
-        print(f"{len(known['unreadable'])} of {len(dataset)} images in {dataset.root} could not be read when they were checked; "
-              f"training goes without them ({note_path})", flush=True)
+        print(f"{len(known['unreadable'])} of {len(dataset)} images in {dataset.root} could not be read when they were "
+              f"checked; training goes without them ({note_path})", flush=True)
     dataset.drop(list(known["unreadable"]))
 
 
 def check_images(dataset, workers, batch_size=64):
-    """Those of a dataset's files that can't be read, {name: reason}. The main process names them; ValueError if too many."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = range(rank, len(dataset), processes)
-    batches = DataLoader(mine, batch_size, num_workers=workers, collate_fn=dataset.unreadable, worker_init_fn=leave_signals)
+    """Those of a dataset's files that can't be read, {name: reason}. Rank 0 prints them; ValueError for too many."""
+    rank, world_size = common.rank_and_world_size()
+    mine = range(rank, len(dataset), world_size)
+    batches = DataLoader(mine, batch_size, num_workers=workers, collate_fn=dataset.unreadable,
+                         worker_init_fn=leave_signals)
     found = {}
     for some in tqdm(batches, desc=f"checking {dataset.root}", disable=not common.is_main(), mininterval=5):
         found |= some
-    found = dict(sorted(item for some in common.from_all_processes(found) for item in some.items()))
+    found = dict(sorted(item for some in common.all_gather(found) for item in some.items()))
     for name in list(found)[:1000] if common.is_main() else ():
         print(f"{os.path.join(dataset.root, name)} can't be read ({found[name]})", flush=True)
     if len(found) > 0.01 * len(dataset):
-        raise ValueError(f"{len(found)} of the {len(dataset)} images in {dataset.root} can't be read, which is more than 1 %; "
-                         f"the first is {next(iter(found))} ({next(iter(found.values()))})")
+        raise ValueError(f"{len(found)} of the {len(dataset)} images in {dataset.root} can't be read, which is more "
+                         f"than 1 %; the first is {next(iter(found))} ({next(iter(found.values()))})")
     if common.is_main():
-        print(f"{len(found)} of {len(dataset)} images in {dataset.root} can't be read; training goes without them", flush=True)
+        print(f"{len(found)} of {len(dataset)} images in {dataset.root} can't be read; training goes without them",
+              flush=True)
     return found

@@ -22,6 +22,8 @@ import train_fsdd
 import train_tokenizer
 from fsdd import Denoiser
 from published.convnext import ConvNeXt
+from published.critics import Critics, discriminator_loss
+from published.discriminator import Discriminator
 from published.maskgit_vqgan import VQGAN
 from tokenizer import SetTokenizer
 
@@ -113,33 +115,40 @@ def norm_in_float32(norm, x):
 def tokenizer_cost(proxy):
     """The arguments of row() for a phase of stage 1."""
     cfg = settings(train_tokenizer.HYPERPARAMETERS, adversarial_from=0)
-    networks = SimpleNamespace(vqgan=VQGAN().requires_grad_(False), convnext=ConvNeXt().requires_grad_(False))
+    vqgan = VQGAN().requires_grad_(False) if proxy else None
+    convnext = None if proxy else ConvNeXt().requires_grad_(False)
+    discriminator = None if proxy else Discriminator(cfg.discriminator)
+    critics = Critics(convnext, discriminator, None, cfg)
     model = SetTokenizer(channels=3, vqgan_width=128, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
-    first, last = (0, cfg.proxy_steps) if proxy else (cfg.proxy_steps, cfg.steps)
-    phase = train_tokenizer.begin_phase(model, None, cfg, proxy, first, last, torch.device("cpu"))
+    train_tokenizer.start_phase(model, None, cfg, proxy)
     with FakeTensorMode():
-        for network in filter(None, (model, networks.vqgan, networks.convnext, phase.discriminator)):
+        for network in filter(None, (model, vqgan, convnext, discriminator)):
             drop_data(network)
 
         def images(number):
-            cfg.batch_size = number
             return torch.zeros(number, 3, cfg.image_size, cfg.image_size)
 
-        def forward():
+        def forward(number=1):
             with common.autocast(torch.device("cpu"), cfg.bf16):
-                return model(images(1), proxy=proxy)[0]
+                return model(images(number), proxy=proxy)
 
         def step(number):
-            train_tokenizer.forward_backward(model, images(number), slice(0, number), None, cfg, networks, proxy,
-                                             phase.discriminator)
+            drawn, _, latents, loss = forward(number)
+            loss = loss + cfg.uniformity * train_tokenizer.uniformity(latents)
+            if proxy:
+                loss = loss + F.cross_entropy(vqgan.logits(drawn), vqgan.encode(images(number)))
+            else:
+                loss = loss + F.mse_loss(drawn.float(), images(number))
+                loss = loss + critics.loss(drawn.float(), images(number), critics.first)
+            loss.backward()
 
         def judge(number):
-            if not proxy:
-                train_tokenizer.judge_backward(phase.discriminator, images(number), images(number), torch.zeros(2),
-                                               slice(0, number), cfg)
+            if discriminator:
+                real, fake = discriminator(images(2 * number)).flatten(1).chunk(2)
+                discriminator_loss(real, fake, torch.zeros(2), cfg.lecam).backward()
 
-        numbers = cost(model, cfg, forward, step, judge)
-    return *sizes(model, networks.vqgan if proxy else networks.convnext, phase.discriminator), *numbers
+        numbers = cost(model, cfg, lambda: forward()[0], step, judge)
+    return *sizes(model, vqgan or convnext, discriminator), *numbers
 
 
 def denoiser_cost(name):

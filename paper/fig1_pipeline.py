@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 import common
 import sample
+from data import pictures
 from dual_transform import counts_to_tokens, tokens_to_counts
 from paper.reconstruct import read_images
 
@@ -32,7 +33,7 @@ def main(argv=None):
         common.stop(str(problem))
     tokens = tokenizer.encode(image / 127.5 - 1)  # (1, M)
     counts = tokens_to_counts(tokens, tokenizer.codebook_size)  # (1, C)
-    decoded = common.to_uint8(tokenizer.decode(counts_to_tokens(counts)))
+    decoded = pictures.to_uint8(tokenizer.decode(counts_to_tokens(counts)))
     draw(image[0], tokens[0].tolist(), counts[0].tolist(), decoded[0]).save(args.out)
     print(f"{args.out}: {len(tokens[0])} tokens, {int((counts > 0).sum())} of {counts.shape[1]} codes")
 
@@ -88,7 +89,7 @@ def parse(argv):
     parser.add_argument("--images", default=IMAGES, help=f"an image file, or the word digits ({IMAGES})")
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")
     args = parser.parse_args(argv)
-    common.check_picture(parser, args.out)
+    pictures.check_picture(parser, args.out)
     return args
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 import common
 import sample
+from data import pictures
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import discrete_gaussian, greedy_adjust, sample_noise
 from paper.reconstruct import read_images
@@ -48,7 +49,7 @@ def main(argv=None):
               f"| {(after != x0).sum()} |")
     decoded = sample.decode(tokenizer, counts_to_tokens(torch.cat([after for _, after in states])))
     draw(states, decoded).save(args.out)
-    print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}; {common.duration(time.time() - began)}")
+    print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}; {(time.time() - began) / 60:.1f} min")
 
 
 def state(x0, x1, t, uniform, num_tokens):
@@ -94,7 +95,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
-    common.check_picture(parser, args.out)
+    pictures.check_picture(parser, args.out)
     return args
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+from data import pictures
 from paper import layouts, table2_noise
 
 LAYOUTS = ("grid", "set")  # in the paper VQGAN, TokenSet
@@ -28,7 +29,7 @@ HELD = 0.9  # share of a map's sum, for the second measure
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, rank, processes = common.start_processes(args.device)
+    device, rank, processes = common.init_distributed(args.device)
     try:
         loaded = [table2_noise.load(path, args.data, device)
                   for path in args.ckpt or [table2_noise.trained(layout, args.device) for layout in LAYOUTS]]
@@ -48,8 +49,8 @@ def main(argv=None):
         for name, shares in (*zip(names, [shares for _, shares in found]), ("evenly spread", [*even, *even])):
             print(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
         columns = [f"token {token + 1}" for token in range(number)]
-        common.grid(torch.cat([heat(maps) for maps, _ in found]), number, names, columns).save(args.out)
-        print(f"{args.out}: {number} tokens of each; {common.duration(time.time() - began)}")
+        pictures.grid(torch.cat([heat(maps) for maps, _ in found]), number, names, columns).save(args.out)
+        print(f"{args.out}: {number} tokens of each; {(time.time() - began) / 60:.1f} min")
 
 
 def measure(tokenizer, dataset, patch, number, args, device, rank, processes):
@@ -63,7 +64,7 @@ def measure(tokenizer, dataset, patch, number, args, device, rank, processes):
         total += maps.sum(0)
         single += torch.stack(spread(maps, patch)).mean(2).sum(1)
     for summed in (total, single):
-        common.sum_over_processes(summed)
+        common.all_reduce(summed)
     return total / num, [share.mean().item() for share in spread(total, patch)] + (single / num).tolist()
 
 
@@ -116,7 +117,7 @@ def parse(argv):
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")
     args = parser.parse_args(argv)
     table2_noise.check_options(parser, args, num=1, tokens=1)
-    common.check_picture(parser, args.out)
+    pictures.check_picture(parser, args.out)
     return args
 
 

@@ -13,6 +13,7 @@ import time
 import torch
 
 import common
+from data import pictures
 from data.reading import in_order
 from dual_transform import tokens_to_counts
 from evaluate_fid import open_tokenizer
@@ -30,7 +31,7 @@ DEVICE = "auto"  # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, _, processes = common.start_processes(args.device)
+    device, _, processes = common.init_distributed(args.device)
     if processes > 1:
         common.stop("one process is enough for this; leave out torchrun")
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
@@ -58,8 +59,8 @@ def main(argv=None):
     columns = max(map(len, members))
     rows = [torch.nn.functional.pad(dataset.__getitems__([(i, 0) for i in row])[0], (0,) * 7 + (columns - len(row),), value=255)
             for row in members]
-    common.grid(torch.cat(rows), columns, [f"code {codes[i]}" for i in best]).save(args.out)
-    print(f"{args.out}: the first images of each; {common.duration(time.time() - began)}")
+    pictures.grid(torch.cat(rows), columns, [f"code {codes[i]}" for i in best]).save(args.out)
+    print(f"{args.out}: the first images of each; {(time.time() - began) / 60:.1f} min")
 
 
 def count_codes(tokenizer, dataset, device, workers=0):
@@ -98,7 +99,7 @@ def parse(argv):
     for name, least in (("k", 1), ("least", 1), ("shown", 1), ("workers", 0), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    common.check_picture(parser, args.out)
+    pictures.check_picture(parser, args.out)
     return args
 
 

@@ -86,7 +86,7 @@ def main(argv=None):
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of train_tokenizer.py")
     args = parser.parse_args(argv)
     kind = f"{args.layout} tokenizer"
-    return train_tokenizer.main(args.options, KINDS[kind], kind)
+    train_tokenizer.main(args.options, KINDS[kind], kind)
 
 
 if __name__ == "__main__":

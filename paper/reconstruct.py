@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import common
+from data import pictures
 from data.digits import Digits
 from data.image_folder import SUFFIXES, center_crop, find_images, reason
 from tokenizer import SetTokenizer
@@ -29,7 +30,7 @@ COLUMNS = ("image", "as encoded", "reversed", "shuffled", "ascending", "descendi
 
 def main(argv=None):
     args = parse(argv)
-    device, _, _ = common.start_processes(args.device, tf32=False)  # TF32 would blur what the orders differ by
+    device, _, _ = common.init_distributed(args.device, tf32=False)  # TF32 would blur what the orders differ by
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     tokenizer = SetTokenizer(**checkpoint["model_config"])
     tokenizer.load_state_dict(checkpoint["weights"])
@@ -47,8 +48,8 @@ def main(argv=None):
         decoded = tokenizer.decode(torch.cat(five_orders(tokens, shuffle)))  # (5, ch, H, W)
         squared.append((decoded[0].clamp(-1, 1) - (image / 127.5 - 1)).square().mean().item())
         apart.append((decoded - decoded[0]).abs().max().item())
-        rows.append(torch.cat([image[None], common.to_uint8(decoded)]).cpu())
-    common.grid(torch.cat(rows), len(COLUMNS), column_labels=COLUMNS).save(args.out)
+        rows.append(torch.cat([image[None], pictures.to_uint8(decoded)]).cpu())
+    pictures.grid(torch.cat(rows), len(COLUMNS), column_labels=COLUMNS).save(args.out)
     print(f"{args.out}: {len(rows)} images, mean squared error {np.mean(squared):.4f} for pixels in [-1, 1]; "
           f"from one order of the tokens to another a pixel changes by at most {max(apart):.1e}")
 
@@ -66,7 +67,7 @@ def parse(argv):
     for name, least in (("num", 1), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    common.check_picture(parser, args.out)
+    pictures.check_picture(parser, args.out)
     return args
 
 

@@ -15,6 +15,7 @@ import torch
 import common
 import evaluate_fid
 import sample
+from data import pictures
 from data.digits_classifier import DigitsClassifier
 from data.reading import read_ahead
 from paper import reconstruct, variants
@@ -31,7 +32,7 @@ def main(argv=None):
     args = parse(argv)
     began = time.time()
     # TF32 would blur what the orders differ by
-    device, rank, processes = common.start_processes(args.device, tf32=False)
+    device, rank, processes = common.init_distributed(args.device, tf32=False)
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     data = args.data or checkpoint.get("config", {}).get("data")
     try:
@@ -49,7 +50,7 @@ def main(argv=None):
         print("| order | " + " | ".join(reconstruct.COLUMNS[1:]) + " |\n|" + "---|" * 6)
         print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in fids) + " |")
         print("| largest change of a pixel, of 255 | " + " | ".join(map(str, changes)) + " |")
-        print(f"{args.out}: the first images; {common.duration(time.time() - began)}")
+        print(f"{args.out}: the first images; {(time.time() - began) / 60:.1f} min")
 
 
 def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
@@ -69,11 +70,11 @@ def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
         changes = changes.maximum(torch.stack([(other.long() - decoded[0].long()).abs().max() for other in decoded]))
         if i == rank == 0:
             rows = torch.stack([images, *decoded], 1)[:SHOWN]  # (SHOWN, 6, ch, H, W)
-            common.grid(rows.flatten(0, 1), len(reconstruct.COLUMNS), column_labels=reconstruct.COLUMNS).save(args.out)
+            pictures.grid(rows.flatten(0, 1), len(reconstruct.COLUMNS), column_labels=reconstruct.COLUMNS).save(args.out)
     for one in statistics:
         for tensor in one.sums():
-            common.sum_over_processes(tensor)
-    return torch.stack(common.from_all_processes(changes)).amax(0).tolist()
+            common.all_reduce(tensor)
+    return torch.stack(common.all_gather(changes)).amax(0).tolist()
 
 
 def parse(argv):
@@ -94,7 +95,7 @@ def parse(argv):
     for name, least in (("num", 2), ("workers", 0), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    common.check_picture(parser, args.out)
+    pictures.check_picture(parser, args.out)
     return args
 
 

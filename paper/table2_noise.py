@@ -35,7 +35,7 @@ DEVICE = "auto"             # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, rank, processes = common.start_processes(args.device)
+    device, rank, processes = common.init_distributed(args.device)
     rows = []
     try:
         for path in args.ckpt or [trained(layout, args.device) for layout in LAYOUTS]:
@@ -52,7 +52,7 @@ def main(argv=None):
             shown = {"set, as a sequence": as_sequence, "set": as_set} if layout == "set" else {layout: as_sequence}
             for name, shares in shown.items():
                 print(f"| {name} | {M} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + f" | {mse:.4f} |")
-        print(f"{num} images; {common.duration(time.time() - began)}")
+        print(f"{num} images; {(time.time() - began) / 60:.1f} min")
 
 
 def trained(layout, device):
@@ -78,7 +78,7 @@ def batches(dataset, num, image_size, device, rank, processes, workers):
     """This process's share of num images spread evenly over the dataset: yields their indices, a list, and the images
     (n, ch, H, W) in [-1, 1]."""
     at_once = min(250, max(1, 2 ** 20 // image_size ** 2))  # a million pixels, to bound memory
-    parts = common.chunks(common.share(num, rank, processes), at_once)
+    parts = common.chunks(common.shard(num, rank, processes), at_once)
     indices = [[i * len(dataset) // num for i in range(part.start, part.stop)] for part in parts]
     images = read_ahead(dataset, ([(i, 0) for i in some] for some in indices), workers)
     for some, (pixels, _) in zip(indices, common.tqdm(images, total=len(parts), disable=None)):
@@ -100,7 +100,7 @@ def measure(tokenizer, dataset, num, args, device, rank, processes):
             noisy = tokenizer.encode(add_noise(images, noise, snr))
             shares[:, i] += torch.stack(overlap(tokens, noisy, tokenizer.codebook_size)).sum(1)
     for total in (shares, squared):
-        common.sum_over_processes(total)
+        common.all_reduce(total)
     return *(shares / num).tolist(), squared.item() / num
 
 

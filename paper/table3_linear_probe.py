@@ -39,7 +39,7 @@ DEVICE = "auto"       # auto, cpu, cuda
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, _, processes = common.start_processes(args.device, tf32=False)
+    device, _, processes = common.init_distributed(args.device, tf32=False)
     if processes > 1:
         common.stop("the probes are trained by one process; leave out torchrun")
     rows, pixels = [], None
@@ -59,7 +59,7 @@ def main(argv=None):
         print(f"| {M} | {C} | {counts:.1%} | {latents:.1%} |")
     print(f"of {len(test.labels)} validation images, after {args.epochs} epochs of {len(train.labels)} training images; "
           f"{train.pixels.shape[1]} raw pixels: {pixels:.1%}; by chance, always the most frequent class: {chance:.1%}")
-    print(common.duration(time.time() - began))
+    print(f"{(time.time() - began) / 60:.1f} min")
 
 
 def trained(args):

@@ -1,33 +1,37 @@
-"""Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and parameters that
-differ by less than 5 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and with the paper's.
+"""Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and
+parameters that differ by less than 5 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and
+with the paper's.
 
     python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
-    torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own table
+    torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own
+    table
 
-Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for --search_steps, then
-guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search samples. The best setting is trained
-with every seed and measured with --num_images other samples. Trainings and measurements are kept in paper/cache: a run that was cut
-off goes on.
-Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the fixed sum
-and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
+Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for
+--search_steps, then guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search
+samples. The best setting is trained with every seed and measured with --num_images other samples. Trainings and
+measurements are kept in paper/cache: an interrupted run resumes.
+Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the
+fixed sum and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
 
-On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other, without a
+On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other,
+without a
 cache of keys and values: its samples cost far more than all others.
 """
+import math
 import os
-import sys
 import time
 from types import SimpleNamespace
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 import evaluate_fid
 import sample
 import train_fsdd
-from data import sides
+from data import pictures, sides
 from dual_transform import counts_to_tokens, tokens_to_counts
-from fsdd import Denoiser, fsdd_loss, generate, sample_noise
+from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
 
 LEARNING_RATES = (0.5, 1.0, 2.0)        # times --lr and --muon_lr; compared by FIRST's samples
@@ -52,14 +56,15 @@ HYPERPARAMETERS = [
     ("methods",          ",".join(METHODS), ",".join(METHODS), "which, with commas between"),
     ("seeds",            3,              1,              "trainings of every method with its best setting"),
     ("search_lr",        True,           False,          "search the learning rate; else it is --lr"),
-    ("search_steps",     940,            1000000,        "steps of the trainings that the learning rate is searched by"),
-    ("num_search",       500,            10000,          "samples a setting is judged by in the search"),
+    ("search_steps",     940,            1000000,        "steps of the trainings that search the learning rate"),
+    ("num_search",       500,            10000,          "samples that measure a setting in the search"),
     ("num_images",       1000,           50000,          "samples of the table"),
-    ("batch",            250,            100,            "samples drawn together"),
-    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "what samples are compared with, see evaluate_fid.py"),
+    ("batch",            250,            100,            "samples at once"),
+    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "reference, see evaluate_fid.py"),
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
-    *[(name, CHANGED.get(name, digits), imagenet256, meaning) for name, digits, imagenet256, meaning in train_fsdd.HYPERPARAMETERS
-      if name not in ("tokenizer", "tokens", "out", "seed", "times", "sampler", "guidance", "top_p", "top_k", "picture_every")],
+    *[(name, CHANGED.get(name, digits), *rest) for name, digits, *rest in train_fsdd.HYPERPARAMETERS
+      if name not in ("tokenizer", "tokens", "out", "seed", "times", "sampler", "guidance", "top_p", "top_k",
+                      "picture_every")],
     ("out",              "table5.png",   "table5.png",   "a picture, samples of each method"),
 ]
 
@@ -68,7 +73,7 @@ def main(argv=None):
     began = time.time()
     cfg, _ = common.parse(HYPERPARAMETERS, __doc__, None, argv, "python -m paper.table5_priors")
     stage1 = common.load_checkpoint(cfg.ckpt, "python train_tokenizer.py", "tokenizer")
-    device, rank, processes = common.start_processes(cfg.device, cfg.tf32)
+    device, rank, processes = common.init_distributed(cfg.device, cfg.tf32)
     try:
         world = prepare(stage1, device, rank, processes, cfg)
         found = {method: tune_and_measure(method, world, cfg) for method in cfg.methods.split(",")}
@@ -78,13 +83,14 @@ def main(argv=None):
         return
     print(f"{world.C} codes, sets of {world.M} tokens; {cfg.steps} steps of {cfg.batch_size}; {cfg.num_images} samples")
     print_table(found, cfg)
-    picture = common.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
+    picture = pictures.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
     picture.save(cfg.out)
-    print(f"{cfg.out}: samples of each; {common.duration(time.time() - began)}")
+    print(f"{cfg.out}: samples of each; {(time.time() - began) / 60:.1f} min")
 
 
 def prepare(stage1, device, rank, processes, cfg):
-    """All that the seven have in common: tokens, labels, tokenizer, what FID is measured by. ValueError where something lacks."""
+    """All that the seven have in common: tokens, labels, tokenizer, what FID is measured by. ValueError where
+    something lacks."""
     unknown = [method for method in cfg.methods.split(",") if method not in METHODS]
     if unknown:
         raise ValueError(f"--methods must be some of {', '.join(METHODS)}, got {', '.join(unknown)}")
@@ -100,16 +106,16 @@ def prepare(stage1, device, rank, processes, cfg):
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
                             M=tokenizer.num_tokens, C=tokenizer.codebook_size)
     world.size = {name: model_config[name] for name in ("num_classes", "width", "layers", "heads", "gelu")}
-    world.rows = common.share_of_batch(cfg, len(train_set), rank, processes)
+    common.check_training(cfg, None, train_set)
     args = SimpleNamespace(ckpt=cfg.ckpt, inception=cfg.inception, classifier=variants.CLASSIFIER)
     world.net = evaluate_fid.network(args, cfg.data, device, rank)
     world.reference = reference(world, cfg)
-    world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, rank, processes, cfg)  # (1 or 2, N, M)
+    world.tokens = train_fsdd.encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     return world
 
 
 def reference(world, cfg):
-    """(mu, sigma) of the images that samples are compared with, known to the main process."""
+    """(mu, sigma) of the images that samples are compared with, known to rank 0."""
     if not cfg.ref and cfg.data != "digits":
         raise ValueError(f"--ref must say what samples are compared with; {evaluate_fid.NEEDS}")
     images = sides.open_images(cfg.ref, None) if cfg.ref else evaluate_fid.training_digits()
@@ -123,12 +129,15 @@ def reference(world, cfg):
 def tune_and_measure(method, world, cfg):
     """The result of one row of the table: the setting that was chosen, and what its trainings were measured to be."""
     shorter = SimpleNamespace(**vars(cfg) | {"steps": cfg.search_steps})
-    judge = lambda factor, setting, cfg: measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]  # noqa: E731
+
+    def search_fid(factor, setting, cfg):
+        return measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]
+
     factors = LEARNING_RATES if cfg.search_lr else (1.0,)
-    factor = min(factors, key=lambda factor: judge(factor, FIRST, shorter)) if len(factors) > 1 else factors[0]
+    factor = min(factors, key=lambda factor: search_fid(factor, FIRST, shorter)) if len(factors) > 1 else factors[0]
     cuts = CUTS if method != "Continuous Diffusion" else CUTS[:1]  # there is no distribution to cut
     setting = min(({"guidance": guidance, **cut} for guidance in GUIDANCE for cut in cuts),
-                  key=lambda setting: judge(factor, setting, cfg))
+                  key=lambda setting: search_fid(factor, setting, cfg))
     results = [measure(method, factor, seed, setting, "table", cfg.num_images, world, cfg) for seed in range(cfg.seeds)]
     model = trained(method, factor, 0, world, cfg)
     labels = sample.choose_labels(None, 20, world.train_set.class_names, 10)
@@ -138,16 +147,16 @@ def tune_and_measure(method, world, cfg):
 
 
 def measure(method, factor, seed, setting, purpose, num, world, cfg):
-    """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average, "read": the share
-    that the digits' classifier reads as asked for, or None}.
+    """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average,
+    "read": the share that the digits' classifier reads as asked for, or None}.
 
-    num samples of the training with a seed and learning rate, drawn from noise that hangs on seed and purpose, a word. What was
-    measured before is kept.
+    num samples of the training with a seed and learning rate, drawn from noise that depends on seed and purpose, a
+    word. What was measured before is kept.
     """
     path = path_of(method, factor, seed, cfg)
     kept = path + ".json"
     key = str([purpose, num, setting, cfg.sample_steps, cfg.batch, cfg.ref, world.net.name])
-    result = common.from_all_processes(common.read_json(kept).get(key))[0]
+    result = common.all_gather(common.read_json(kept).get(key))[0]
     if result:
         return result
     model = trained(method, factor, seed, world, cfg)
@@ -162,13 +171,14 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
 
     samples = sides.side(f"{method}, seed {seed}", num, read, labels)
     found = evaluate_fid.measure(world.net, samples, cfg.batch, False, world.device, world.rank, world.processes)
-    off = [(part - world.M).abs() for part in sample.gather(torch.cat(sums), world.rank, world.processes)]
+    off = [(part - world.M).abs() for part in common.all_gather(torch.cat(sums))]
     if world.rank == 0:
         off = torch.cat(off).double()
-        result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference), "read": found.read_as_label,
+        result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference),
+                  "read": found.read_as_label,
                   "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
         common.write_json(common.read_json(kept) | {key: result}, kept)
-    return common.from_all_processes(result)[0]
+    return common.all_gather(result)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,8 +215,8 @@ def loss(method, model, x, labels, t, x1, uniform, order, world):
 
 
 def generated(method, model, labels, setting, key, world, cfg):
-    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise hangs on, a word and
-    numbers."""
+    """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise depends on,
+    a word and numbers."""
     labels, random = labels.to(world.device), common.generator(world.device, *key)
     setting = setting | {"guidance": common.three_numbers(setting["guidance"]), "generator": random}
     with common.autocast(world.device, cfg.bf16):
@@ -241,8 +251,9 @@ def decode(tokenizer, counts):
 
 def path_of(method, factor, seed, cfg):
     """Where a training's checkpoint stands: a name that all its settings are in."""
-    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "search_steps", "num_search", "num_images", "batch",
-                                      "ref", "inception", "times", "sampler", "sample_steps", "guidance", "top_p", "top_k"}
+    no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "search_steps", "num_search",
+                                      "num_images", "batch", "ref", "inception", "times", "sampler", "sample_steps",
+                                      "guidance", "top_p", "top_k"}
     settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
     mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
     return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{factor:g}-seed{seed}-{mark}.pt"
@@ -258,42 +269,63 @@ def trained(method, factor, seed, world, cfg):
     checkpoint = None
     if os.path.isfile(run.out):
         checkpoint = common.load_checkpoint(run.out, "the same command, with the file removed", "prior")
-    start = common.check_resume(checkpoint, world.train_set)
-    if start == run.steps:
+    common.check_training(run, checkpoint, world.train_set)
+    if checkpoint and checkpoint["step"] == run.steps:
         model.load_state_dict(checkpoint["weights"])
         return model.eval()
-    common.set_tf32(cfg.tf32)
-    fixed = torch.randperm(world.M, generator=common.generator("cpu", method)).to(world.device)
-
-    def forward_backward(model, tokens, indices, labels, rows, random, model_config, cfg):
-        B, device = cfg.batch_size, world.device
-        x, labels, t = train_fsdd.read_batch(tokens, indices, labels, rows, random, world.size["num_classes"], cfg)
-        x1 = sample_noise(B, world.C, world.M, cfg.prior, random, device)[rows]
-        uniform = torch.rand(B, world.C, generator=random, device=device)[rows]
-        order = torch.rand(B, world.M, generator=random, device=device)[rows].argsort(1)
-        if method != "AR-random":
-            order = fixed.expand_as(order)
-        return train_fsdd.gradients(model, lambda part: loss(method, model, x[part], labels[part], t[part], x1[part], uniform[part],
-                                                             order[part], world), rows, device, cfg)
-
     if world.rank == 0:
         print(f"training {method}, learning rate x {factor:g}, seed {seed}", flush=True)
+    common.set_tf32(cfg.tf32)
+    with common.Signals() as signals:
+        return train(method, model, checkpoint, world, run, signals).eval()
+
+
+def train(method, model, checkpoint, world, cfg, signals):
+    """The training loop of train_fsdd.py with another model and loss. Returns the model with averaged weights."""
+    B, C, M, device, labels = cfg.batch_size, world.C, world.M, world.device, world.train_set.labels
+    sizes = {"codebook_size": C, "num_tokens": M, "num_classes": world.size["num_classes"]}
     header = {"kind": "prior", "method": method, "images": world.train_set.fingerprint(), "model_config": world.size}
-    with common.SignalsNoted() as signals:
-        averaged = train_fsdd.train(model, world.tokens, world.train_set.labels, world.rows, checkpoint, start, header, run,
-                                    signals, forward_backward, draw_samples=lambda averaged: None)
-    if signals.agreed:
-        if world.rank == 0:
-            print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        sys.exit(128 + signals.agreed)
-    return averaged.eval()
+    fixed = torch.randperm(M, generator=common.generator("cpu", method)).to(device)
+    common.set_switches(model, cfg)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
+    optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
+    start = common.restore_training(checkpoint, model, ema, optimizers)
+    ddp = common.parallel(model, device, cfg)
+    rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
+    log = common.open_log(common.beside(cfg.out, ".csv"), train_fsdd.COLUMNS, start)
+    for step in common.progress_bar(start, cfg.steps, B):
+        random = common.generator(device, "step", cfg.seed, step)
+        x, y, t, x1, uniform = train_fsdd.get_batch(world.tokens, labels, rows, sizes, random, step, cfg)
+        order = torch.rand(B, M, generator=random, device=device)[rows].argsort(1)
+        order = order if method == "AR-random" else fixed.expand_as(order)
+        mean = torch.zeros((), device=device)
+        for part in micro_batches:
+            ddp.require_backward_grad_sync = part is micro_batches[-1]
+            with common.autocast(device, cfg.bf16):
+                of_part = loss(method, ddp, x[part], y[part], t[part], x1[part], uniform[part], order[part], world)
+            of_part = of_part * (len(x[part]) / B)
+            (of_part * world_size).backward()
+            mean += of_part.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        lr = optimizers[0][1].get_last_lr()[0]
+        for optimizer, schedule in optimizers:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        ema.update_parameters(model)
+        if common.due(step, cfg.log_every, cfg.steps):
+            log({"step": step + 1, "loss": common.all_reduce(mean).item(), "lr": lr})
+        if signals.received() or common.due(step, cfg.save_every, cfg.steps):
+            common.save_training(header, step + 1, cfg, model, ema, optimizers)
+            signals.exit_if_received(cfg.out, "the same command")
+    return ema.module
 
 
 def print_table(found, cfg):
     """The table in Markdown."""
     fid = "gFID" if cfg.data != "digits" or cfg.inception else "digits FID"
-    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | read as asked for | break the sum | by, tokens | "
-          "parameters | learning rate, guidance, top-p, top-k |\n|" + "---|" * 11)
+    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | read as asked for | break the sum "
+          "| by, tokens | parameters | learning rate, guidance, top-p, top-k |\n|" + "---|" * 11)
     for method, row in found.items():
         *priors, paper = METHODS[method]
         fids = torch.tensor([result["fid"] for result in row.results])

@@ -25,7 +25,7 @@ STEPS = 25       # steps from noise to data
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, rank, processes = common.start_processes(args.device, tf32=False)
+    device, rank, processes = common.init_distributed(args.device, tf32=False)
     try:
         if args.ckpt:
             rows = measure(args, device, rank, processes)
@@ -37,7 +37,7 @@ def main(argv=None):
         print("| M | C | rFID | gFID |\n|---|---|---|---|")
         for M, C, rfid, gfid in rows:
             print(f"| {M} | {C} | {variants.number(rfid)} | {variants.number(gfid)} |")
-        print(common.duration(time.time() - began))
+        print(f"{(time.time() - began) / 60:.1f} min")
 
 
 def pairs(num_tokens, codebook_sizes):

@@ -24,7 +24,7 @@ SMALLER = 2  # the other denoiser has so many times less width and heads, all el
 def main(argv=None):
     args = parse(argv)
     began = time.time()
-    device, rank, processes = common.start_processes(args.device, tf32=False)
+    device, rank, processes = common.init_distributed(args.device, tf32=False)
     options = {name: getattr(args, name) for name in ("data", "ref", "inception", "num", "steps")}
     try:
         rows = [(*size(path), variants.fid(path, device, rank, processes, **options)) for path in args.ckpt or two_sizes(args)]
@@ -35,7 +35,7 @@ def main(argv=None):
         for config, parameters, gfid in rows:
             print(f"| {config['num_tokens']} | {config['codebook_size']} | {config['layers']} | {config['width']} "
                   f"| {parameters / 1e6:.2f} M | {variants.number(gfid)} |")
-        print(common.duration(time.time() - began))
+        print(f"{(time.time() - began) / 60:.1f} min")
 
 
 def size(path):

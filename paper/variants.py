@@ -7,7 +7,6 @@ folder.
 """
 import hashlib
 import os
-import sys
 
 import torch.distributed as dist
 
@@ -79,9 +78,7 @@ def trained(script, kind, options, named, *more):
         if common.load_checkpoint(path, "the same command, with the file removed", kind)["step"] == cfg.steps:
             return path
         arguments.append("--resume")
-    code = script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"], *more)
-    if code:  # a signal stopped it
-        sys.exit(code)
+    script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"], *more)
     return path
 
 
@@ -92,7 +89,7 @@ def fid(checkpoint, device, rank=0, processes=1, **options):
     options = [f"--{name}={value}" for name, value in options.items() if value is not None]
     key = " ".join(options)
     kept = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""
-    known = common.from_all_processes(common.read_json(kept))[0]
+    known = common.all_gather(common.read_json(kept))[0]
     if key not in known:
         common.set_tf32(False)
         args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}",

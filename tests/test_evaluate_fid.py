@@ -18,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-import common
 import evaluate_fid
 import sample
 from data.digits_classifier import DigitsClassifier, load_classifier, share_read_as
+from data.pictures import to_uint8
 from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
 from published import inception
 from published.inception import resize
@@ -258,7 +258,7 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
     test = few_digits("test", 400)
     net = DigitsClassifier()
     load_classifier(net, digits / "digits_classifier.pt")
-    reconstructed = common.to_uint8(model.decode(model.encode(test.images / 127.5 - 1)))
+    reconstructed = to_uint8(model.decode(model.encode(test.images / 127.5 - 1)))
     with torch.no_grad():
         ours, theirs = (net(x)[0].numpy().astype(np.float64) for x in (reconstructed, test.images))
     expected = frechet_distance(ours.mean(0), np.cov(ours.T), theirs.mean(0), np.cov(theirs.T))

@@ -25,7 +25,8 @@ def test_an_epoch_sees_every_image_once():
 
 
 def test_an_epoch_of_a_folder(tmp_path):
-    """Broken: an image would be seen twice in an epoch or not at all, or crops hang on the number of processes or workers."""
+    """Broken: an image would be seen twice in an epoch or not at all, or crops depend on the number of processes or
+    workers."""
     make_image_folder(tmp_path, 100)
     cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=0)
     dataset, _ = reading.open_datasets(cfg, 24, crop="random", flip=True, seed=3)
@@ -33,7 +34,7 @@ def test_an_epoch_of_a_folder(tmp_path):
     B, steps = 20, 10  # two epochs
     seen = {}
     for processes, workers in ((1, 0), (1, 2), (2, 0), (3, 1)):
-        shares = [common.share(B, rank, processes) for rank in range(processes)]
+        shares = [common.shard(B, rank, processes) for rank in range(processes)]
         batches = zip(*(reading.loader(dataset, B, rows, 3, 0, steps, workers) for rows in shares))
         seen[processes, workers] = [torch.cat([images for images, _ in batch]) for batch in batches]
         assert len(seen[processes, workers]) == steps
@@ -43,7 +44,8 @@ def test_an_epoch_of_a_folder(tmp_path):
     assert all(torch.equal(images, batch) for (images, _), batch in zip(resumed, seen[1, 0][7:], strict=True))
     for epoch in range(2):
         found = sorted(image.numpy().tobytes() for batch in seen[1, 0][5 * epoch:5 * epoch + 5] for image in batch)
-        assert found == sorted(dataset.read(i, epoch).transpose(2, 0, 1).tobytes() for i in range(100)) and len(set(found)) == 100
+        assert found == sorted(dataset.read(i, epoch).transpose(2, 0, 1).tobytes() for i in range(100))
+        assert len(set(found)) == 100
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -58,7 +60,8 @@ def test_a_file_lost_during_training(workers, tmp_path):
     assert torch.equal(next(batches)[0], dataset.__getitems__([(i, 0) for i in range(20)])[0])
     with pytest.raises(SystemExit) as stopped:
         next(batches)
-    assert stopped.value.code.startswith(f"error: {dataset.path(30)} can't be read (") and "\n" not in stopped.value.code
+    assert stopped.value.code.startswith(f"error: {dataset.path(30)} can't be read (")
+    assert "\n" not in stopped.value.code
 
 
 def test_unreadable_images_are_left_out_once(tmp_path, monkeypatch, capsys):
@@ -67,26 +70,30 @@ def test_unreadable_images_are_left_out_once(tmp_path, monkeypatch, capsys):
     cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=2)
     train_set, test_set = reading.open_datasets(cfg, 24, crop="random")
     said = capsys.readouterr().out
-    assert len(train_set) == len(train_set.labels) == 300 and len(test_set) == 75 and b"d0/cut.jpg" not in train_set.names
+    assert len(train_set) == len(train_set.labels) == 300 and len(test_set) == 75
+    assert b"d0/cut.jpg" not in train_set.names
     assert train_set.crop == "random" and test_set.crop == "center"
     assert "train/d0/cut.jpg can't be read (OSError: image file is truncated" in said
     assert f"1 of 301 images in {train_set.root} can't be read" in said and f"0 of 75 images in {test_set.root}" in said
 
     checked = []
     unreadable = ImageFolder.unreadable
-    monkeypatch.setattr(ImageFolder, "unreadable", lambda self, indices: checked.extend(indices) or unreadable(self, indices))
+    monkeypatch.setattr(ImageFolder, "unreadable",
+                        lambda self, indices: checked.extend(indices) or unreadable(self, indices))
     cfg.workers = 0
     assert len(reading.open_datasets(cfg, 16)[0]) == 300 and not checked
     assert "1 of 301 images" in (said := capsys.readouterr().out) and "images.json" in said
     (tmp_path / "train" / "d1" / "new.jpg").write_bytes(open(train_set.path(0), "rb").read())
-    assert len(reading.open_datasets(cfg, 24)[0]) == 301 and sorted(checked) == list(range(302))  # of the split that changed
+    # of the split that changed
+    assert len(reading.open_datasets(cfg, 24)[0]) == 301 and sorted(checked) == list(range(302))
     os.truncate(train_set.path(1), 100)
     assert len(reading.open_datasets(cfg, 24)[0]) == 300 and len(checked) == 604
     (tmp_path / "images.json").write_text('{"train": {"made')
     assert len(reading.open_datasets(cfg, 24)[0]) == 300 and len(checked) == 604 + 302 + 75
 
 
-@pytest.mark.parametrize("number, broken, stops", [(100, 1, False), (99, 1, True), (200, 2, False), (200, 3, True), (2, 2, True)])
+@pytest.mark.parametrize("number, broken, stops",
+                         [(100, 1, False), (99, 1, True), (200, 2, False), (200, 3, True), (2, 2, True)])
 def test_too_many_unreadable_images(number, broken, stops, tmp_path):
     """Broken: a data set with more than 1 % of broken files would be trained on, or one with fewer refused."""
     make_image_folder(tmp_path, 4)  # for val/
@@ -114,7 +121,7 @@ from types import SimpleNamespace
 import common
 from data import reading
 
-_, rank, processes = common.start_processes("cpu")
+_, rank, processes = common.init_distributed("cpu")
 cfg = SimpleNamespace(data="images", out="a.pt", workers=rank %% 2)
 train_set, test_set = reading.open_datasets(cfg, 24, crop="random", flip=True, seed=3)
 said = open(f"{rank}.txt", "w")
@@ -131,7 +138,7 @@ dist.destroy_process_group()
 """
 
 
-def test_processes_check_together(tmp_path):
+def test_all_ranks_check_images(tmp_path):
     """Broken: processes would train on different images, or wait forever for one that has stopped."""
     make_image_folder(tmp_path / "images", 120)
     make_image_folder(tmp_path / "other", 110)

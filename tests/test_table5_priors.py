@@ -13,7 +13,8 @@ from paper import table5_priors
 from tests.test_common import ROOT, assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import assert_same_checkpoint
 
-SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40", "--num_search=20",
+SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40",
+         "--num_search=20",
          "--search_steps=2", "--device=cpu"]
 
 
@@ -29,7 +30,8 @@ def rows_of(said):
 
 
 def test_the_table(digits, cache, capsys, monkeypatch):
-    """Broken: a method would be left out, be given other models or searches than the rest, or break the sum unnoticed."""
+    """Broken: a method would be left out, be given other models or searches than the rest, or break the sum
+    unnoticed."""
     monkeypatch.setattr(table5_priors, "LEARNING_RATES", (1.0, 2.0))
     monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
     monkeypatch.setattr(table5_priors, "CUTS", table5_priors.CUTS[1:])
@@ -40,9 +42,10 @@ def test_the_table(digits, cache, capsys, monkeypatch):
         assert setting.startswith(("x 1, ", "x 2, "))
         keeps = method.startswith("AR-") or priors[2] == "x"  # M tokens one by one, or a sum that the model knows
         assert (broken == "0.0%") == keeps and bool(by) != keeps
-        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3  # two learning rates, the best for longer
+        # two learning rates, the best for longer
+        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3
         assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed1-*.pt"))) == 1  # the best of them
-    monkeypatch.setattr(train_fsdd, "train", None)  # what is there is not trained or measured again
+    monkeypatch.setattr(table5_priors, "train", None)  # what is there is not trained or measured again
     monkeypatch.setattr(table5_priors.evaluate_fid, "frechet_distance", None)
     assert table(capsys, f"{digits}/tokenizer.pt") == rows
 
@@ -89,7 +92,8 @@ def test_orders(digits, cache, monkeypatch):
     monkeypatch.setattr(table5_priors.baselines, "autoregressive_loss",
                         lambda model, x, labels, symbols: seen.append(x) or 0 * next(model.parameters()).sum())
     tokens = torch.arange(6).expand(8, 6)
-    monkeypatch.setattr(train_fsdd, "read_batch", lambda *_: (tokens, torch.zeros(8, dtype=torch.int64), torch.rand(8)))
+    get_batch = train_fsdd.get_batch
+    monkeypatch.setattr(train_fsdd, "get_batch", lambda *args: (tokens, *get_batch(*args)[1:]))
     orders = {}
     for method in ("AR-order1", "AR-order2", "AR-random"):
         table5_priors.main([f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=2", "--seeds=1", "--search_lr=no",
@@ -116,11 +120,13 @@ def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
     assert_one_sentence(run_here(main, "--ckpt=grid.pt", folder=tmp_path), "not a tokenizer checkpoint but a grid tokenizer")
 
 
-def test_what_is_measured_hangs_on_all_its_settings(digits, cache, capsys):
-    """Broken: a distance measured with one setting would be shown for another; or that of the search for the table's."""
+def test_what_is_measured_depends_on_all_its_settings(digits, cache, capsys):
+    """Broken: a distance measured with one setting would be shown for another; or that of the search for the
+    table's."""
     options = ["--methods=FSDD", "--search_lr=no"]
     first = table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)["FSDD"]
-    assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first  # as many as the search
+    # as many as the search
+    assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first
     kept, = cache.glob("*.pt.json")
     before = len(common.read_json(kept))
     assert before == 12 + 2

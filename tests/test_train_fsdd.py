@@ -14,7 +14,7 @@ from fsdd import Denoiser
 from tests.image_folder import make_image_folder
 from tests.test_common import assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
-from tests.test_train_tokenizer import assert_same_checkpoint, kill_in_the_middle, kill_when, read_log
+from tests.test_train_tokenizer import assert_same_checkpoint, assert_same_gradients, kill_in_the_middle, read_log
 from tokenizer import SetTokenizer
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--layers=1", "--batch_size=7", "--device_batch=3", "--steps=60",
@@ -46,12 +46,14 @@ def test_a_killed_run_resumes_exactly(stage1, tmp_path):
 
 
 def test_any_number_of_processes_trains_alike(stage1, tmp_path):
-    """Broken: the global batch, its noise and times, or the average of the gradients would hang on the number of processes."""
+    """Broken: the global batch, its noise and times, or the average of the gradients would depend on the number of
+    processes."""
     logs = []
     for processes in (1, 3):  # unequal shares of the batch
         folder = tmp_path / str(processes)
         folder.mkdir()
-        finished = run("train_fsdd.py", *TINY, *stage1, "--steps=4", "--optimizer=adamw", folder=folder, processes=processes)
+        finished = run("train_fsdd.py", *TINY, *stage1, "--steps=4", "--optimizer=adamw", folder=folder,
+                       processes=processes)
         assert finished.returncode == 0, finished.stderr
         logs.append(read_log(folder / "fsdd.csv"))
     assert len(logs[0]) == 4
@@ -60,8 +62,18 @@ def test_any_number_of_processes_trains_alike(stage1, tmp_path):
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_accumulated_gradients_are_the_batchs(stage1, tmp_path):
+    """Broken: the gradient would depend on how many sets a device takes at once."""
+    for size in (7, 3, 1):
+        (tmp_path / str(size)).mkdir()
+        once = ["--steps=1", "--warmup=0", "--optimizer=adamw", f"--device_batch={size}"]
+        assert not run_here(train_fsdd.main, *TINY, *stage1, *once, folder=tmp_path / str(size)).returncode
+        assert_same_gradients(tmp_path / "7" / "fsdd.pt", tmp_path / str(size) / "fsdd.pt")
+
+
 def test_tokens_are_encoded_once(stage1, tmp_path):
-    """Broken: the training set would be encoded again for nothing, or tokens of another tokenizer would be taken for these."""
+    """Broken: the training set would be encoded again for nothing, or tokens of another tokenizer would be taken for
+    these."""
     tokenizer_path, tokens_path = (option.split("=")[1] for option in stage1)
     checkpoint = torch.load(tokenizer_path, weights_only=True)
     own = ["--tokens", tmp_path / "tokens.npy", "--steps=1"]
@@ -78,7 +90,8 @@ def test_tokens_are_encoded_once(stage1, tmp_path):
     assert again.returncode == 0 and "used again" in again.stdout, again.stderr
     checkpoint["weights"]["encoder.to_code.bias"][0] += 1e-3
     torch.save(checkpoint, tmp_path / "other.pt")
-    other = run("train_fsdd.py", *TINY, f"--tokenizer={tmp_path}/other.pt", *own, "--flip=true", folder=tmp_path, processes=2)
+    other = run("train_fsdd.py", *TINY, f"--tokenizer={tmp_path}/other.pt", *own, "--flip=true", folder=tmp_path,
+                processes=2)
     assert other.returncode == 0 and "used again" not in other.stdout, other.stderr
     flipped = np.load(tmp_path / "tokens.npy")
     assert flipped.shape == (2, 60000, 4) and (flipped[0] != flipped[1]).any()  # and all processes did their share
@@ -88,51 +101,48 @@ def test_tokens_are_encoded_once(stage1, tmp_path):
         assert torch.equal(model.encode(images), torch.from_numpy(flipped[version, [0, 30001, 59999]].astype(np.int64)))
 
 
-def test_a_killed_encoding_goes_on(stage1, tmp_path, monkeypatch):
-    """Broken: a kill would lose the tokens found so far, or leave some that an unbroken run would not have found."""
-    options = [*TINY, stage1[0], "--tokens=tokens.npy", "--steps=1"]
-    note = str(tmp_path / "tokens.npy.tmp.json")
-    kill_when(lambda: common.read_json(note).get("done", 0) > 0, "train_fsdd.py", options, tmp_path, processes=2)
-    done = common.read_json(note)["done"]
-    assert 0 < done < 60000 and not (tmp_path / "tokens.npy").exists()
-    monkeypatch.chdir(tmp_path)
-    read = []
-    getitems = Digits.__getitems__
-    monkeypatch.setattr(Digits, "__getitems__", lambda self, items: read.append(items[0][0]) or getitems(self, items))
-    monkeypatch.setattr(train_fsdd, "evaluate", lambda *args: 0.0)  # what comes after the encoding
-    monkeypatch.setattr(train_fsdd, "draw_samples", lambda *args: None)
-    train_fsdd.main(options)  # by one process
-    assert read == list(range(done, 60000, 250))
-    resumed = (tmp_path / "tokens.npy").read_bytes()
-    assert sorted(name for name in os.listdir() if "tokens" in name) == ["tokens.json", "tokens.npy"]
-    os.remove("tokens.npy")
-    common.write_json(common.read_json("tokens.json") | {"done": 0}, "tokens.npy.tmp.json")  # as if killed at once
-    train_fsdd.main(options)
-    assert len(read) == 240 + (60000 - done) // 250 and (tmp_path / "tokens.npy").read_bytes() == resumed
-
-
-def test_a_note_of_another_encoding_is_not_used(tmp_path, monkeypatch):
-    """Broken: tokens of other images, or by another tokenizer, would be taken as the beginning of these."""
+def test_tokens_of_another_encoding_are_not_used(tmp_path, monkeypatch):
+    """Broken: tokens of other images, by another tokenizer, or cut off by a kill would be taken for these; or a mirror
+    image's tokens would be another image's."""
     monkeypatch.chdir(tmp_path)
     make_image_folder("images", 100)
     dataset = open_dataset("images", "train", 24)
     dataset.drop(["d0/cut.jpg"])
-    model = SetTokenizer(channels=3, image_size=24, num_tokens=4, codebook_size=16, code_dim=4, patch_size=8, width=16, heads=2,
-                         encoder_layers=1, decoder_layers=1, commitment=0.25).eval()
+    model = SetTokenizer(channels=3, image_size=24, num_tokens=4, codebook_size=16, code_dim=4, patch_size=8, width=16,
+                         heads=2, encoder_layers=1, decoder_layers=1, commitment=0.25).eval()
     cfg = SimpleNamespace(tokens="tokens.npy", flip=True, workers=0, bf16="off")
-    encode = lambda: train_fsdd.encode_training_set(model, dataset, torch.device("cpu"), 0, 1, cfg)  # noqa: E731
-    tokens = np.array(encode())
+    encode = lambda: train_fsdd.encode_training_set(model, dataset, torch.device("cpu"), cfg)  # noqa: E731
+    tokens, note = np.array(encode()), common.read_json("tokens.json")
     images = dataset.__getitems__([(i, 0) for i in range(100)])[0] / 127.5 - 1
     for version, x in enumerate((images, images.flip(3))):
         assert np.array_equal(tokens[version], model.encode(x).numpy())
-    for change in ("made_from", "shape"):
-        os.remove("tokens.json")
-        np.lib.format.open_memmap("tokens.npy.tmp", mode="w+", dtype=np.uint16, shape=(2, 100, 4))
-        common.write_json({"made_from": "a", "shape": [2, 100, 4]} | {change: [1]} | {"done": 100}, "tokens.npy.tmp.json")
-        assert np.array_equal(encode(), tokens)
-    common.write_json({}, "tokens.json")
+    for wrong in ({"made_from": "a"}, {"shape": [1]}, None):  # None: killed between the renaming and the note
+        np.save("tokens.npy", np.zeros_like(tokens))
+        os.remove("tokens.json") if wrong is None else common.write_json(note | wrong, "tokens.json")
+        assert np.array_equal(encode(), tokens) and common.read_json("tokens.json") == note
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    np.save("tokens.npy", other := np.zeros_like(tokens))
+    common.write_json({"made_from": "other"}, "tokens.json")
+    for step in ("save", "replace"):
+        with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
+            kill.setattr(np if step == "save" else os, step, killed)
+            encode()
+        assert np.array_equal(np.load("tokens.npy"), other) and common.read_json("tokens.json") != note
+    assert np.array_equal(encode(), tokens)
+
+
+def test_every_rank_must_see_the_tokens(tmp_path, monkeypatch):
+    """Broken: a machine that does not share the folder would train on whatever it has there, or end in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    model = SetTokenizer(channels=1, image_size=28, num_tokens=4, codebook_size=16, code_dim=4, patch_size=7, width=16,
+                         heads=2, encoder_layers=1, decoder_layers=1)
+    cfg = SimpleNamespace(tokens="tokens.npy", flip=False, workers=0, bf16="off")
+    monkeypatch.setattr(common, "all_gather", lambda thing: [True, thing])  # rank 0 has the file, this rank has not
     with pytest.raises(ValueError, match="tokens.npy .* a folder they share"):
-        train_fsdd.check_shared("tokens.npy", "tokens.json", {"made_from": "a"})
+        train_fsdd.encode_training_set(model, Digits("test"), torch.device("cpu"), cfg)
 
 
 def test_training_reads_no_image(stage1, tmp_path, monkeypatch):
@@ -154,8 +164,9 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, tmp_path):
     assert (tmp_path / "fsdd.png").stat().st_size > 1000
     checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
     config = checkpoint["config"]
-    assert checkpoint["generation"] == {"prior": "multinomial", "sampler": "exchange", "steps": config["sample_steps"], "guidance":
-                                        [1.0, 2.0, 3.0], "top_p": config["top_p"], "top_k": config["top_k"]}
+    assert checkpoint["generation"] == {"prior": "multinomial", "sampler": "exchange", "steps": config["sample_steps"],
+                                        "guidance": [1.0, 2.0, 3.0], "top_p": config["top_p"],
+                                        "top_k": config["top_k"]}
     assert checkpoint["tokenizer"]["model_config"]["num_tokens"] == checkpoint["model_config"]["num_tokens"] == 4
     assert checkpoint["class_names"] == list("0123456789")
 
@@ -191,8 +202,8 @@ def test_too_many_codes_get_one_sentence():
 
 def test_a_tokenizer_of_colour_images_gets_one_sentence():
     """Broken: grey images would go into a tokenizer of colour images, and end in a traceback."""
-    model_config = dict(channels=3, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16, heads=2,
-                        encoder_layers=1, decoder_layers=1)
+    model_config = dict(channels=3, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16,
+                        heads=2, encoder_layers=1, decoder_layers=1)
     stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
     cfg = SimpleNamespace(data="digits", out="a.pt", tokenizer="colour.pt", workers=0)
     with pytest.raises(ValueError, match="images of digits have 1 channels, those of colour.pt 3"):

@@ -13,7 +13,8 @@ import train_tokenizer
 from paper import variants
 from tests.test_train_tokenizer import assert_same_checkpoint
 
-TOKENIZER = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "steps": 3, "device": "cpu"}
+TOKENIZER = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "steps": 3,
+             "device": "cpu"}
 SET = {"num_tokens": 4, "codebook_size": 16}
 DENOISER = {"width": 16, "heads": 2, "layers": 1, "batch_size": 8, "steps": 3, "sample_steps": 2, "device": "cpu"}
 CPU = torch.device("cpu")
@@ -32,7 +33,8 @@ def test_a_variant_is_trained_once(cache, monkeypatch):
     with monkeypatch.context() as without:
         without.setattr(train_tokenizer, "main", refuse)
         assert variants.tokenizer(**SET, **TOKENIZER) == path
-        assert variants.tokenizer(**SET, **TOKENIZER | {"device": "auto"}, log_every=7) == path  # they do not change the model
+        # they do not change the model
+        assert variants.tokenizer(**SET, **TOKENIZER | {"device": "auto"}, log_every=7) == path
     others = [variants.tokenizer(**SET, **TOKENIZER | other) for other in ({"steps": 2}, {"lr": 1e-4})]
     table = [(*row[:1], 5e-4, *row[2:]) if row[0] == "lr" else row for row in train_tokenizer.HYPERPARAMETERS]
     monkeypatch.setattr(train_tokenizer, "HYPERPARAMETERS", table)
@@ -48,7 +50,8 @@ def test_a_denoiser_belongs_to_its_tokenizer(cache, monkeypatch):
     assert denoisers[0] != denoisers[1] and len(list(cache.glob("tokens-*.npy"))) == 2
     for path, of in zip(denoisers, (first, second)):
         its, weights = (common.load_checkpoint(one, "", "fsdd", "tokenizer") for one in (path, of))
-        assert all(torch.equal(its["tokenizer"]["weights"][name], weights["weights"][name]) for name in weights["weights"])
+        assert all(torch.equal(its["tokenizer"]["weights"][name], weight)
+                   for name, weight in weights["weights"].items())
     monkeypatch.setattr(train_fsdd, "main", refuse)
     assert variants.fsdd(first, **DENOISER) == denoisers[0]
 
@@ -58,16 +61,16 @@ def test_a_variant_that_was_cut_off_goes_on(cache, monkeypatch):
     options = SET | TOKENIZER | {"steps": 5}
     whole = variants.tokenizer(**options)
     os.rename(whole, "whole.pt")
-    take_step, taken = common.optimizer_step, []
+    update, taken = train_tokenizer.CodeUse.update, []
 
     def stop_at_the_third(*args):
-        take_step(*args)
+        update(*args)
         taken.append(1)
         if len(taken) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as cut:
-        cut.setattr(common, "optimizer_step", stop_at_the_third)
+        cut.setattr(train_tokenizer.CodeUse, "update", stop_at_the_third)
         with pytest.raises(SystemExit) as stopped:
             variants.tokenizer(**options)
     assert stopped.value.code == 128 + signal.SIGTERM and common.load_checkpoint(whole, "", "tokenizer")["step"] == 3
@@ -110,7 +113,7 @@ def test_all_processes_agree_on_what_is_kept(cache, monkeypatch):
     cache.mkdir()
     common.write_json({"--num=9": 5.0}, "cache/fsdd.pt.json")
     monkeypatch.setattr(evaluate_fid, "evaluate", refuse)
-    monkeypatch.setattr(common, "from_all_processes", lambda mine: [{"--num=9": 5.0}, mine])
+    monkeypatch.setattr(common, "all_gather", lambda mine: [{"--num=9": 5.0}, mine])
     assert variants.fid("cache/fsdd.pt", CPU, 1, 2, num=9) == 5.0
     os.remove("cache/fsdd.pt.json")
     assert variants.fid("cache/fsdd.pt", CPU, 1, 2, num=9) == 5.0

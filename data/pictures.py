@@ -1,0 +1,44 @@
+"""Images as bytes and as pages: what the scripts draw."""
+import torch
+from PIL import Image, ImageDraw
+
+import common
+
+
+def to_uint8(images):
+    """Images in [-1, 1] -> uint8 0..255, same shape."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def decode(tokenizer, tokens):
+    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at once, as MaskGIT-VQGAN needs
+    memory."""
+    at_once = max(1, 2 ** 20 // tokenizer.image_size ** 2)
+    return torch.cat([to_uint8(tokenizer.decode(part)).cpu() for part in tokens.split(at_once)])
+
+
+def grid(images, columns, row_labels=None, column_labels=None):
+    """A PIL image of uint8 images (N, ch, H, W) in rows of columns. row_labels: a text in front of each row.
+    column_labels: a text above each column."""
+    N, _, H, W = images.shape
+    rows = -(-N // columns)
+    scale = max(1, 56 // H)  # digits would be tiny
+    margin = 0 if row_labels is None else 12 + max(7 * len(text) for text in row_labels)
+    top = 0 if column_labels is None else 18
+    page = Image.new("RGB", (margin + columns * W * scale, top + rows * H * scale), "white")
+    for i, image in enumerate(images.cpu().numpy()):
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        picture = picture.resize((W * scale, H * scale), Image.NEAREST)
+        page.paste(picture, (margin + i % columns * W * scale, top + i // columns * H * scale))
+    for row, text in enumerate(row_labels or []):
+        ImageDraw.Draw(page).text((6, top + (row + 0.5) * H * scale - 6), text, fill="black")
+    for column, text in enumerate(column_labels or []):
+        ImageDraw.Draw(page).text((margin + column * W * scale + 2, 3), text, fill="black")
+    return page
+
+
+def check_picture(parser, path):
+    """Exit before any work where a picture can't be written to path."""
+    if not path.endswith(".png"):
+        parser.error(f"--out must end in .png, got {path}")
+    common.check_folder(path)
