@@ -21,7 +21,7 @@ RECIPES = ("digits", "imagenet256")  # columns of values in the tables HYPERPARA
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
-BEFORE = {"times": "uniform", "sampler": "paper", "gelu": "tanh"}  # what checkpoints without these were trained with
+BEFORE = {"times": "uniform", "sampler": "paper", "gelu": "tanh", "unquantized": 0.0}  # of checkpoints without these
 
 
 def parse(table, description, kind, argv=None, prog=None):

@@ -123,16 +123,20 @@ class SetTokenizer(nn.Module):
         self.apply(initialize)
         self.pixel_decoder = VQGANDecoder(cfg.vqgan_width, cfg.vqgan_dim) if cfg.vqgan_width else nn.Identity()
 
-    def forward(self, images, uniform=None, proxy=False):
+    def forward(self, images, uniform=None, proxy=False, unquantized=None):
         """One training pass: images (B, ch, H, W) in [-1, 1] -> reconstructions (same shape), tokens (B, M), the
         encoder's latents (B, M, code_dim) of length 1, and the quantizer's loss.
 
         uniform: (B, M) in [0, 1), determines the order in which tokens reach the decoder; None: the encoder's order.
         proxy: return the map of codes (B, vqgan_dim, H / 16, W / 16) that MaskGIT-VQGAN's decoder would be given, in
         place of the reconstructions.
+        unquantized: (B,) bool, the images whose latents reach the decoder as they are; lets the decoder learn from
+        exact latents too, so that both learn sooner; not in the paper.
         """
         latents = F.normalize(self.encoder(images).float(), dim=-1)
         q, tokens, loss = self.quantizer(latents)
+        if unquantized is not None:
+            q = torch.where(unquantized[:, None, None], latents, q)
         if uniform is not None:
             # The set: tokens reach the decoder in random order (Sec. 3.1, Fig. 2). As no token carries a position
             # there, the decoder could not use the order anyway: the shuffle changes rounding only.

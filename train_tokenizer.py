@@ -65,6 +65,7 @@ HYPERPARAMETERS = [
     # the set's own losses
     ("commitment",       0.25,          0.25,             "weight of the commitment loss"),
     ("uniformity",       0.25,          0.0,              "weight of uniformity() (not in the paper)"),
+    ("unquantized",      0.25,          0.0,              "share of images that skip the quantizer (not in the paper)"),
     ("revive_after",     20,            0,                "steps without use after which a code is reset, 0 = never"),
     ("revive_until",     0.8,           0.8,              "share of the training after which no code is reset"),
     # optimization
@@ -188,16 +189,18 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
     batches = loader(train_set, B, rows, cfg.seed, start, cfg.proxy_steps, cfg.workers)
     progress = common.progress_bar(start, cfg.proxy_steps, B)
     for step, (images, _) in zip(progress, batches):
-        # the batch: images, and random numbers for the order of the tokens
+        # the batch: images, random numbers for the order of the tokens, and which images skip the quantizer
         images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
         random = common.generator(device, "step", cfg.seed, step)
         shuffle = torch.rand(B, cfg.num_tokens, generator=random, device=device)[rows]
+        exact = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         means = torch.zeros(3, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
+            skip = exact[part] if cfg.unquantized else None
             with common.autocast(device, cfg.bf16):
-                code_map, tokens, latents, quantizer = ddp(images[part], shuffle[part], True)
+                code_map, tokens, latents, quantizer = ddp(images[part], shuffle[part], True, skip)
             proxy = F.cross_entropy(vqgan.logits(code_map), vqgan.encode(images[part]))
             loss = proxy + quantizer + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
@@ -231,16 +234,18 @@ def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, l
     rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
     progress = common.progress_bar(start, cfg.steps, B)
     for step, (images, _) in zip(progress, loader(train_set, B, rows, cfg.seed, start, cfg.steps, cfg.workers)):
-        # the batch: images, and random numbers for the order of the tokens
+        # the batch: images, random numbers for the order of the tokens, and which images skip the quantizer
         images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
         random = common.generator(device, "step", cfg.seed, step)
         shuffle = torch.rand(B, cfg.num_tokens, generator=random, device=device)[rows]
+        exact = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         means = torch.zeros(3, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
+            skip = exact[part] if cfg.unquantized else None
             with common.autocast(device, cfg.bf16):
-                recon, tokens, latents, quantizer = ddp(images[part], shuffle[part])
+                recon, tokens, latents, quantizer = ddp(images[part], shuffle[part], False, skip)
             mse = F.mse_loss(recon.float(), images[part])
             loss = cfg.squared * mse + quantizer + cfg.uniformity * uniformity(latents)
             if critics:  # the paper's recipe: perceptual and adversarial loss

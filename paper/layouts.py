@@ -39,8 +39,8 @@ class SequenceTokenizer(SetTokenizer):
         super().__init__(*sizes, **options)
         self.decoder = SequenceDecoder(self.config).apply(initialize)
 
-    def forward(self, images, uniform=None, proxy=False):
-        return super().forward(images, None, proxy)  # no shuffle: the order matters
+    def forward(self, images, uniform=None, proxy=False, unquantized=None):
+        return super().forward(images, None, proxy, unquantized)  # no shuffle: the order matters
 
     def decode(self, tokens):
         """Tokens (B, M) int64 in [0, C), in their order -> images (B, ch, H, W). ValueError for anything else."""

@@ -60,6 +60,24 @@ def test_training_shuffles_the_tokens():
     assert (plain - shuffled).abs().max() < 1e-5  # for the decoder cannot tell the difference
 
 
+def test_unquantized_images_skip_the_quantizer():
+    """Broken: the decoder would not learn from exact latents, or other images than those asked for would skip the
+    quantizer, or tokens and losses would depend on it."""
+    model, images, seen = small_tokenizer(), torch.rand(3, 1, 8, 8) * 2 - 1, []
+    model.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    plain, *rest = model(images)
+    skipped, *same = model(images, unquantized=torch.tensor([False, True, False]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rest, same))
+    codes, latents = seen[0], rest[1]
+    assert torch.equal(seen[1], torch.stack([codes[0], latents[1], codes[2]])) and not torch.equal(codes, latents)
+    assert torch.allclose(plain[::2], skipped[::2], atol=1e-5) and (plain[1] - skipped[1]).abs().max() > 1e-3
+    tokens = model.encode(images)
+    assert torch.equal(tokens, same[0]) and torch.allclose(model.decode(tokens), plain, atol=1e-5)
+    model.zero_grad()
+    model(images, unquantized=torch.ones(3, dtype=torch.bool))[0].sum().backward()
+    assert model.encoder.to_code.weight.grad.any() and model.quantizer.codebook.grad is None
+
+
 @pytest.mark.parametrize("number", [1, 3, 20])
 def test_decoder_takes_any_number_of_tokens(number):
     """Broken: sets of a wrong size, which other generative models make, could not be looked at."""
