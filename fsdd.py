@@ -3,12 +3,13 @@
     X_0, data: the counts of an image's tokens.  X_1, noise: the counts of M codes drawn at random (Eq. 4).
     forward process   X_t: a discrete Gaussian between the two, made to sum to M by greedy adjusting (Eq. 5-7, Alg. 1)
     denoiser          a DiT with one position a code, X_t -> a distribution over 0..M for every count of X_0
-    generation        from X_1 to X_0 in 25 steps (Eq. 8-10)
+    generation        from X_1 to X_0 in a few steps, by one of two samplers (Eq. 8-10)
 
 Shapes: B vectors, C codes, counts 0..M.  Time t runs from data (0) to noise (1), as in the paper; the denoiser is told
 s = 1 - t, as in the authors' release.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ def sample_noise(batch, codebook_size, num_tokens, prior, generator=None, device
         codes = torch.randint(codebook_size, (batch, num_tokens), generator=generator, device=device)
     elif prior == "distinct":
         if num_tokens > codebook_size:
-            raise ValueError(f"the prior 'distinct' needs num_tokens <= codebook_size, got {num_tokens} > {codebook_size}")
+            raise ValueError("the prior 'distinct' needs num_tokens <= codebook_size, "
+                             f"got {num_tokens} > {codebook_size}")
         codes = torch.rand(batch, codebook_size, generator=generator, device=device).topk(num_tokens).indices
     else:
         raise ValueError(f"prior must be 'multinomial' or 'distinct', got {prior!r}")
@@ -44,9 +46,9 @@ def sample_times(uniform, times):
     """The times t (B,) in (0, 1] that the denoiser is trained at.
 
     uniform: (B,) in [0, 1).  times: "uniform" (the paper), or
-    "flips", uniform in the share of flips that have happened. Where X_0 and X_1 differ by 1, Eq. 5-6 give P(X_t = X_1) =
-    sigmoid(8 (2t - 1)): under 2 % for t < 0.26, over 98 % for t > 0.74. With uniform t the denoiser spends half of its training on
-    vectors in which nothing is undecided, or nothing known.
+    "flips", uniform in the share of flips that have happened. Where X_0 and X_1 differ by 1, Eq. 5-6 give P(X_t = X_1)
+    = sigmoid(8 (2t - 1)): under 2 % for t < 0.26, over 98 % for t > 0.74. With uniform t the denoiser spends half of
+    its training on vectors in which nothing is undecided, or nothing known.
     """
     if times == "uniform":
         return 1 - uniform
@@ -59,9 +61,9 @@ def forward_process(x0, x1, t, uniform=None):
     """X_t ~ q(X_t | X_1, X_0), Eq. 5-7 and Algorithm 1.
 
     x0, x1: (B, C) int64, every row sums to M.  t: (B,) in [0, 1], 0 = data, 1 = noise.
-    uniform: (B, C) in [0, 1), what the draw of each count hangs on; drawn here if left out.
-    Returns x_t (B, C) int64, every row sums to M; at t = 0 it is x0, at t = 1 it is x1. Before adjusting, codes with x1 = x0
-    stay at x0; adjusting moves one of them only when no other code can take the step.
+    uniform: (B, C) in [0, 1), what the draw of each count depends on; drawn here if left out.
+    Returns x_t (B, C) int64, every row sums to M; at t = 0 it is x0, at t = 1 it is x1. Before adjusting, codes with
+    x1 = x0 stay at x0; adjusting moves one of them only when no other code can take the step.
 
     Eq. 6 keeps std = |x1 - x0| / 4 at the two ends as well, so that t = 0 and t = 1 would not give X_0 and X_1 back;
     there we return them as they are.
@@ -100,7 +102,7 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
     x = mean.round().long()
     log_z = torch.zeros_like(mean)
     # Most codes do not move (std = 0), and around those that do, 8 std either side hold all but exp(-32) of the weight.
-    # So K integers at n places, (n, K), stand for the (B, C, M + 1) of the formula: few, as counts are small.
+    # So K integers for n counts, (n, K), stand for the (B, C, M + 1) of the formula: few, as counts are small.
     moving = std > 0
     m, s = mean[moving, None], std[moving, None]  # (n, 1)
     if len(m):
@@ -110,12 +112,13 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
         log_p = (-((k - m) / s) ** 2 / 2).masked_fill(k > last, -math.inf)
         x[moving] = k.long().gather(1, draw(log_p.softmax(1), uniform[moving], top_k=top_k)[:, None])[:, 0]
         log_z[moving] = log_p.logsumexp(1)
+    return x, partial(gaussian_log_prob, mean=mean, std=std, log_z=log_z)
 
-    def log_prob(k):
-        at_rest = torch.zeros_like(mean).masked_fill(k != mean.round(), -math.inf)
-        return torch.where(moving, -((k - mean) / std) ** 2 / 2 - log_z, at_rest)
 
-    return x, log_prob
+def gaussian_log_prob(k, mean, std, log_z):
+    """log p(k) of the Gaussians of discrete_gaussian(). k: (B, C) integers in [0, M].  log_z: (B, C), log of Z."""
+    at_rest = torch.zeros_like(mean).masked_fill(k != mean.round(), -math.inf)
+    return torch.where(std > 0, -((k - mean) / std) ** 2 / 2 - log_z, at_rest)
 
 
 def draw(p, uniform, top_p=1.0, top_k=0):
@@ -132,8 +135,8 @@ def draw(p, uniform, top_p=1.0, top_k=0):
 
 
 def cut(p, top_p=1.0, top_k=0):
-    """Categorical distributions (..., K) without their unlikely outcomes: (p, order), p in descending order and not normalized,
-    order the outcomes (..., K) that it is of. Where nothing is cut, p as it is and None.
+    """Categorical distributions (..., K) without their unlikely outcomes: (p, order), p in descending order and not
+    normalized, order the outcomes (..., K) that it is of. Where nothing is cut, p as it is and None.
 
     top_p: keep the smallest set of outcomes whose probability exceeds top_p (never empty; 1 keeps all).
     top_k: keep the k likeliest outcomes (0 keeps all).
@@ -150,31 +153,42 @@ def greedy_adjust(x, log_prob, num_tokens):
     """Greedy adjusting (Algorithm 1): change as few counts as it takes, the likeliest steps first, until the sum is M.
 
     x: (B, C) integers of any sum.  num_tokens: M.
-    log_prob: log-probability of every count, a function: counts (B, C) int64 -> (B, C), or a tensor (B, C, K + 1) of the counts
-    up to K, which no count then exceeds.
-    Returns (B, C) int64 in [0, M], every row sums to M.
+    log_prob: log-probability of every count, see at(). No count exceeds K where it is a table (B, C, K + 1), else M.
+    Returns (B, C) int64, none negative, every row sums to M.
 
-    Algorithm 1 is one round, which falls short when there is more to take away than there are codes with a count above 0
-    (the authors' release then returns a wrong sum). We go on, scoring anew, until no row is left. Each round takes at
-    least one step towards M, so it ends.  Equal scores (whole rows of them once a Gaussian is a spike) are told apart by
-    the ratio of the two probabilities; the release goes by index there.
+    Algorithm 1 is one round, which falls short when there is more to take away than there are codes with a count above
+    0 (the authors' release then returns a wrong sum). We repeat it, scoring anew, until no row is left. Each round
+    takes at least one step towards M, so it ends.
     """
-    largest = num_tokens
-    if torch.is_tensor(log_prob):
-        table, largest = log_prob, log_prob.shape[2] - 1
-        log_prob = lambda k: table.gather(2, k[:, :, None])[:, :, 0]  # noqa: E731
+    largest = num_tokens if callable(log_prob) else log_prob.shape[2] - 1
     x = x.long().clamp(0, largest)
     while True:
         delta = x.sum(1, keepdim=True) - num_tokens  # (B, 1), line 2
         if not delta.any():
             return x
-        stepped = x - delta.sign()  # (B, C): each count, one step towards the right sum
-        allowed = (stepped >= 0) & (stepped <= largest)
-        before, after = log_prob(x).double(), log_prob(stepped.clamp(0, largest)).double()
-        d = after.exp() - before.exp()  # line 3, in [-1, 1]
-        ratio = (after - before).nan_to_num(0.0)
-        d = d + 1e-12 * ratio.sign() * ratio.abs().log1p()  # too small to matter but where d is equal
-        x = take_steps(x, d.nan_to_num(-1.0).masked_fill(~allowed, -math.inf), delta.abs(), -delta.sign())
+        d = step_score(x, -delta.sign(), log_prob, largest)  # (B, C), line 3
+        x = take_steps(x, d, delta.abs(), -delta.sign())  # lines 4-6
+
+
+def step_score(x, step, log_prob, largest):
+    """Line 3 of Algorithm 1: by how much a step changes the probability of each count, p(x + step) - p(x).
+
+    x: (B, C) int64.  step: (B, 1), 1 or -1.  log_prob: see at().  largest: the largest count allowed.
+    Returns (B, C) float64, -inf where the step would leave [0, largest].
+    """
+    stepped = x + step
+    before, after = at(log_prob, x).double(), at(log_prob, stepped.clamp(0, largest)).double()
+    d = after.exp() - before.exp()  # in [-1, 1]
+    # Equal scores (whole rows of them once a Gaussian is a spike) are told apart by the ratio of the two
+    # probabilities, in a term too small to matter elsewhere. The release goes by index there.
+    ratio = (after - before).nan_to_num(0.0)
+    d = d + 1e-12 * ratio.sign() * ratio.abs().log1p()
+    return d.nan_to_num(-1.0).masked_fill((stepped < 0) | (stepped > largest), -math.inf)
+
+
+def at(log_prob, k):
+    """The log-probability of the counts k (B, C), from a table (B, C, K + 1) or a function: counts (B, C) -> (B, C)."""
+    return log_prob(k) if callable(log_prob) else log_prob.gather(2, k[:, :, None])[:, :, 0]
 
 
 def take_steps(x, score, number, step):
@@ -215,10 +229,10 @@ class DiTBlock(nn.Module):
 class Denoiser(nn.Module):
     """p_theta(X_0 | X_t): a DiT over the C counts, one position a code.
 
-    codebook_size: C.  num_tokens: M.  num_classes: labels 0..num_classes - 1; label num_classes is the null class, which
-    stands for "any" in classifier-free guidance.
-    unused_rows: give the count embedding C + 1 rows, of which counts read the first M + 1: the release has them, and its
-    36.0 and 136.7 million parameters count them.
+    codebook_size: C.  num_tokens: M.  num_classes: labels 0..num_classes - 1; label num_classes is the null class,
+    which stands for "any" in classifier-free guidance.
+    unused_rows: give the count embedding C + 1 rows, of which counts read the first M + 1: the release has them, and
+    its 36.0 and 136.7 million parameters count them.
     gelu: "tanh" (DiT) or "none", the exact function, which differs by less than 0.001 and is faster on CPUs.
     """
 
@@ -257,14 +271,16 @@ class Denoiser(nn.Module):
         """
         c = self.time_mlp(time_features(1 - t))
         c = c + self.class_embedding(labels).to(c.dtype)  # (B, width)
-        x = (self.count_embedding(x_t) + self.code_embedding[:, :x_t.shape[1]]).to(c.dtype)  # (B, C, width), bfloat16 in autocast
+        x = self.count_embedding(x_t) + self.code_embedding[:, :x_t.shape[1]]  # (B, C, width)
+        x = x.to(c.dtype)  # bfloat16 in autocast
         x = through(self.blocks, x, c, recompute=self.recompute)
         shift, scale = self.modulation_out(c)[:, None].chunk(2, dim=2)
         return self.to_logits(self.norm_out(x) * (1 + scale) + shift)
 
 
 def time_features(s, size=256, max_period=10000):
-    """Cosines and sines of s at geometrically spaced frequencies, (B,) -> (B, size). s in [0, 1], not times 1000 as in DiT."""
+    """Cosines and sines of s at geometrically spaced frequencies, (B,) -> (B, size). s in [0, 1], not times 1000 as in
+    DiT."""
     frequencies = torch.exp(-math.log(max_period) * torch.arange(size // 2, device=s.device) / (size // 2))
     angles = s[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -285,17 +301,19 @@ def fsdd_loss(denoiser, x0, labels, t, x1, uniform=None):
 # Generation (Sec. 3.3.2): from X_1 to X_0 in steps from t to s = t - dt, each by one of two samplers
 
 
-def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, guidance=(4.0, 50.0, 55.0), top_p=0.8, top_k=0,
-           generator=None):
+def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, guidance=(4.0, 50.0, 55.0), top_p=0.8,
+           top_k=0, generator=None):
     """Generate count vectors step by step: yields X_1 (noise), then X_t after each step, at last X_0.
 
     Every one is (B, C) int64 and every row sums to M.
 
     denoiser: called as Denoiser.forward(); it needs codebook_size, num_tokens and num_classes.  labels: (B,) int64.
     prior: the noise the denoiser was trained with.
-    sampler: "paper" (Eq. 9-10, the authors' release) or "exchange" (Eq. 8 with its exact posterior), see the two steps below.
+    sampler: "paper" (Eq. 9-10, the authors' release), see paper_step(), or
+             "exchange" (Eq. 8 with its exact posterior), see exchange_step().
     guidance: one weight, or one each for the first, second and last third of the steps; 1 is the plain model.
-    top_p, top_k: cut p(x_0 | X_t) to its likeliest counts, see cut(); in the paper's sampler top_k also cuts the draw of X_s.
+    top_p, top_k: keep only the likeliest counts of p(x_0 | X_t), see cut(). In the paper's sampler top_k also cuts
+                  the draw of X_s.
     The defaults are the authors' for the best FID; top_k=2, top_p=1 is their sharper, less diverse setting.
     """
     if sampler not in ("paper", "exchange"):
@@ -310,7 +328,8 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     yield x
     for step in range(steps):
         t, s = 1 - step / steps, 1 - (step + 1) / steps
-        p = guided_probabilities(denoiser, x, t, labels, weights[len(weights) * step // steps])  # p(x_0 | X_t), (B, C, M + 1)
+        weight = weights[len(weights) * step // steps]
+        p = guided_probabilities(denoiser, x, t, labels, weight)  # p(x_0 | X_t), (B, C, M + 1)
         if sampler == "paper":
             x = paper_step(x, p, t, s, top_p, top_k, generator)
         else:
@@ -326,7 +345,7 @@ def generate(denoiser, labels, **settings):
 
 
 def paper_step(x, p, t, s, top_p, top_k, generator):
-    """X_t -> X_s as in the paper: draw x_0, then X_s from a Gaussian between the two (Eq. 9-10), adjusted by Algorithm 1.
+    """X_t -> X_s as in the paper: draw x_0, then X_s from a Gaussian between the two (Eq. 9-10), then adjust.
 
     x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).  Returns (B, C), every row sums to M.
     """
@@ -345,17 +364,18 @@ def paper_step(x, p, t, s, top_p, top_k, generator):
 
 
 def exchange_step(x, p, t, s, prior, top_p, top_k, generator):
-    """X_t -> X_s by Eq. 8: every code's X_s is drawn from the exact posterior, summed over x_0, then the sum is restored by
-    exchange().
+    """X_t -> X_s by Eq. 8: for every code
 
-        p(X_s | X_t) = sum over a of q(X_s | X_t, x_0 = a) p(x_0 = a | X_t)        for each code
+        p(X_s | X_t) = sum over a of q(X_s | X_t, x_0 = a) p(x_0 = a | X_t)
+
+    with the exact posterior q of Eq. 5-6. exchange() then draws all codes so that the sum stays M.
 
     x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).  Returns (B, C), every row sums to M.
     """
     C, M = p.shape[1], p.shape[2] - 1
     b, p_b = noise_of_a_code(C, M, prior)
     possible = (p.amax((0, 1)) > 1e-5).nonzero().max()
-    K = int(max(possible, b.max(), x.max()))  # the largest count that matters: 3 to 10, where M is 128
+    K = int(max(possible, b.max(), x.max()))  # the largest count that matters, far below M
     p, order = cut(p[:, :, :K + 1], top_p, top_k)
     if order is not None:
         p = torch.zeros_like(p).scatter(2, order, p)
@@ -369,26 +389,27 @@ def exchange_step(x, p, t, s, prior, top_p, top_k, generator):
 
 
 def posterior(k, F_t, F_s, p_b):
-    """q(X_s = j | X_t = k, x_0 = a) for one code, a table (a, j), (K + 1, K + 1), each row sums to 1.
+    """q(X_s = j | X_t = k, x_0 = a) of one code: a table (a, j), (K + 1, K + 1), each row sums to 1.
 
-    Eq. 5-6 say how a count is distributed at each time, not how it moves from one time to the next. We let it move as little as
-    that allows: its quantile u, drawn once, stays, so that X_t = F_t^-1(u) and X_s = F_s^-1(u). X_t = k then says that u lies in
-    (F_t(k - 1), F_t(k)], and how much of this interval lies in (F_s(j - 1), F_s(j)] is the probability of X_s = j. The noise end
-    b is not known any more; it is summed over.
+    Eq. 5-6 say how a count is distributed at each time, not how it moves from one time to the next. We let it move as
+    little as they allow: a quantile u is drawn once, and X_t = F_t^-1(u) at all times. Then X_t = k says that u lies in
+    (F_t(k - 1), F_t(k)], and the part of this interval that lies in (F_s(j - 1), F_s(j)] is the probability of X_s = j.
+    The noise end b is not known any more and is summed over.
 
     F_t, F_s: see distribution_function().  p_b: (N,), the probability of every b.
     """
     below_t, upto_t = F_t[:, :, k, None], F_t[:, :, k + 1, None]  # (K + 1, N, 1)
     overlap = (F_s[:, :, 1:].minimum(upto_t) - F_s[:, :, :-1].maximum(below_t)).clamp(min=0)  # (K + 1, N, K + 1)
-    # An a that can't have led to k, which the denoiser may believe in all the same, forgets k: the second term is X_s given a.
+    # Where a can't have led to k (the denoiser may be wrong), only the second term is left: X_s given a.
     q = torch.einsum("n,anj->aj", p_b, overlap + 1e-30 * F_s.diff())
     return q / q.sum(1, keepdim=True)
 
 
 def distribution_function(t, b, largest):
-    """F_t(j | a, b) = P(X_t <= j) of Eq. 5-6 before adjusting, at j = -1, 0, .. K for all data ends a = 0 .. K: (K + 1, N, K + 2).
+    """F_t(j | a, b) = P(X_t <= j) of Eq. 5-6 before adjusting, (K + 1, N, K + 2): for data ends a = 0..K, noise ends
+    b and j = -1..K.
 
-    t: a number in [0, 1].  b: noise ends (N,).  largest: K.
+    t: a number in [0, 1].  b: (N,).  largest: K.
     """
     k = torch.arange(largest + 1, dtype=torch.float64)  # (K + 1,)
     a, b = k[:, None], b[None].double()
@@ -405,21 +426,21 @@ def noise_of_a_code(codebook_size, num_tokens, prior):
     if prior == "distinct":
         return torch.tensor([0, 1]), torch.tensor([1 - M / C, M / C], dtype=torch.float64)
     b = torch.arange(M + 1)
-    p = torch.tensor([math.comb(M, i) * (1 / C) ** i * (1 - 1 / C) ** (M - i) for i in range(M + 1)], dtype=torch.float64)
-    return b[p > 1e-12], p[p > 1e-12]  # of M = 128 and C = 4096 these are 0 to 5
+    binomial = [math.comb(M, i) * (1 / C) ** i * (1 - 1 / C) ** (M - i) for i in range(M + 1)]
+    p = torch.tensor(binomial, dtype=torch.float64)
+    return b[p > 1e-12], p[p > 1e-12]  # for M = 128 and C = 4096 these are 0 to 5
 
 
 def exchange(x, q, generator=None):
-    """Draw X_s from X_t so that every row keeps its sum M: as many tokens go as come.
+    """Draw X_s from X_t so that every row keeps its sum M: as many tokens are added as are taken away.
 
-    x: X_t (B, C).  q: how every code's X_s is distributed by itself (B, C, K + 1).  Returns (B, C).
+    x: X_t (B, C).  q: p(X_s | X_t) of every code by itself (B, C, K + 1).  Returns (B, C).
 
-    Drawn each by itself, the counts have the sum M + delta. Algorithm 1 would take the likeliest delta steps back, which are
-    just those that were made: of steps up and down only min(up, down) survive, and with n small steps next to nothing, so that all
-    is decided in the last one. (An oracle's samples in 5, 25, 100 steps are TV off the data; tests/test_fsdd.py.)
-    So we meet half-way. A half of the surplus is taken back, and for the other half as many codes that have not
-    moved make the opposite step, each drawn by the probability of where it comes to. In the limit of small steps as many
-    tokens are then exchanged as the independent codes would have moved.
+    Independent draws sum to M + delta. Algorithm 1 would undo the likeliest steps, which are the ones just made: of the
+    steps up and down only min(up, down) survive, so that a fine chain stands still until its last step. With an exact
+    denoiser it ends 0.100, 0.163, 0.218 off the data in 5, 25, 100 steps, this function 0.088, 0.044, 0.044 (total
+    variation; tests/test_fsdd.py). Here half of the surplus is undone, and the other half is made up for by opposite
+    steps of other codes. In the limit of small steps this exchanges tokens as often as independent codes would move.
     """
     M, K = int(x[0].sum()), q.shape[2] - 1
     u, v = torch.rand(2, *x.shape, generator=generator, device=x.device)
@@ -427,18 +448,19 @@ def exchange(x, q, generator=None):
     y = draw(q, u)
     delta = y.sum(1, keepdim=True) - M  # (B, 1)
     stepped = y - delta.sign()  # as in greedy_adjust
-    log_q = q.gather(2, stepped.clamp(0, K)[:, :, None])[:, :, 0].log().masked_fill((stepped < 0) | (stepped > K), -math.inf)
-    score = log_q - (-v.log()).log()  # Gumbel noise: the best are a draw without replacement, with probabilities in proportion to q
-    surplus = (y - x) * delta.sign() > 0  # the codes whose step made the sum wrong
-    back = (delta.abs() + coin) // 2  # (B, 1); an odd one goes either way
+    log_q = at(q, stepped.clamp(0, K)).log().masked_fill((stepped < 0) | (stepped > K), -math.inf)
+    score = log_q - (-v.log()).log()  # with Gumbel noise the best are a draw without replacement, in proportion to q
+    surplus = (y - x) * delta.sign() > 0  # codes that moved to the side on which there are too many
+    back = (delta.abs() + coin) // 2  # (B, 1), half of them; a coin decides about an odd one
     y = take_steps(y, score.masked_fill(~surplus, -math.inf), back, -delta.sign())
     y = take_steps(y, score.masked_fill(surplus, -math.inf), delta.abs() - back, -delta.sign())
-    return greedy_adjust(y, q.log(), M)  # where there were too few codes of one kind
+    return greedy_adjust(y, q.log(), M)  # in case there were too few codes of one kind
 
 
 @torch.no_grad()
 def guided_probabilities(denoiser, x_t, t, labels, weight):
-    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + w (p_class - p_null), renormalized."""
+    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + w (p_class - p_null),
+    renormalized."""
     t = torch.full((len(x_t),), t, device=x_t.device)
     if weight == 1:
         return denoiser(x_t, t, labels).float().softmax(-1)
