@@ -1,8 +1,6 @@
-"""What the scripts share: command line, process group, random generators, optimizers, checkpoints and logs."""
+"""What the scripts share: command line, process group, random generators, optimizers, checkpoints."""
 import argparse
-import csv
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -15,21 +13,33 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 RECIPES = ("digits", "imagenet256")  # columns of values in the tables HYPERPARAMETERS; a third one needs its name here
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
 BEFORE = {"times": "uniform", "sampler": "paper", "gelu": "tanh", "unquantized": 0.0}  # of checkpoints without these
+MACHINE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
+    # name               digits          imagenet256      meaning
+    ("seed",             0,              0,               "all random numbers depend on it"),
+    ("device",           "auto",         "auto",          "auto, cpu, cuda"),
+    ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where it is fast"),
+    ("tf32",             True,           True,            "float32 products in TF32, on GPUs that have it"),
+    ("compile",          False,          True,            "torch.compile"),
+    ("fused_adamw",      True,           True,            "PyTorch's fused AdamW"),
+    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on GPUs, long sequences"),
+    ("recompute",        False,          False,           "activation checkpointing: less memory, a third more time"),
+    ("workers",          0,              8,               "processes that read images, for each training process"),
+    ("log_every",        20,             100,             "steps between lines of the log"),
+    ("save_every",       500,            5000,            "steps between checkpoints"),
+    ("picture_every",    500,            5000,            "steps between pictures"),
+]
 
 
 def parse(table, description, kind, argv=None, prog=None):
-    """Settings from a script's table HYPERPARAMETERS and its command line: (a SimpleNamespace, the checkpoint to
-    resume or None). A row (name, a value for each recipe, meaning) gives an option --name of its values' type.
-
-    kind: of the checkpoint that --resume reads, "tokenizer" or "fsdd"; None where there is no --resume.
-    """
+    """(Settings from a table HYPERPARAMETERS and the command line, a namespace; the checkpoint to resume or None).
+    A row (name, a value for each recipe, meaning) gives an option --name of its values' type.
+    kind: of the checkpoint that --resume reads, "tokenizer" or "fsdd"; None where there is no --resume."""
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--recipe", choices=RECIPES, help="which column of the table")
     if kind:
@@ -85,8 +95,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence, without the list of all options."""
 
     def __init__(self, **settings):
-        formatter = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(**formatter | settings)
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
 
     def error(self, message):
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
@@ -117,10 +126,8 @@ def stop(sentence):
 
 
 # --- process group, devices, random generators -----------------------------------------------------------------------
-
 def init_distributed(device, tf32=True):
-    """Join the process group if torchrun started this process: (device, rank, world size). device: auto, cpu, cuda,
-    cuda:N."""
+    """Join the process group where torchrun started this process. device: text. Returns (device, rank, world size)."""
     gpus = torch.cuda.device_count()
     try:
         device = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
@@ -132,8 +139,7 @@ def init_distributed(device, tf32=True):
         stop(f"--device {device} was asked for, but PyTorch sees {gpus} GPUs; use --device cpu")
     if "RANK" in os.environ:
         if on_gpu and (device.index is not None or local_rank >= gpus):
-            stop(f"each process needs its own GPU, and PyTorch sees {gpus}; start at most {gpus} processes by "
-                 "--nproc_per_node, with --device cuda")
+            stop(f"each process needs its own GPU; give torchrun --nproc_per_node at most {gpus}, and --device cuda")
         if on_gpu:
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
@@ -157,8 +163,7 @@ def set_tf32(on):
 
 
 def run(main):
-    """Run a script's main(), then leave the process group: a DDP model that outlives the group may abort the
-    process."""
+    """Run a script's main(), then leave the process group, after all DDP models: one that outlives it may abort."""
     code = 0
     try:
         main()
@@ -182,8 +187,7 @@ class StoppedBySignal(SystemExit):
 
 
 class Signals:
-    """In this context SIGTERM and SIGINT (Ctrl-C) are only recorded, so that the training loop can save a checkpoint
-    first."""
+    """In this context SIGTERM and SIGINT (Ctrl-C) are only recorded, so that the training loop can save first."""
 
     def __enter__(self):
         self.number = 0
@@ -216,15 +220,13 @@ class Signals:
 
 def autocast(device, bf16):
     """Automatic mixed precision in bfloat16: "on", "off", or "auto", on where the hardware multiplies bfloat16 fast."""
-    cpu, on_gpu = torch.cpu.get_capabilities(), device.type == "cuda"
-    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) or \
-        not on_gpu and (cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False))
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else any(
+        torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or bf16 == "auto" and fast)
 
 
 def generator(device, purpose, *key):
-    """A random generator whose seed depends on purpose, a word, and key, numbers such as (seed, step), on nothing
-    else."""
+    """A random generator whose seed depends on purpose, a word, and key, numbers such as (seed, step), only."""
     seed = np.random.SeedSequence([zlib.crc32(purpose.encode()), len(key), *key]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed) >> 1)
 
@@ -245,8 +247,7 @@ def all_gather(thing):
 
 
 def on_every_rank(work, *args, **settings):
-    """work(...) on every rank. Where it fails on one, all raise a ValueError, so that none waits for another
-    forever."""
+    """work(...) on every rank. Where it fails on one, all raise ValueError, so that none waits for another forever."""
     result, problem = None, ""
     try:
         result = work(*args, **settings)
@@ -274,8 +275,6 @@ def chunks(rows, size):
     """Cut a slice into slices of at most size rows, such as the micro-batches of gradient accumulation."""
     return [slice(i, min(i + size, rows.stop)) for i in range(rows.start, rows.stop, size)]
 
-
-# --- model and optimizers --------------------------------------------------------------------------------------------
 
 def make_optimizers(model, cfg, steps, warmup, beta2, decay_all=False):
     """AdamW, or Muon for the blocks' matrices and AdamW for the rest, each with linear warm-up and cosine decay over
@@ -313,12 +312,10 @@ def parallel(model, device, cfg):
     return DistributedDataParallel(model, device_ids=device_ids) if dist.is_initialized() else model
 
 
-# --- checkpoints, logs -----------------------------------------------------------------------------------------------
-
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 def check_folder(path):
     """Exit before any work where the folder that a file is to be written to does not exist."""
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder := os.path.dirname(path) or "."):
         stop(f"there is no folder {folder} to write {path} to")
 
 
@@ -344,108 +341,10 @@ def load_checkpoint(path, made_by, *kinds):
 
 
 def name_layout(checkpoint):
-    """A checkpoint without the setting "layout", which SetTokenizer had once: a layout other than "set" is a kind of
-    checkpoint of its own now (paper/layouts.py)."""
+    """A checkpoint without SetTokenizer's former setting "layout": layouts other than "set" are checkpoint kinds."""
     for part in (checkpoint, checkpoint.get("tokenizer", {})):
         layout = part.get("model_config", {}).pop("layout", "set")
         if layout != "set":
             part["kind"] = f"{layout} tokenizer"
     return checkpoint
 
-
-def write_json(content, path):
-    """Write a JSON file so that a kill at any moment leaves the old file or the new one, whole."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".tmp", path)
-
-
-def read_json(path):
-    """The dict in a JSON file; {} where there is none."""
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def check_training(cfg, checkpoint, dataset):
-    """ValueError where the batch does not fit the ranks or the data, or the checkpoint is not of this dataset."""
-    if not (least := rank_and_world_size()[1]) <= cfg.batch_size <= len(dataset):
-        raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {least}, and the "
-                         f"number of training images, {len(dataset)}")
-    if len(set(all_gather(checkpoint and checkpoint["step"]))) > 1:
-        raise ValueError("the processes see different checkpoints; --out must lie in a folder that all machines share")
-    if checkpoint and checkpoint["images"] != dataset.fingerprint():
-        raise ValueError("the training images are not those of the checkpoint, so --resume can't continue from it; "
-                         "restore them, or start a new training")
-
-
-def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):
-    """Add to a checkpoint the averaged weights and all that --resume needs, and write it (rank 0 does)."""
-    if is_main():
-        state |= {"model": model.state_dict(), "n_averaged": ema.n_averaged,
-                  "optimizers": [(optimizer.state_dict(), schedule.state_dict()) for optimizer, schedule in optimizers]}
-        state = {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(), "training": state}
-        save_checkpoint(checkpoint | state, cfg.out)
-
-
-def restore_training(checkpoint, model, ema, optimizers, first=0):
-    """Load the training state of a checkpoint, if it is from after step first. Returns the step to go on from."""
-    if not checkpoint or checkpoint["step"] <= first:
-        return first
-    training = checkpoint["training"]
-    model.load_state_dict(training["model"])
-    ema.module.load_state_dict(checkpoint["weights"])
-    ema.n_averaged.copy_(training["n_averaged"])
-    restore_optimizers(optimizers, training["optimizers"])
-    return checkpoint["step"]
-
-
-def restore_optimizers(optimizers, states):
-    for (optimizer, schedule), (optimizer_state, schedule_state) in zip(optimizers, states):
-        optimizer.load_state_dict(optimizer_state)
-        schedule.load_state_dict(schedule_state)
-
-
-def keep_previous(path):
-    """Rename the checkpoint of an earlier run to PATH.previous, so that a new run does not overwrite it."""
-    if is_main() and os.path.isfile(path):
-        os.replace(path, path + ".previous")
-        print(f"{path} already exists; it is kept as {path}.previous", flush=True)
-
-
-def due(step, every, steps):
-    """Whether something that is done every so many steps, and at the end, is due after a step (counted from 0)."""
-    return (step + 1) % every == 0 or step + 1 == steps
-
-
-def open_log(path, columns, step):
-    """Open a CSV log and return the function that writes a row, a dict. A run that resumes at a step keeps the rows up
-    to it; the log of another run is kept as PATH.previous."""
-    if not is_main():
-        return lambda row: None
-    rows = []
-    if os.path.isfile(path) and step:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
-    elif os.path.isfile(path):
-        os.replace(path, path + ".previous")
-    writer = csv.DictWriter(open(path, "w", newline="", buffering=1), columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return writer.writerow
-
-
-def progress_bar(start, steps, batch_size):
-    """A tqdm bar over training steps, on rank 0 only, that counts images; without a terminal, a line now and then."""
-    tty = sys.stderr.isatty()
-    return tqdm(range(start, steps), total=steps, initial=start, unit=" images", unit_scale=batch_size,
-                disable=not is_main(), mininterval=0.5 if tty else 20, dynamic_ncols=tty)
-
-
-
-
-def beside(path, suffix):
-    """The path of a file next to a checkpoint: tokenizer.pt -> tokenizer.csv."""
-    return os.path.splitext(path)[0] + suffix

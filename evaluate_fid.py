@@ -11,7 +11,6 @@ downloaded, or given by --inception. The embedded digits need no download: their
 small classifier (data/digits_classifier.py), and called "digits FID". The two are not comparable. README.md says which
 files a paper's numbers need.
 """
-import argparse
 import os
 import sys
 import time
@@ -19,10 +18,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 import sample
-from data import digits_classifier, open_dataset
+from data import digits_classifier, open_dataset, records
 from data.sides import check_statistics, open_images, side
 from published.inception import InceptionV3, load_inception
 from tokenizer import SetTokenizer
@@ -50,14 +50,14 @@ def main(argv=None):
     if rank > 0:
         return
     if args.json:
-        common.write_json(results, args.json)
+        records.write_json(results, args.json)
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     print(f"measured in {(time.time() - began) / 60:.1f} min")
 
 
 def evaluate(args, device, rank=0, processes=1):
-    """The numbers that a command line asks for, {name: value}, on the main process; None on the others.
+    """The numbers that a command line asks for, {name: value}, on rank 0; None on the others.
 
     args: of parse(). ValueError where something is missing or does not fit.
     """
@@ -89,7 +89,7 @@ def network(args, data, device, rank):
 
 
 def inception(path, device, rank):
-    """Inception-v3 with the weights in a file, or without one the published ones, which the main process downloads."""
+    """Inception-v3 with the weights in a file, or without one the published ones, which rank 0 downloads."""
     try:
         net = common.on_every_rank(lambda: load_inception(path, progress=True) if rank == 0 else None)
         return common.on_every_rank(lambda: net or load_inception(path)).to(device)
@@ -98,8 +98,7 @@ def inception(path, device, rank):
 
 
 def parse(argv):
-    parser = common.Parser(description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__)
     parser.add_argument("--ckpt", help="fsdd.pt: generates images and measures them; tokenizer.pt: reconstructs images")
     parser.add_argument("--images", help="in place of --ckpt: a folder of images, or an .npz of them, "
                                          "arr_0 uint8 (N, H, W, 3), or of their statistics mu and sigma")
@@ -290,7 +289,7 @@ def measure(net, images, batch, keep, device, rank=0, processes=1):
     """Pass all images of a side() through net, once, in batches shared out to the processes. No image is kept.
 
     net: images (B, ch, H, W) uint8 -> features (B, net.dims), logits.  keep: keep features for precision and recall.
-    Returns on the main process num, mu (D,), sigma (D, D), features (n, D) or None, score (mean, deviation) or None,
+    Returns on rank 0 num, mu (D,), sigma (D, D), features (n, D) or None, score (mean, deviation) or None,
     and read_as_label, the share of images that net classifies as their label, or None; on the others None.
     """
     N = images.num
@@ -315,7 +314,7 @@ def measure(net, images, batch, keep, device, rank=0, processes=1):
         if keep:
             kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of N images, evenly
 
-    for first in common.tqdm(range(0, len(parts), processes), desc=images.name, disable=rank > 0, mininterval=5):
+    for first in tqdm(range(0, len(parts), processes), desc=images.name, disable=rank > 0, mininterval=5):
         common.on_every_rank(lambda: [see(part) for part in parts[first + rank:first + rank + 1]])
     for tensor in (*statistics.sums(), *(score.sums() if score else ()), right):
         common.all_reduce(tensor)

@@ -7,28 +7,19 @@
 The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained
 for.
 """
-import os
 import time
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from data.pictures import decode, grid
+from data.pictures import decode, write_samples
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, refine
 from tokenizer import SetTokenizer
 from train_fsdd import GENERATION
 
-CKPT = "fsdd.pt"      # checkpoint of train_fsdd.py
-OUT = "samples.png"   # .png: a grid, .npz: arrays, .gif: the steps
-NUM = 100             # images in all, spread evenly over the labels
-BATCH = 100           # images generated at once; another value gives other images
-SEED = 0
-DEVICE = "auto"       # auto, cpu, cuda
-BF16 = "auto"         # bfloat16 autocast of the denoiser: on, off, auto = where the processor is fast at it
-SAMPLERS = {          # settings of a sampler that is not the checkpoint's own
+SAMPLERS = {  # settings of a sampler that is not the checkpoint's own
     "paper": {"guidance": [4.0, 50.0, 55.0], "top_p": 0.8, "top_k": 0},  # the authors', for the best FID
     "exchange": {"guidance": [4.0, 4.0, 4.0], "top_p": 1.0, "top_k": 0},
 }
@@ -52,35 +43,31 @@ def main(argv=None):
     parts = common.chunks(slice(0, len(labels)), args.batch)
     images = []  # on rank 0, in order: (frames, n, ch, H, W) uint8; one frame, or all of them for an animation
     for first in tqdm(range(0, len(parts), world_size), disable=rank > 0):
-        mine = None
-        if first + rank < len(parts):
-            part = parts[first + rank]
-            mine = draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args,
-                              args.out.endswith(".gif"))
+        mine = [draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args, args.out.endswith(".gif"))
+                for part in parts[first + rank:first + rank + 1]]  # one chunk; in the last round none on some ranks
         found = common.all_gather(mine)
         if rank == 0:
-            images += [chunk for chunk in found if chunk is not None]
+            images += sum(found, [])
     if rank == 0:
-        seconds = time.time() - began
-        write(args.out, torch.cat(images, dim=1), labels, class_names)
-        print(f"{args.out}: {len(labels)} images in {seconds:.1f} s")
+        write_samples(args.out, torch.cat(images, dim=1), labels, class_names)
+        print(f"{args.out}: {len(labels)} images in {time.time() - began:.1f} s")
 
 
 def parse(argv):
     parser = common.Parser(description=__doc__)
-    parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_fsdd.py ({CKPT})")
-    parser.add_argument("--out", default=OUT, help=f".png: a labelled grid, .npz: ADM's sample batch, arr_0 uint8 "
-                        f"(N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined ({OUT})")
+    parser.add_argument("--ckpt", default="fsdd.pt", help="checkpoint of train_fsdd.py (%(default)s)")
+    parser.add_argument("--out", default="samples.png", help=".png: a labelled grid, .npz: ADM's sample batch, arr_0 "
+                        "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
     parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for pictures ten at most)")
-    parser.add_argument("--num", "--num_images", type=int, default=NUM,  # torchrun takes --num for --numa-binding
-                        help=f"images in all, spread evenly over the labels ({NUM}); under torchrun write --num_images")
+    parser.add_argument("--num", "--num_images", type=int, default=100,  # torchrun takes --num for --numa-binding
+                        help="images in all, spread evenly over the labels (100); under torchrun write --num_images")
     add_generation_options(parser)
     args = parser.parse_args(argv)
     if not args.out.endswith((".png", ".npz", ".gif")):
         parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
     check_generation_options(parser, args)
     if not args.out.endswith(".npz") and args.num > 1000:
-        parser.error(f"{args.num} images are too many for a picture; use --out {os.path.splitext(args.out)[0]}.npz")
+        parser.error(f"{args.num} images are too many for a picture; use --out {args.out[:-4]}.npz")
     common.check_folder(args.out)
     return args
 
@@ -89,12 +76,11 @@ def add_generation_options(parser):
     """The options that generated images depend on, for every script that generates."""
     for name, value, _, meaning in GENERATION:
         parser.add_argument("--" + name.removeprefix("sample_"), type=type(value), help=f"{meaning} (the checkpoint's)")
-    parser.add_argument("--batch", type=int, default=BATCH,
-                        help=f"images at once ({BATCH}); another gives other images")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"another seed gives other images ({SEED})")
-    parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
-    parser.add_argument("--bf16", default=BF16, choices=("auto", "on", "off"),
-                        help=f"bfloat16 autocast of the denoiser ({BF16})")
+    parser.add_argument("--batch", type=int, default=100, help="images at once (100); another gives other images")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+    parser.add_argument("--bf16", default="auto", choices=("auto", "on", "off"),
+                        help="bfloat16 autocast of the denoiser; auto: where the processor is fast at it (auto)")
 
 
 def check_generation_options(parser, args):
@@ -157,28 +143,6 @@ def draw_chunk(denoiser, tokenizer, labels, settings, chunk, args, every_step=Fa
         states = list(refine(denoiser, labels.to(device), **settings,
                              generator=common.generator(device, "sample", args.seed, chunk)))
     return torch.stack([decode(tokenizer, counts_to_tokens(x)) for x in states[0 if every_step else -1:]])
-
-
-def write(path, images, labels, class_names):
-    """images (frames, N, ch, H, W) uint8 and labels (N,) -> a grid (.png), arrays (.npz) or an animation (.gif)."""
-    if path.endswith(".npz"):
-        arrays = images[-1].permute(0, 2, 3, 1)  # (N, H, W, ch)
-        np.savez(path, arr_0=arrays.expand(-1, -1, -1, 3).numpy(), arr_1=labels.numpy())
-        return
-    columns = int(labels.bincount().max())  # a row for each class
-    rows = [class_names[label] for label in labels.unique_consecutive()]
-    pages = [grid(fill_rows(frame, labels, columns), columns, rows) for frame in images]
-    if path.endswith(".png"):
-        pages[0].save(path)
-    else:
-        pages[0].save(path, save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
-
-
-def fill_rows(images, labels, columns):
-    """Images (N, ch, H, W) of ascending rows of labels, with white images where a row is short of columns."""
-    rows = images.split(labels.unique_consecutive(return_counts=True)[1].tolist())
-    white = lambda row: row.new_full((columns - len(row), *row.shape[1:]), 255)  # noqa: E731
-    return torch.cat([torch.cat([row, white(row)]) for row in rows])
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ Every training image is encoded once (tokens.npy, kept for the next run with the
 on no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
 need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 5 minutes on two CPU cores (README.md).
 """
-import hashlib
 import math
-import os
 import time
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import common
+from data import records
 from data.pictures import decode, grid
 from data.reading import batch_indices, in_order, open_datasets
+from data.token_sets import encode_training_set
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, refine, sample_noise, sample_times
 from tokenizer import SetTokenizer
@@ -69,23 +68,10 @@ GENERATION = [
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
 ]
 HYPERPARAMETERS += GENERATION + [
-    # the machine
-    ("seed",             0,              0,               "all random numbers depend on it"),
-    ("device",           "auto",         "auto",          "auto, cpu, cuda"),
-    ("bf16",             "auto",         "auto",          "bfloat16 autocast: on, off, auto = where it is fast"),
-    ("tf32",             True,           True,            "float32 products in TF32, on GPUs that have it"),
-    ("compile",          False,          True,            "torch.compile"),
-    ("fused_adamw",      True,           True,            "PyTorch's fused AdamW"),
-    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on GPUs, long sequences"),
-    ("recompute",        False,          False,           "activation checkpointing: less memory, a third more time"),
-    ("workers",          0,              8,               "processes that read images, for each training process"),
     # what is written
     ("out",              "fsdd.pt",      "fsdd.pt",       "the checkpoint; the log and the picture stand beside it"),
     ("tokens",           "tokens.npy",   "tokens.npy",    "the encoded training set"),
-    ("log_every",        20,             100,             "steps between lines of the log"),
-    ("save_every",       500,            5000,            "steps between checkpoints"),
-    ("picture_every",    500,            5000,            "steps between pictures"),
-]
+] + common.MACHINE
 COLUMNS = ["step", "loss", "lr"]  # of the log
 
 
@@ -102,7 +88,7 @@ def main(argv=None):
         model = Denoiser(**model_config).to(device)
         common.set_switches(model, cfg)
         next(refine(model, torch.zeros(1, dtype=torch.int64, device=device), **generation))  # refuses wrong settings
-        common.check_training(cfg, checkpoint, train_set)
+        records.check_training(cfg, checkpoint, train_set)
         tokens = encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
         common.stop(str(problem))
@@ -112,7 +98,7 @@ def main(argv=None):
               f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
     common.set_switches(tokenizer, cfg)
     if not checkpoint:
-        common.keep_previous(cfg.out)
+        records.keep_previous(cfg.out)
     header = {"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names,
               "images": train_set.fingerprint(), "generation": generation,
               "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}}
@@ -157,11 +143,11 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     B, C, device = cfg.batch_size, model.codebook_size, model.code_embedding.device
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
-    start = common.restore_training(checkpoint, model, ema, optimizers)
+    start = records.restore_training(checkpoint, model, ema, optimizers)
     ddp = common.parallel(model, device, cfg)
     rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
-    log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
-    progress = common.progress_bar(start, cfg.steps, B)
+    log = records.open_log(records.beside(cfg.out, ".csv"), COLUMNS, start)
+    progress = records.progress_bar(start, cfg.steps, B)
     for step in progress:
         # the batch: sets, labels, times, noise, and what the draw of X_t depends on
         random = common.generator(device, "step", cfg.seed, step)
@@ -184,14 +170,14 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
             optimizer.zero_grad()
         ema.update_parameters(model)
         # once in a while: log, save, draw samples
-        if common.due(step, cfg.log_every, cfg.steps):
+        if records.due(step, cfg.log_every, cfg.steps):
             loss = common.all_reduce(mean).item()
             log({"step": step + 1, "loss": loss, "lr": lr})
             progress.set_postfix_str(f"step {step + 1}, loss {loss:.4f}", refresh=False)
-        if signals.received() or common.due(step, cfg.save_every, cfg.steps):
-            common.save_training(header, step + 1, cfg, model, ema, optimizers)
+        if signals.received() or records.due(step, cfg.save_every, cfg.steps):
+            records.save_training(header, step + 1, cfg, model, ema, optimizers)
             signals.exit_if_received(cfg.out)
-        if common.due(step, cfg.picture_every, cfg.steps):
+        if records.due(step, cfg.picture_every, cfg.steps):
             draw_samples(ema.module, tokenizer, header, device, cfg)
     return ema.module
 
@@ -211,51 +197,6 @@ def get_batch(tokens, labels, rows, model_config, random, step, cfg):
     x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
     uniform = torch.rand(B, C, generator=random, device=device)[rows]
     return x, y, sample_times(t, cfg.times), x1, uniform
-
-
-def encode_training_set(tokenizer, dataset, device, cfg):
-    """The tokens of every training image, and of its mirror image where cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
-
-    They are kept at cfg.tokens; a .json file beside it says which tokenizer and images they are from, and where these
-    are the same the file is used again. ValueError where a rank can't see it.
-    """
-    made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
-    for name, weight in tokenizer.state_dict().items():
-        made_from.update(name.encode() + weight.cpu().numpy().tobytes())
-    shape = [2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens]
-    note = {"made_from": made_from.hexdigest(), "shape": shape}
-    path, note_path = cfg.tokens, common.beside(cfg.tokens, ".json")
-    found = os.path.isfile(path) and common.read_json(note_path) == note
-    if not common.all_gather(found)[0]:
-        tokens = encode(tokenizer, dataset, device, cfg)
-        if common.is_main():
-            with open(path + ".tmp", "wb") as file:
-                np.save(file, tokens)
-            if os.path.exists(note_path):
-                os.remove(note_path)  # first, so that these tokens never stand beside another's note
-            os.replace(path + ".tmp", path)
-            common.write_json(note, note_path)
-    elif common.is_main():
-        print(f"{path} holds the tokens of these images by this tokenizer; used again", flush=True)
-    common.all_gather(None)  # rank 0 has written
-    if not all(common.all_gather(os.path.isfile(path) and common.read_json(note_path) == note)):
-        raise ValueError(f"not every machine sees {path} as rank 0 wrote it; --tokens must lie in a folder they share")
-    return np.load(path, mmap_mode="r")
-
-
-def encode(tokenizer, dataset, device, cfg):
-    """The same tokens as an array. The batches, and so the rounding, are the same for any number of ranks."""
-    rank, world_size = common.rank_and_world_size()
-    parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 22 // tokenizer.image_size ** 2)))
-    mine, batches = parts[rank::world_size], []
-    for images, _ in tqdm(in_order(dataset, mine, cfg.workers), desc="encoding the training set", total=len(mine),
-                          disable=rank > 0, mininterval=5):
-        images = images.to(device) / 127.5 - 1  # (n, ch, H, W) in [-1, 1]
-        with common.autocast(device, cfg.bf16):
-            versions = [tokenizer.encode(x) for x in ([images, images.flip(3)] if cfg.flip else [images])]
-        batches.append(torch.stack(versions).cpu().numpy().astype(np.uint16))  # (1 or 2, n, M)
-    found = common.all_gather(batches)  # found[rank][turn]
-    return np.concatenate([found[i % world_size][i // world_size] for i in range(len(parts))], axis=1)
 
 
 @torch.no_grad()
@@ -285,8 +226,8 @@ def draw_samples(model, tokenizer, header, device, cfg):
         with common.autocast(device, cfg.bf16):
             counts = torch.cat([generate(model, labels, **header["generation"], generator=random)
                                 for labels in classes.repeat_interleave(10).to(device).split(cfg.device_batch)])
-        images = decode(tokenizer, counts_to_tokens(counts))
-        grid(images, 10, [class_names[i] for i in classes]).save(common.beside(cfg.out, ".png"))
+        page = grid(decode(tokenizer, counts_to_tokens(counts)), 10, [class_names[i] for i in classes])
+        page.save(records.beside(cfg.out, ".png"))
 
 
 if __name__ == "__main__":

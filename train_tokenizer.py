@@ -24,13 +24,11 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
-from data.pictures import grid, to_uint8
-from data.reading import in_order, loader, open_datasets, read_ahead
+from data import records
+from data.pictures import draw_reconstructions
+from data.reading import in_order, loader, open_datasets
 from dual_transform import tokens_to_counts
-from published.convnext import load_convnext
-from published.critics import Critics
-from published.discriminator import Discriminator
-from published.maskgit_vqgan import load_vqgan
+from published.critics import load_networks
 from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
@@ -82,22 +80,9 @@ HYPERPARAMETERS = [
     ("clip",             1.0,           1.0,              "largest norm of the gradient"),
     ("ema",              0.99,          0.999,            "decay of the moving average of the weights"),
     ("flip",             False,         True,             "mirror images at random"),
-    # the machine
-    ("seed",             0,             0,                "all random numbers depend on it"),
-    ("device",           "auto",        "auto",           "auto, cpu, cuda"),
-    ("bf16",             "auto",        "auto",           "bfloat16 autocast: on, off, auto = where it is fast"),
-    ("tf32",             True,          True,             "float32 products in TF32, on GPUs that have it"),
-    ("compile",          False,         True,             "torch.compile"),
-    ("fused_adamw",      True,          True,             "PyTorch's fused AdamW"),
-    ("fused_attention",  "auto",        "auto",           "flash attention: on, off, auto = on GPUs, long sequences"),
-    ("recompute",        False,         False,            "activation checkpointing: less memory, a third more time"),
-    ("workers",          0,             8,                "processes that read images, for each training process"),
     # what is written
     ("out",              "tokenizer.pt", "tokenizer.pt",  "the checkpoint; the log and the picture stand beside it"),
-    ("log_every",        20,            100,              "steps between lines of the log"),
-    ("save_every",       500,           5000,             "steps between checkpoints"),
-    ("picture_every",    500,           5000,             "steps between pictures"),
-]
+] + common.MACHINE
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
          "decoder_layers", "commitment")  # what SetTokenizer is made from
 COLUMNS = ["step", "loss", "mse", "proxy", "perceptual", "adversarial", "discriminator", "quantizer", "psnr",
@@ -113,14 +98,14 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         vqgan, critics = load_networks(cfg, checkpoint, device)
         train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
         model, model_config = make_model(cfg, checkpoint, train_set.channels, vqgan, device, model_class)
-        common.check_training(cfg, checkpoint, train_set)
+        records.check_training(cfg, checkpoint, train_set)
     except ValueError as problem:
         common.stop(str(problem))
     header = {"kind": kind, "model_config": model_config, "class_names": train_set.class_names,
               "images": train_set.fingerprint()}
     if not checkpoint:
-        common.keep_previous(cfg.out)
-    log = common.open_log(common.beside(cfg.out, ".csv"), COLUMNS, start)
+        records.keep_previous(cfg.out)
+    log = records.open_log(records.beside(cfg.out, ".csv"), COLUMNS, start)
     with common.Signals() as signals:
         if start < cfg.proxy_steps:
             model = train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals)
@@ -132,28 +117,6 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "
               f"in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
-
-
-def load_networks(cfg, checkpoint, device):
-    """MaskGIT-VQGAN and the Critics of the paper's recipe, each None where it is not needed (any more). ValueError
-    where a file is."""
-    vqgan, convnext, discriminator = None, None, None
-    if cfg.proxy_steps > cfg.steps:
-        raise ValueError(f"proxy_steps {cfg.proxy_steps} is more than all steps, {cfg.steps}")
-    if cfg.proxy_steps and not cfg.vqgan:
-        raise ValueError("proxy codes need MaskGIT-VQGAN: give its file as --vqgan, or --proxy_steps 0 to do without")
-    if cfg.perceptual and not cfg.convnext:
-        raise ValueError("the perceptual loss needs ConvNeXt-S: give its file as --convnext, or --perceptual 0")
-    if cfg.adversarial and cfg.discriminator % 32:
-        raise ValueError(f"discriminator must be a multiple of 32, got {cfg.discriminator}")
-    if cfg.vqgan and (not checkpoint or checkpoint["step"] < cfg.proxy_steps):
-        vqgan = load_vqgan(cfg.vqgan).to(device)
-    if cfg.perceptual and cfg.proxy_steps < cfg.steps:
-        convnext = load_convnext(cfg.convnext).to(device)
-    if cfg.adversarial and cfg.proxy_steps < cfg.steps:
-        torch.manual_seed(cfg.seed)
-        discriminator = Discriminator(cfg.discriminator).to(device)
-    return vqgan, Critics(convnext, discriminator, checkpoint, cfg) if convnext or discriminator else None
 
 
 def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):
@@ -180,14 +143,12 @@ def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenize
 
 
 def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals):
-    """Phase 1: the decoder predicts the codes that MaskGIT-VQGAN gives the image. Returns the model, averaged
-    weights."""
+    """Phase 1: the decoder predicts the image's codes by MaskGIT-VQGAN. Returns the model with averaged weights."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
-    ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=True)
-    ddp = common.parallel(model, device, cfg)
+    ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=True)
     rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
     batches = loader(train_set, B, rows, cfg.seed, start, cfg.proxy_steps, cfg.workers)
-    progress = common.progress_bar(start, cfg.proxy_steps, B)
+    progress = records.progress_bar(start, cfg.proxy_steps, B)
     for step, (images, _) in zip(progress, batches):
         # the batch: images, random numbers for the order of the tokens, and which images skip the quantizer
         images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
@@ -216,23 +177,22 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
         ema.update_parameters(model)
         codes.update(step, rows, random)
         # once in a while: log, save, reconstruct test images
-        if common.due(step, cfg.log_every, cfg.proxy_steps):
+        if records.due(step, cfg.log_every, cfg.proxy_steps):
             report(log, progress, step, dict(zip(("loss", "proxy", "quantizer"), means)), codes.in_use, lr)
-        if signals.received() or common.due(step, cfg.save_every, cfg.proxy_steps):
-            common.save_training(header, step + 1, cfg, model, ema, optimizers, idle=codes.idle)
+        if signals.received() or records.due(step, cfg.save_every, cfg.proxy_steps):
+            records.save_training(header, step + 1, cfg, model, ema, optimizers, idle=codes.idle)
             signals.exit_if_received(cfg.out)
-        if common.due(step, cfg.picture_every, cfg.proxy_steps):
-            draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
+        if records.due(step, cfg.picture_every, cfg.proxy_steps):
+            draw_reconstructions(ema.module, test_set, device, records.beside(cfg.out, ".png"))
     return ema.module
 
 
 def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, log, signals):
     """Phase 2, the only one of the digits: the decoder learns the pixels. Returns the model with averaged weights."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
-    ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=False)
-    ddp = common.parallel(model, device, cfg)
+    ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=False)
     rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
-    progress = common.progress_bar(start, cfg.steps, B)
+    progress = records.progress_bar(start, cfg.steps, B)
     for step, (images, _) in zip(progress, loader(train_set, B, rows, cfg.seed, start, cfg.steps, cfg.workers)):
         # the batch: images, random numbers for the order of the tokens, and which images skip the quantizer
         images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
@@ -264,19 +224,19 @@ def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, l
         codes.update(step, rows, random)
         more = critics.step(images, step) if critics else {}  # trains the discriminator
         # once in a while: log, save, reconstruct test images
-        if common.due(step, cfg.log_every, cfg.steps):
+        if records.due(step, cfg.log_every, cfg.steps):
             report(log, progress, step, dict(zip(("loss", "mse", "quantizer"), means)) | more, codes.in_use, lr)
-        if signals.received() or common.due(step, cfg.save_every, cfg.steps):
+        if signals.received() or records.due(step, cfg.save_every, cfg.steps):
             save_pixels(header, step + 1, cfg, model, ema, optimizers, codes, critics)
             signals.exit_if_received(cfg.out)
-        if common.due(step, cfg.picture_every, cfg.steps):
-            draw_reconstructions(ema.module, test_set, device, common.beside(cfg.out, ".png"))
+        if records.due(step, cfg.picture_every, cfg.steps):
+            draw_reconstructions(ema.module, test_set, device, records.beside(cfg.out, ".png"))
     return ema.module
 
 
 def start_phase(model, checkpoint, cfg, proxy):
-    """What a phase starts with: the moving average of the weights, optimizers, use of the codes, and the step to start
-    at, all from a checkpoint if that is of this phase."""
+    """What a phase starts with: the model in DDP, the moving average of its weights, optimizers, use of the codes, and
+    the step to start at, all from a checkpoint if that is of this phase."""
     model.requires_grad_(True)
     model.pixel_decoder.requires_grad_(not proxy)
     for module in (model.encoder, model.quantizer):  # after phase 1 the tokens stay as they are
@@ -286,16 +246,16 @@ def start_phase(model, checkpoint, cfg, proxy):
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = common.make_optimizers(model, cfg, last - first, warmup, beta2)
     codes = CodeUse([model.quantizer.codebook, ema.module.quantizer.codebook], cfg)
-    start = common.restore_training(checkpoint, model, ema, optimizers, first)
+    start = records.restore_training(checkpoint, model, ema, optimizers, first)
     if start > first:
         codes.idle.copy_(checkpoint["training"]["idle"])
-    return ema, optimizers, codes, start
+    return common.parallel(model, codes.idle.device, cfg), ema, optimizers, codes, start
 
 
 def save_pixels(header, done, cfg, model, ema, optimizers, codes, critics):
-    """common.save_training() after a step of phase 2."""
+    """records.save_training() after a step of phase 2."""
     optimizers, state = (optimizers + critics.optimizers, critics.state()) if critics else (optimizers, {})
-    common.save_training(header, done, cfg, model, ema, optimizers, idle=codes.idle, **state)
+    records.save_training(header, done, cfg, model, ema, optimizers, idle=codes.idle, **state)
 
 
 def report(log, progress, step, means, in_use, lr):
@@ -337,8 +297,7 @@ class CodeUse:
         used = common.all_reduce(torch.cat(self.tokens).bincount(minlength=len(self.idle))) > 0  # (C,)
         self.idle = torch.where(used, 0, self.idle + 1)
         self.in_use = used.float().mean()
-        learning = self.codebooks[0].requires_grad and step < self.cfg.revive_until * self.cfg.steps
-        if self.cfg.revive_after and learning:
+        if self.cfg.revive_after and self.codebooks[0].requires_grad and step < self.cfg.revive_until * self.cfg.steps:
             self.revive(torch.cat(self.latents), rows, random)
         self.tokens, self.latents = [], []
 
@@ -365,32 +324,18 @@ def psnr(mse):
 @torch.no_grad()
 def evaluate(model, dataset, device, workers=0):
     """Mean squared error over a dataset, the share of codes in use, and the mean number of distinct codes in a set."""
-    C = model.codebook_size
-    squared, distinct, use = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, C))
+    squared, distinct, use = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, model.codebook_size))
     at_once = min(250, max(1, 2 ** 20 // model.image_size ** 2))  # a million pixels, for the memory's sake
     parts = common.chunks(common.shard(len(dataset), *common.rank_and_world_size()), at_once)
     for images, _ in in_order(dataset, parts, workers):
         images = images.to(device) / 127.5 - 1
         tokens = model.encode(images)
         squared += (model.decode(tokens) - images).square().mean((1, 2, 3)).sum()
-        counts = tokens_to_counts(tokens, C)
+        counts = tokens_to_counts(tokens, model.codebook_size)
         distinct += (counts > 0).sum()
         use += counts.sum(0)
-    for total in (squared, distinct, use):
-        common.all_reduce(total)
+    squared, distinct, use = map(common.all_reduce, (squared, distinct, use))
     return squared.item() / len(dataset), (use > 0).double().mean().item(), distinct.item() / len(dataset)
-
-
-def draw_reconstructions(model, dataset, device, path, number=20):
-    """A page of test images, every second row their reconstructions from the tokens."""
-    if common.is_main():
-        columns = min(10, len(dataset))
-        number = min(number, len(dataset)) // columns * columns
-        spread = range(0, len(dataset), max(1, len(dataset) // number))
-        images = next(read_ahead(dataset, [[(i, 0) for i in spread][:number]], workers=0))[0].to(device)
-        pairs = torch.stack([images, to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
-        pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, ...
-        grid(pairs, columns, ["image", "decoded"] * (number // columns)).save(path)
 
 
 if __name__ == "__main__":

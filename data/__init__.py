@@ -11,6 +11,7 @@ def open_dataset(where, split, image_size, crop="center", flip=False, seed=0):
     """
     if where == "digits":
         if image_size != 28 or flip:
-            raise ValueError(f"the digits are 28 pixels wide and not mirrored, got image_size {image_size} and flip {flip}")
+            raise ValueError("the digits are 28 pixels wide and not mirrored, "
+                             f"got image_size {image_size} and flip {flip}")
         return Digits(split)
     return ImageFolder(where, split, image_size, crop, flip, seed)

@@ -37,7 +37,7 @@ class Digits(torch.utils.data.Dataset):
 
 
 def read_idx(name):
-    """A gzipped idx file of bytes -> uint8 tensor: four bytes of type and number of axes, four for each size, the data."""
+    """A gzipped idx file of bytes -> uint8 tensor. The file: type and number of axes, the sizes, the data."""
     with gzip.open(os.path.join(FOLDER, name)) as file:
         raw = file.read()
     sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4)

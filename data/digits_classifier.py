@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import common
 from data import open_dataset
@@ -80,7 +81,7 @@ def train_classifier(digits, batch=200):
         optimizer = torch.optim.AdamW(net.parameters())
         steps = EPOCHS * len(digits) // batch
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-        for step in common.tqdm(range(steps), desc="classifier", mininterval=5):
+        for step in tqdm(range(steps), desc="classifier", mininterval=5):
             i = batch_indices(len(digits), batch, 0, step)
             loss = F.cross_entropy(net(digits.images[i])[1], digits.labels[i])
             optimizer.zero_grad()

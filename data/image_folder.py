@@ -8,18 +8,20 @@ import torch
 from PIL import Image
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in small or capital letters
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images, of odd palettes and metadata: they are read all the same
+# of large images, of odd palettes and metadata: they are read all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageFolder(torch.utils.data.Dataset):
     """folder: holds train/ and val/.  split: "train", or "test" for val/.  image_size: side of the square images.
 
-    crop: "center" (ADM's) or "random" (shorter side to image_size, then a random place).  flip: mirror half of the images.
-    Crop and flip hang on (seed, epoch, index) and on nothing else.
-    labels: (N,) int64, places in class_names, which are the sorted names of the class folders.
+    crop: "center" (ADM's) or "random" (shorter side to image_size, then a random position).
+    flip: mirror half of the images. Crop and flip depend on (seed, epoch, index) and on nothing else.
+    labels: (N,) int64, indices into class_names, which are the sorted names of the class folders.
 
-    Class folders may hold folders. Files of any mode become RGB: alpha is left out, 16 bits lose the lower 8, of an animation
-    the first image counts, EXIF rotation is not applied (as in ADM's statistics). Names that begin with a dot are left out.
+    Class folders may hold folders. Files of any mode become RGB: alpha is left out, 16 bits lose the lower 8, of an
+    animation the first image counts, EXIF rotation is not applied (as in ADM's statistics). Names that begin with a dot
+    are left out.
     """
 
     channels = 3
@@ -30,7 +32,8 @@ class ImageFolder(torch.utils.data.Dataset):
             raise ValueError(f"there is no folder {root}; images are expected as {root}/CLASS/NAME.JPEG")
         self.class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
         found = [sorted(find_images(os.path.join(root, name), name)) for name in self.class_names]
-        # arrays of bytes and numbers, since a list of a million texts would be copied into every process that reads images
+        # arrays of bytes and numbers: a list of a million texts would be copied into every process that reads images
+
         self.names = np.array([os.fsencode(name) for files in found for name, _ in files])
         self.sizes = np.array([size for files in found for _, size in files])
         self.labels = torch.repeat_interleave(torch.tensor([len(files) for files in found], dtype=torch.int64))
@@ -42,7 +45,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitems__(self, items):
-        """A batch: items are (index, epoch) -> images (n, 3, H, W) uint8, labels (n,). ValueError where a file can't be read."""
+        """A batch: items (index, epoch) -> images (n, 3, H, W) uint8, labels (n,). ValueError where one is broken."""
         images = [self.read(index, epoch) for index, epoch in items]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), self.labels[[index for index, _ in items]]
 
@@ -62,7 +65,7 @@ class ImageFolder(torch.utils.data.Dataset):
         return pixels[:, ::-1] if self.flip and random.random() < 0.5 else pixels
 
     def unreadable(self, indices):
-        """Those of some files that can't be read: {name: reason}. All their data are read; JPEGs at an eighth of the size."""
+        """Those of some files that can't be read: {name: reason}. All data are read; JPEGs at an eighth of the size."""
         found = {}
         for index in indices:
             try:
@@ -84,7 +87,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 def find_images(folder, name):
-    """Pairs (name, size in bytes) of the image files in a folder and the folders in it; names begin with the folder's."""
+    """Pairs (name, size in bytes) of the image files below a folder; names begin with the folder's."""
     for entry in os.scandir(folder):
         inner = os.path.join(name, entry.name)
         if entry.name[0] == ".":  # such as ._a.jpg, which macOS makes and which is no image
@@ -108,7 +111,7 @@ def to_rgb(image):
 
 
 def center_crop(image, size):
-    """The middle square, exactly as ADM cuts it: halve with BOX while twice too large, BICUBIC, crop (guided-diffusion).
+    """The middle square, exactly as ADM cuts it: halve with BOX while twice too large, BICUBIC, crop.
 
     But of a strip, longer than 100 times its width, only the middle is taken, for which ADM would need gigabytes.
     """
@@ -126,7 +129,7 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, random):
-    """Shorter side to size, then a square at a random place; only what the square shows is resized.
+    """Shorter side to size, then a square at a random position; only what the square shows is resized.
 
     JPEGs at least twice too large are decoded at 1/2, 1/4 or 1/8 of their size (Pillow's draft).
     """

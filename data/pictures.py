@@ -1,8 +1,10 @@
 """Images as bytes and as pages: what the scripts draw."""
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 import common
+from data.reading import read_ahead
 
 
 def to_uint8(images):
@@ -35,6 +37,40 @@ def grid(images, columns, row_labels=None, column_labels=None):
     for column, text in enumerate(column_labels or []):
         ImageDraw.Draw(page).text((margin + column * W * scale + 2, 3), text, fill="black")
     return page
+
+
+def write_samples(path, images, labels, class_names):
+    """images (frames, N, ch, H, W) uint8 and labels (N,) -> a grid (.png), arrays (.npz) or an animation (.gif)."""
+    if path.endswith(".npz"):
+        arrays = images[-1].permute(0, 2, 3, 1)  # (N, H, W, ch)
+        np.savez(path, arr_0=arrays.expand(-1, -1, -1, 3).numpy(), arr_1=labels.numpy())
+        return
+    columns = int(labels.bincount().max())  # a row for each class
+    rows = [class_names[label] for label in labels.unique_consecutive()]
+    pages = [grid(fill_rows(frame, labels, columns), columns, rows) for frame in images]
+    if path.endswith(".png"):
+        pages[0].save(path)
+    else:
+        pages[0].save(path, save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
+
+
+def fill_rows(images, labels, columns):
+    """Images (N, ch, H, W) of ascending rows of labels, with white images where a row is short of columns."""
+    rows = images.split(labels.unique_consecutive(return_counts=True)[1].tolist())
+    white = lambda row: row.new_full((columns - len(row), *row.shape[1:]), 255)  # noqa: E731
+    return torch.cat([torch.cat([row, white(row)]) for row in rows])
+
+
+def draw_reconstructions(model, dataset, device, path, number=20):
+    """A page of test images, every second row their reconstructions from the tokens."""
+    if common.is_main():
+        columns = min(10, len(dataset))
+        number = min(number, len(dataset)) // columns * columns
+        spread = range(0, len(dataset), max(1, len(dataset) // number))
+        images = next(read_ahead(dataset, [[(i, 0) for i in spread][:number]], workers=0))[0].to(device)
+        pairs = torch.stack([images, to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
+        pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, ...
+        grid(pairs, columns, ["image", "decoded"] * (number // columns)).save(path)
 
 
 def check_picture(parser, path):

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
-from data import open_dataset
+from data import open_dataset, records
 
 
 @functools.lru_cache(maxsize=2)
@@ -99,11 +99,11 @@ def drop_unreadable(dataset, note_path, workers):
     as long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
     """
     split, made_from = os.path.basename(dataset.root), dataset.fingerprint()
-    known = common.all_gather(common.read_json(note_path).get(split) if common.is_main() else None)[0]
+    known = common.all_gather(records.read_json(note_path).get(split) if common.is_main() else None)[0]
     if not known or known.get("made_from") != made_from:
         known = {"made_from": made_from, "unreadable": check_images(dataset, workers)}
         if common.is_main():
-            common.write_json(common.read_json(note_path) | {split: known}, note_path)
+            records.write_json(records.read_json(note_path) | {split: known}, note_path)
     elif known["unreadable"] and common.is_main():
         print(f"{len(known['unreadable'])} of {len(dataset)} images in {dataset.root} could not be read when they were "
               f"checked; training goes without them ({note_path})", flush=True)

@@ -54,7 +54,8 @@ def print_rates(ways, dataset):
 
 
 def usual_pipeline(dataset, items):
-    """What torchvision's Resize, RandomCrop, RandomHorizontalFlip and ToTensor do: a batch (n, 3, H, W) of float32 in [0, 1]."""
+    """What torchvision's Resize, RandomCrop, RandomHorizontalFlip and ToTensor do: a batch (n, 3, H, W) of float32 in
+    [0, 1]."""
     size, batch = dataset.image_size, []
     for index, _ in items:
         with Image.open(dataset.path(index)) as file:

@@ -3,11 +3,9 @@
     python -m paper.fig1_pipeline                              a test digit, fsdd.pt
     python -m paper.fig1_pipeline --ckpt fsdd.pt --images photo.jpg
 
-Writes figure1.png: the image, its tokens as an unordered set, the count of every code as bars (Eq. 2), and the image that is
-decoded from them.
+Writes figure1.png: the image, its tokens as an unordered set, the count of every code as bars (Eq. 2), and the image
+that is decoded from them.
 """
-import argparse
-
 import torch
 from PIL import Image, ImageDraw
 
@@ -78,13 +76,13 @@ def bars(pen, counts, left, width):
     for j, count in enumerate(counts):
         if count:
             pen.rectangle((left + j * width / len(counts), floor - count * unit,
-                           left + max((j + 1) * width / len(counts) - 1, j * width / len(counts) + 1), floor), fill="#3a6ea5")
+                           left + max((j + 1) * width / len(counts) - 1, j * width / len(counts) + 1), floor),
+                          fill="#3a6ea5")
     pen.line((left, floor, left + width, floor), fill="black")
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.fig1_pipeline", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.fig1_pipeline", description=__doc__)
     parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_fsdd.py ({CKPT})")
     parser.add_argument("--images", default=IMAGES, help=f"an image file, or the word digits ({IMAGES})")
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")

@@ -3,10 +3,10 @@
     python -m paper.fig3_process                              a test digit, fsdd.pt
     python -m paper.fig3_process --ckpt fsdd.pt --images photo.jpg
 
-Writes figure3.png, a row for each time t: the counts of all codes as bars (grey; green what greedy adjusting added, red and
-outlined what it took away), and the image that they decode to. Prints what each row sums to before and after adjusting.
+Writes figure3.png, a row for each time t: the counts of all codes as bars (grey; green what greedy adjusting added, red
+and outlined what it took away), and the image that they decode to. Prints what each row sums to before and after
+adjusting.
 """
-import argparse
 import time
 
 import torch
@@ -42,7 +42,7 @@ def main(argv=None):
     x1 = sample_noise(1, C, M, checkpoint["generation"]["prior"], random)
     uniform = torch.rand(x0.shape, generator=random)  # one draw for all times, so that the rows tell one story
     states = [state(x0, x1, t, uniform, M) for t in TIMES]
-    print("| t | sum before adjusting | after | added | taken away | codes that differ from X_0 |\n|---|---|---|---|---|---|")
+    print("| t | sum before adjusting | after | added | taken away | codes that differ from X_0 |\n" + "|---" * 6 + "|")
     for t, (before, after) in zip(TIMES, states):
         change = after - before
         print(f"| {t} | {before.sum()} | {after.sum()} | {change.clamp(min=0).sum()} | {-change.clamp(max=0).sum()} "
@@ -62,7 +62,8 @@ def state(x0, x1, t, uniform, num_tokens):
 
 
 def draw(states, decoded):
-    """A PIL image: for each of the states a row of bars, one a code, and beside it the image (ch, H, W) uint8 it decodes to."""
+    """A PIL image: for each of the states a row of bars, one a code, and beside it the image (ch, H, W) uint8 it
+    decodes to."""
     tallest = max(int(torch.maximum(before, after).max()) for before, after in states)
     page = Image.new("RGB", (40 + WIDTH + HEIGHT, len(states) * HEIGHT), "white")
     pen = ImageDraw.Draw(page)
@@ -86,8 +87,7 @@ def draw(states, decoded):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.fig3_process", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.fig3_process", description=__doc__)
     parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_fsdd.py ({CKPT})")
     parser.add_argument("--images", default=IMAGES, help=f"an image file, or the word digits ({IMAGES})")
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")

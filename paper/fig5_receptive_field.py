@@ -9,7 +9,6 @@ Prints as a Markdown table how global such maps are: the share of their sum outs
 the smallest share of the pixels that holds 90 % of it. A token that looks at one position in one image and at another
 in the next has a wide mean and narrow maps, so both are measured of the mean map and of the maps of single images.
 """
-import argparse
 import time
 
 import torch
@@ -106,8 +105,7 @@ def heat(maps):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.fig5_receptive_field", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.fig5_receptive_field", description=__doc__)
     parser.add_argument("--ckpt", nargs="+", help="tokenizers, checkpoints of train_tokenizer.py or paper.layouts "
                                                   "(the digits' are trained)")
     table2_noise.add_options(parser)

@@ -3,11 +3,10 @@
     python -m paper.fig6_clusters                             the test digits, tokenizer.pt
     python -m paper.fig6_clusters --ckpt tokenizer.pt --data data/imagenet
 
-Of every code, the images that hold it k or more times are a cluster; its purity is the share of its most frequent class. Prints
-the purest clusters as a Markdown table, the mean over all clusters, and chance: the same sizes, filled with images drawn at
-random. Writes figure6.png, a row of images for each of the purest codes.
+Of every code, the images that hold it k or more times are a cluster; its purity is the share of its most frequent
+class. Prints the purest clusters as a Markdown table, the mean over all clusters, and chance: the same sizes, filled
+with images drawn at random. Writes figure6.png, a row of images for each of the purest codes.
 """
-import argparse
 import time
 
 import torch
@@ -36,7 +35,8 @@ def main(argv=None):
         common.stop("one process is enough for this; leave out torchrun")
     checkpoint = common.load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
     try:
-        tokenizer, dataset = open_tokenizer(args.ckpt, checkpoint, args.data or checkpoint.get("config", {}).get("data"), device)
+        data = args.data or checkpoint.get("config", {}).get("data")
+        tokenizer, dataset = open_tokenizer(args.ckpt, checkpoint, data, device)
     except ValueError as problem:
         common.stop(str(problem))
     counts, labels = count_codes(tokenizer, dataset, device, args.workers)  # (N, C), (N,)
@@ -52,12 +52,14 @@ def main(argv=None):
     best = purities.argsort(descending=True, stable=True)[:args.shown]
     print("| code | images | most frequent class | purity | chance |\n|---|---|---|---|---|")
     for i in best.tolist():
-        print(f"| {codes[i]} | {sizes[codes[i]]} | {dataset.class_names[classes[i]]} | {purities[i]:.1%} | {chance[i]:.1%} |")
-    print(f"mean purity of the {len(codes)} clusters (codes that {args.least} or more of {len(dataset)} images hold {args.k} "
-          f"times or more): {purities.mean():.1%}, by chance {chance.mean():.1%}")
+        print(f"| {codes[i]} | {sizes[codes[i]]} | {dataset.class_names[classes[i]]} | {purities[i]:.1%} "
+              f"| {chance[i]:.1%} |")
+    print(f"mean purity of the {len(codes)} clusters (codes that {args.least} or more of {len(dataset)} images hold "
+          f"{args.k} times or more): {purities.mean():.1%}, by chance {chance.mean():.1%}")
     members = [holds[:, codes[i]].nonzero()[:10, 0].tolist() for i in best]
     columns = max(map(len, members))
-    rows = [torch.nn.functional.pad(dataset.__getitems__([(i, 0) for i in row])[0], (0,) * 7 + (columns - len(row),), value=255)
+    rows = [torch.nn.functional.pad(dataset.__getitems__([(i, 0) for i in row])[0], (0,) * 7 + (columns - len(row),),
+                                    value=255)
             for row in members]
     pictures.grid(torch.cat(rows), columns, [f"code {codes[i]}" for i in best]).save(args.out)
     print(f"{args.out}: the first images of each; {(time.time() - began) / 60:.1f} min")
@@ -84,9 +86,9 @@ def purity(holds, labels):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.fig6_clusters", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
+    parser = common.Parser(prog="python -m paper.fig6_clusters", description=__doc__)
+    parser.add_argument("--ckpt", default=CKPT,
+                        help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
     parser.add_argument("--data", help="digits, or a folder that holds val/ (what the checkpoint was trained on)")
     parser.add_argument("--k", type=int, default=K, help=f"times that an image must hold the code ({K})")
     parser.add_argument("--least", type=int, default=LEAST, help=f"images that make a cluster ({LEAST})")

@@ -3,7 +3,7 @@
     python -m paper.import_released_weights --tokenizer set_tokenizer_128_4096.pth --fsdd fsdd_small_128_4096.pth
 
 tokenizer.pt stands beside fsdd.pt, or where --tokenizer_out says; without --fsdd it is all that is written. What stood
-at either place is kept as .previous. The sizes are read off the tensors: small and base go the same way. Where to get
+at either path is kept as .previous. The sizes are read off the tensors: small and base go the same way. Where to get
 the files: README.md.
 
 The release's ways, and what becomes of them:
@@ -28,6 +28,7 @@ import re
 import torch
 
 import common
+from data import records
 from fsdd import Denoiser
 from published.weights import check_tensors, listed
 from tokenizer import SetTokenizer
@@ -103,8 +104,7 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.import_released_weights", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.import_released_weights", description=__doc__)
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="set_tokenizer_128_4096.pth")
     parser.add_argument("--fsdd", metavar="FILE",
                         help="fsdd_small_128_4096.pth or fsdd_base_128_4096.pth; none: tokenizer only")
@@ -126,8 +126,8 @@ def import_tokenizer(path):
                         codebook_size=("quantize.embedding.weight", 0), code_dim=("quantize.embedding.weight", 1),
                         channels=("encoder.patch_embed.weight", 1), patch_size=("encoder.patch_embed.weight", 2),
                         vqgan_width=("pixel_decoder.norm_out.weight", 0), vqgan_dim=("decoder.ffn.2.weight", 0),
-                        places=("decoder.positional_embedding", 0))
-    grid = math.isqrt(config.pop("places") - 1)
+                        positions=("decoder.positional_embedding", 0))
+    grid = math.isqrt(config.pop("positions") - 1)
     config |= {"image_size": grid * config["patch_size"], "heads": heads(config["width"], path),
                "encoder_layers": count_layers(tensors, "encoder.transformer"),
                "decoder_layers": count_layers(tensors, "decoder.transformer"), "reshaped_latents": True}
@@ -225,7 +225,7 @@ def write(checkpoint, path, what):
     if os.path.isfile(path) and filecmp.cmp(path, path + ".tmp", shallow=False):
         os.remove(path + ".tmp")  # the same already: what .previous holds is worth more than a second copy
     else:
-        common.keep_previous(path)
+        records.keep_previous(path)
         os.replace(path + ".tmp", path)
     parameters = sum(tensor.numel() for tensor in checkpoint["weights"].values())
     print(f"{path}: {what}, {parameters / 1e6:.1f} M parameters")

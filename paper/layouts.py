@@ -80,8 +80,7 @@ def layout_of(tokenizer):
 
 
 def main(argv=None):
-    parser = common.Parser(prog="python -m paper.layouts", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.layouts", description=__doc__)
     parser.add_argument("layout", choices=("sequence", "grid"))
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of train_tokenizer.py")
     args = parser.parse_args(argv)

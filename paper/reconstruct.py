@@ -3,16 +3,16 @@
     python -m paper.reconstruct --ckpt tokenizer.pt images/            folders and files, in any number
     python -m paper.reconstruct --ckpt tokenizer.pt digits             the first test digits
 
-Writes reconstructions.png, a row an image: the image as the tokenizer sees it (centre crop), then what is decoded from its
-tokens in the encoder's order, reversed, shuffled, ascending and descending. A set has no order, so the five must be alike;
-by how much they are not is printed. Table 1 takes rFID over them: paper/table1_order.py.
+Writes reconstructions.png, a row an image: the image as the tokenizer sees it (centre crop), then what is decoded from
+its tokens in the encoder's order, reversed, shuffled, ascending and descending. A set has no order, so the five must be
+alike; by how much they are not is printed. Table 1 takes rFID over them: paper/table1_order.py.
 """
-import argparse
 import os
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import common
 from data import pictures
@@ -41,7 +41,7 @@ def main(argv=None):
     except ValueError as problem:
         common.stop(str(problem))
     rows, squared, apart = [], [], []
-    for i, image in enumerate(common.tqdm(images, disable=None)):
+    for i, image in enumerate(tqdm(images, disable=None)):
         image = image.to(device)
         tokens = tokenizer.encode(image[None] / 127.5 - 1)  # (1, M)
         shuffle = torch.randperm(tokens.shape[1], generator=common.generator("cpu", "order", args.seed, i)).to(device)
@@ -55,10 +55,10 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.reconstruct", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.reconstruct", description=__doc__)
     parser.add_argument("images", nargs="+", help="image files, folders of them, or the word digits")
-    parser.add_argument("--ckpt", default=CKPT, help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
+    parser.add_argument("--ckpt", default=CKPT,
+                        help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
     parser.add_argument("--out", default=OUT, help=f"the picture, .png ({OUT})")
     parser.add_argument("--num", type=int, default=NUM, help=f"images at most, the first ones by name ({NUM})")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the shuffled order ({SEED})")
@@ -80,7 +80,8 @@ def read_images(places, num, size, channels):
     """The first num images in files and folders -> (N, ch, size, size) uint8; ValueError where one can't be read."""
     if places == ["digits"]:
         if (size, channels) != (28, 1):
-            raise ValueError(f"the digits are 28 pixels wide and grey, the tokenizer's images {size} with {channels} channels")
+            raise ValueError("the digits are 28 pixels wide and grey, "
+                             f"the tokenizer's images {size} with {channels} channels")
         return Digits("test").images[:num]
     paths = [path for place in places for path in image_paths(place)]
     return torch.from_numpy(np.stack([read_image(path, size, channels) for path in paths[:num]])).permute(0, 3, 1, 2)

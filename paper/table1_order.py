@@ -7,10 +7,10 @@ Prints a Markdown table: for each of the five orders the distance of the reconst
 and the largest change of a pixel against the order that the encoder gives. Writes figure4.png, the first images and
 what is decoded. The paper: rFID 3.62 in every order.
 """
-import argparse
 import time
 
 import torch
+from tqdm import tqdm
 
 import common
 import evaluate_fid
@@ -61,7 +61,7 @@ def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
     parts = evaluate_fid.evenly(len(dataset), args.num).split(evaluate_fid.NETWORK_BATCH)[rank::processes]
     batches = read_ahead(dataset, ([(i, 0) for i in part.tolist()] for part in parts), args.workers)
     changes = torch.zeros(len(reconstruct.COLUMNS) - 1, dtype=torch.int64)
-    for i, (images, _) in enumerate(common.tqdm(batches, total=len(parts), disable=rank > 0, mininterval=5)):
+    for i, (images, _) in enumerate(tqdm(batches, total=len(parts), disable=rank > 0, mininterval=5)):
         tokens = tokenizer.encode(images.to(device) / 127.5 - 1)
         orders = reconstruct.five_orders(tokens, shuffle)
         decoded = [sample.decode(tokenizer, order) for order in orders]  # each (n, ch, H, W) uint8
@@ -70,7 +70,8 @@ def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
         changes = changes.maximum(torch.stack([(other.long() - decoded[0].long()).abs().max() for other in decoded]))
         if i == rank == 0:
             rows = torch.stack([images, *decoded], 1)[:SHOWN]  # (SHOWN, 6, ch, H, W)
-            pictures.grid(rows.flatten(0, 1), len(reconstruct.COLUMNS), column_labels=reconstruct.COLUMNS).save(args.out)
+            pictures.grid(rows.flatten(0, 1), len(reconstruct.COLUMNS),
+                          column_labels=reconstruct.COLUMNS).save(args.out)
     for one in statistics:
         for tensor in one.sums():
             common.all_reduce(tensor)
@@ -78,8 +79,7 @@ def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.table1_order", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.table1_order", description=__doc__)
     parser.add_argument("--ckpt", default=CKPT,
                         help=f"checkpoint of train_tokenizer.py or import_released_weights ({CKPT})")
     parser.add_argument("--data", help="digits, or a folder that holds val/ (what the checkpoint was trained on)")

@@ -12,10 +12,10 @@ The paper does not define its signal-to-noise ratio. Here the signal's power is 
 in [0, 1], so that black is no signal; the noise's is its variance on the same scale. Noisy images are neither clipped
 nor rounded: clipping would take power from the noise, half of it where a digit is black.
 """
-import argparse
 import time
 
 import torch
+from tqdm import tqdm
 
 import common
 from data.reading import read_ahead
@@ -81,7 +81,7 @@ def batches(dataset, num, image_size, device, rank, processes, workers):
     parts = common.chunks(common.shard(num, rank, processes), at_once)
     indices = [[i * len(dataset) // num for i in range(part.start, part.stop)] for part in parts]
     images = read_ahead(dataset, ([(i, 0) for i in some] for some in indices), workers)
-    for some, (pixels, _) in zip(indices, common.tqdm(images, total=len(parts), disable=None)):
+    for some, (pixels, _) in zip(indices, tqdm(images, total=len(parts), disable=None)):
         yield some, pixels.to(device) / 127.5 - 1
 
 
@@ -119,8 +119,7 @@ def overlap(tokens, others, codebook_size):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.table2_noise", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.table2_noise", description=__doc__)
     parser.add_argument("--ckpt", nargs="+", help="tokenizers, checkpoints of train_tokenizer.py or paper.layouts "
                                                   "(the digits' are trained)")
     add_options(parser)

@@ -1,21 +1,21 @@
 """Table 3 (Sec. 4.2.4): linear probing. How well does one linear layer read the class of an image off its set?
 
-    python -m paper.table3_linear_probe                   the tokenizers of Table 6 on the digits: trains those that are not there
+    python -m paper.table3_linear_probe                   the tokenizers of Table 6 on the digits, trained if not there
     python -m paper.table3_linear_probe --ckpt a/tokenizer.pt b/tokenizer.pt --data data/imagenet --workers 8
 
-Prints a Markdown table, a row for each tokenizer: which share of the validation images multinomial logistic regression, trained
-on the training images, reads right off the counts (the set itself, C numbers) and off the latents (the mean over the M latents
-of the encoder, as many numbers as it is wide); below it, off the raw pixels, and by chance. The paper does not say what it
-probed. We take the latents as the encoder's last norm leaves them, which is where a ViT is probed, and not behind the linear map
-to code_dim: a mean over 12 numbers, of the digits 4, would leave a linear layer too few.
-The paper: 43 to 66 %, more with a larger codebook, less with more tokens.
+Prints a Markdown table, a row for each tokenizer: which share of the validation images multinomial logistic regression,
+trained on the training images, reads right off the counts (the set itself, C numbers) and off the latents (the mean
+over the M latents of the encoder, as many numbers as it is wide); below it, off the raw pixels, and by chance. The
+paper does not say what it probed. We take the latents as the encoder's last norm leaves them, which is where a ViT is
+probed, and not behind the linear map to code_dim: a mean over 12 numbers, of the digits 4, would leave a linear layer
+too few. The paper: 43 to 66 %, more with a larger codebook, less with more tokens.
 """
-import argparse
 import time
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import common
 from data import open_dataset
@@ -46,7 +46,8 @@ def main(argv=None):
     try:
         for path in args.ckpt or trained(args):
             tokenizer, train, test, classes = features(path, args, device)
-            counts, latents = (probe(getattr(train, kind), train.labels, getattr(test, kind), test.labels, classes, args, device)
+            counts, latents = (probe(getattr(train, kind), train.labels, getattr(test, kind), test.labels, classes,
+                                     args, device)
                                for kind in ("counts", "latents"))
             rows.append((tokenizer.num_tokens, tokenizer.codebook_size, counts, latents))
             if pixels is None:  # the same for all tokenizers
@@ -57,8 +58,9 @@ def main(argv=None):
     print("| M | C | counts | latents |\n|---|---|---|---|")
     for M, C, counts, latents in rows:
         print(f"| {M} | {C} | {counts:.1%} | {latents:.1%} |")
-    print(f"of {len(test.labels)} validation images, after {args.epochs} epochs of {len(train.labels)} training images; "
-          f"{train.pixels.shape[1]} raw pixels: {pixels:.1%}; by chance, always the most frequent class: {chance:.1%}")
+    print(f"of {len(test.labels)} validation images, after {args.epochs} epochs of {len(train.labels)} "
+          f"training images; {train.pixels.shape[1]} raw pixels: {pixels:.1%}; "
+          f"by chance, always the most frequent class: {chance:.1%}")
     print(f"{(time.time() - began) / 60:.1f} min")
 
 
@@ -84,23 +86,25 @@ def features(path, args, device):
 
 @torch.no_grad()
 def read(tokenizer, dataset, chosen, device, workers=0):
-    """Of the images at the places chosen (N,): counts (N, C) int16, latents (N, width) float32, pixels (N, ch * side^2) uint8 and
-    labels (N,), on the CPU. ImageNet's training set takes 18 GB with C = 4096 and width 768, twice that while it is joined."""
+    """Of the images chosen, indices (N,): counts (N, C) int16, latents (N, width) float32, pixels (N, ch * side^2)
+    uint8 and labels (N,), on the CPU. ImageNet's training set takes 18 GB with C = 4096 and width 768, twice that while
+    it is joined."""
     found = []
     parts = chosen.split(AT_ONCE)
     batches = read_ahead(dataset, ([(i, 0) for i in part.tolist()] for part in parts), workers)
-    for images, labels in common.tqdm(batches, desc="encoding", total=len(parts), mininterval=5):
+    for images, labels in tqdm(batches, desc="encoding", total=len(parts), mininterval=5):
         x = tokenizer.encoder.features(images.to(device) / 127.5 - 1)  # (n, M, width)
         tokens = tokenizer.quantizer(F.normalize(tokenizer.encoder.project(x).float(), dim=-1))[1]
         small = F.adaptive_avg_pool2d(images.float(), min(PIXELS, images.shape[2])).round().to(torch.uint8)
-        found.append((tokens_to_counts(tokens, tokenizer.codebook_size).short().cpu(), x.mean(1).float().cpu(), small.flatten(1),
+        found.append((tokens_to_counts(tokens, tokenizer.codebook_size).short().cpu(), x.mean(1).float().cpu(),
+                      small.flatten(1),
                       labels))
     return SimpleNamespace(**dict(zip(("counts", "latents", "pixels", "labels"), map(torch.cat, zip(*found)))))
 
 
 def probe(train, labels, test, test_labels, classes, args, device):
-    """The share of test that a linear classifier reads as its labels after training on train: multinomial logistic regression,
-    every feature at mean 0 and deviation 1 over train.
+    """The share of test that a linear classifier reads as its labels after training on train: multinomial logistic
+    regression, every feature at mean 0 and deviation 1 over train.
 
     train, test: (N, D) and (N', D) numbers of any type.  labels, test_labels: (N,) and (N',) in 0..classes - 1.
     args: epochs and seed.
@@ -129,15 +133,17 @@ def probe(train, labels, test, test_labels, classes, args, device):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.table3_linear_probe", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(prog="python -m paper.table3_linear_probe", description=__doc__)
     parser.add_argument("--ckpt", nargs="+", help="checkpoints of train_tokenizer.py (the digits' are trained)")
-    parser.add_argument("--data", help="digits, or a folder that holds train/ and val/ (what the checkpoint was trained on)")
+    parser.add_argument("--data",
+                        help="digits, or a folder that holds train/ and val/ (what the checkpoint was trained on)")
     table6_sweep.add_pairs(parser)
-    parser.add_argument("--num_train", type=int, help=f"training images that the probes see ({NUM_TRAIN}, with --ckpt all)")
+    parser.add_argument("--num_train", type=int,
+                        help=f"training images that the probes see ({NUM_TRAIN}, with --ckpt all)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"times that a probe sees them ({EPOCHS})")
     parser.add_argument("--workers", type=int, default=WORKERS, help=f"processes that read images ({WORKERS})")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of the order in which a probe sees the images ({SEED})")
+    parser.add_argument("--seed", type=int, default=SEED,
+                        help=f"of the order in which a probe sees the images ({SEED})")
     parser.add_argument("--device", default=DEVICE, help=f"auto, cpu or cuda ({DEVICE})")
     args = parser.parse_args(argv)
     for name, least in (("num_train", 1), ("epochs", 1), ("workers", 0), ("seed", 0)):

@@ -29,7 +29,7 @@ import common
 import evaluate_fid
 import sample
 import train_fsdd
-from data import pictures, sides
+from data import pictures, records, sides
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
@@ -106,7 +106,7 @@ def prepare(stage1, device, rank, processes, cfg):
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
                             M=tokenizer.num_tokens, C=tokenizer.codebook_size)
     world.size = {name: model_config[name] for name in ("num_classes", "width", "layers", "heads", "gelu")}
-    common.check_training(cfg, None, train_set)
+    records.check_training(cfg, None, train_set)
     args = SimpleNamespace(ckpt=cfg.ckpt, inception=cfg.inception, classifier=variants.CLASSIFIER)
     world.net = evaluate_fid.network(args, cfg.data, device, rank)
     world.reference = reference(world, cfg)
@@ -156,7 +156,7 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
     path = path_of(method, factor, seed, cfg)
     kept = path + ".json"
     key = str([purpose, num, setting, cfg.sample_steps, cfg.batch, cfg.ref, world.net.name])
-    result = common.all_gather(common.read_json(kept).get(key))[0]
+    result = common.all_gather(records.read_json(kept).get(key))[0]
     if result:
         return result
     model = trained(method, factor, seed, world, cfg)
@@ -177,7 +177,7 @@ def measure(method, factor, seed, setting, purpose, num, world, cfg):
         result = {"fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *world.reference),
                   "read": found.read_as_label,
                   "broken": (off > 0).double().mean().item(), "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
-        common.write_json(common.read_json(kept) | {key: result}, kept)
+        records.write_json(records.read_json(kept) | {key: result}, kept)
     return common.all_gather(result)[0]
 
 
@@ -269,7 +269,7 @@ def trained(method, factor, seed, world, cfg):
     checkpoint = None
     if os.path.isfile(run.out):
         checkpoint = common.load_checkpoint(run.out, "the same command, with the file removed", "prior")
-    common.check_training(run, checkpoint, world.train_set)
+    records.check_training(run, checkpoint, world.train_set)
     if checkpoint and checkpoint["step"] == run.steps:
         model.load_state_dict(checkpoint["weights"])
         return model.eval()
@@ -289,11 +289,11 @@ def train(method, model, checkpoint, world, cfg, signals):
     common.set_switches(model, cfg)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
-    start = common.restore_training(checkpoint, model, ema, optimizers)
+    start = records.restore_training(checkpoint, model, ema, optimizers)
     ddp = common.parallel(model, device, cfg)
     rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
-    log = common.open_log(common.beside(cfg.out, ".csv"), train_fsdd.COLUMNS, start)
-    for step in common.progress_bar(start, cfg.steps, B):
+    log = records.open_log(records.beside(cfg.out, ".csv"), train_fsdd.COLUMNS, start)
+    for step in records.progress_bar(start, cfg.steps, B):
         random = common.generator(device, "step", cfg.seed, step)
         x, y, t, x1, uniform = train_fsdd.get_batch(world.tokens, labels, rows, sizes, random, step, cfg)
         order = torch.rand(B, M, generator=random, device=device)[rows].argsort(1)
@@ -313,10 +313,10 @@ def train(method, model, checkpoint, world, cfg, signals):
             schedule.step()
             optimizer.zero_grad()
         ema.update_parameters(model)
-        if common.due(step, cfg.log_every, cfg.steps):
+        if records.due(step, cfg.log_every, cfg.steps):
             log({"step": step + 1, "loss": common.all_reduce(mean).item(), "lr": lr})
-        if signals.received() or common.due(step, cfg.save_every, cfg.steps):
-            common.save_training(header, step + 1, cfg, model, ema, optimizers)
+        if signals.received() or records.due(step, cfg.save_every, cfg.steps):
+            records.save_training(header, step + 1, cfg, model, ema, optimizers)
             signals.exit_if_received(cfg.out, "the same command")
     return ema.module
 

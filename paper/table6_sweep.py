@@ -1,12 +1,12 @@
-"""Table 6 (Sec. 4.3.2): the number of tokens M and the codebook size C against reconstruction (rFID) and generation (gFID).
+"""Table 6 (Sec. 4.3.2): the number of tokens M and the codebook size C against rFID and gFID.
 
     python -m paper.table6_sweep                                      the digits: trains a model for each pair
-    python -m paper.table6_sweep --ckpt a/tokenizer.pt a/fsdd.pt b/tokenizer.pt b/fsdd.pt --ref VIRTUAL_imagenet256_labeled.npz
+    python -m paper.table6_sweep --ckpt a/tokenizer.pt a/fsdd.pt b/tokenizer.pt b/fsdd.pt --ref FILE.npz
 
-Prints a Markdown table, on the digits of digits FIDs. With --ckpt it measures the checkpoints that are given, tokenizers and
-denoisers in any number, a row for each pair of M and C. The paper: more of both helps both up to a point, and hurts beyond it.
+Prints a Markdown table, on the digits of digits FIDs. With --ckpt it measures the checkpoints that are given,
+tokenizers and denoisers in any number, a row for each pair of M and C. The paper: more of both helps both up to a
+point, and hurts beyond it.
 """
-import argparse
 import time
 
 import common
@@ -16,8 +16,8 @@ NUM_TOKENS = (8, 16, 32, 64)              # M, with the C of BOTH
 CODEBOOK_SIZES = (32, 64, 128, 256, 512)  # C, with the M of BOTH
 BOTH = (32, 128)                          # (M, C) that both columns share
 TOKENIZER = {"steps": 900}                # of every tokenizer, else as the digits'
-DENOISER = {"width": 96, "layers": 3, "heads": 3, "steps": 800, "batch_size": 64,  # of every denoiser, else as the digits'
-            "fused_attention": "off"}  # faster here
+DENOISER = {"width": 96, "layers": 3, "heads": 3, "steps": 800, "batch_size": 64,
+            "fused_attention": "off"}     # of every denoiser, else as the digits'; attention is faster so
 NUM = 1000       # images to generate
 STEPS = 25       # steps from noise to data
 
@@ -50,14 +50,16 @@ def pairs(num_tokens, codebook_sizes):
 def add_pairs(parser):
     """The options that pairs() takes."""
     parser.add_argument("--num_tokens", type=int, nargs="*", default=NUM_TOKENS, help=f"values of M {NUM_TOKENS}")
-    parser.add_argument("--codebook_sizes", type=int, nargs="*", default=CODEBOOK_SIZES, help=f"values of C {CODEBOOK_SIZES}")
+    parser.add_argument("--codebook_sizes", type=int, nargs="*", default=CODEBOOK_SIZES,
+                        help=f"values of C {CODEBOOK_SIZES}")
 
 
 def train(M, C, args, device):
     """A row of the table, of models trained here."""
     tokenizer = variants.tokenizer(num_tokens=M, codebook_size=C, device=args.device, **TOKENIZER)
     denoiser = variants.fsdd(tokenizer, device=args.device, **DENOISER)
-    return M, C, variants.fid(tokenizer, device), variants.fid(denoiser, device, num=args.num or NUM, steps=args.steps or STEPS)
+    gfid = variants.fid(denoiser, device, num=args.num or NUM, steps=args.steps or STEPS)
+    return M, C, variants.fid(tokenizer, device), gfid
 
 
 def measure(args, device, rank, processes):
@@ -70,16 +72,16 @@ def measure(args, device, rank, processes):
         if checkpoint["kind"] == "fsdd":
             options |= {"ref": args.ref, "num": args.num, "steps": args.steps}
         if checkpoint["kind"] in found.setdefault((M, C), {}):
-            raise ValueError(f"{path} is the second {checkpoint['kind']} checkpoint with M = {M} and C = {C}; the table has room "
-                             "for one")
+            raise ValueError(f"{path} is the second {checkpoint['kind']} checkpoint with M = {M} and C = {C}; "
+                             "the table has room for one")
         found[M, C][checkpoint["kind"]] = variants.fid(path, device, rank, processes, **options)
     return [(*pair, row.get("tokenizer"), row.get("fsdd")) for pair, row in found.items()]
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.table6_sweep", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", help="checkpoints of train_tokenizer.py and train_fsdd.py (the digits' are trained)")
+    parser = common.Parser(prog="python -m paper.table6_sweep", description=__doc__)
+    parser.add_argument("--ckpt", nargs="+",
+                        help="checkpoints of train_tokenizer.py and train_fsdd.py (the digits' are trained)")
     add_pairs(parser)
     variants.add_options(parser, num=NUM)
     parser.add_argument("--steps", type=int, help=f"from noise to data ({STEPS}, with --ckpt the checkpoint's)")

@@ -1,12 +1,11 @@
 """Table 7 (Sec. 4.3.2): the size of the denoiser against generation (gFID), on one tokenizer.
 
     python -m paper.table7_size                           the digits: fsdd.pt, and one half as wide that is trained here
-    python -m paper.table7_size --ckpt fsdd_S.pt fsdd_B.pt --ref VIRTUAL_imagenet256_labeled.npz      the paper's S and B
+    python -m paper.table7_size --ckpt fsdd_S.pt fsdd_B.pt --ref VIRTUAL_imagenet256_labeled.npz    the paper's S and B
 
-Prints a Markdown table, a row for each denoiser; on the digits the gFID is a digits FID. The paper: S with 36 million parameters
-5.56, B with 137 million 5.09.
+Prints a Markdown table, a row for each denoiser; on the digits the gFID is a digits FID. The paper: S with 36 million
+parameters 5.56, B with 137 million 5.09.
 """
-import argparse
 import time
 
 import torch
@@ -27,7 +26,8 @@ def main(argv=None):
     device, rank, processes = common.init_distributed(args.device, tf32=False)
     options = {name: getattr(args, name) for name in ("data", "ref", "inception", "num", "steps")}
     try:
-        rows = [(*size(path), variants.fid(path, device, rank, processes, **options)) for path in args.ckpt or two_sizes(args)]
+        rows = [(*size(path), variants.fid(path, device, rank, processes, **options)) 
+                for path in args.ckpt or two_sizes(args)]
     except ValueError as problem:
         common.stop(str(problem))
     if rank == 0:
@@ -46,13 +46,13 @@ def size(path):
 
 
 def two_sizes(args):
-    """The paths of the digits' denoisers: the smaller one, trained now if it is not there, with all other settings of CKPT, and
-    CKPT. ValueError where CKPT is not of the digits or of TOKENIZER."""
+    """The paths of the digits' denoisers: the smaller one, trained now if it is not there, with all other settings of
+    CKPT, and CKPT. ValueError where CKPT is not of the digits or of TOKENIZER."""
     checkpoint = common.load_checkpoint(CKPT, "python train_fsdd.py", "fsdd")
     tokenizer = common.load_checkpoint(TOKENIZER, "python train_tokenizer.py", "tokenizer")
     settings = checkpoint.get("config", {})
     if settings.get("data") != "digits":
-        raise ValueError(f"{CKPT} was not trained on the digits; give denoisers of other images, two or more, by --ckpt")
+        raise ValueError(f"{CKPT} was not trained on the digits; give two or more denoisers of other images by --ckpt")
     weights, its = tokenizer["weights"], checkpoint["tokenizer"]["weights"]
     if weights.keys() != its.keys() or any(not torch.equal(weights[name], its[name]) for name in weights):
         raise ValueError(f"{CKPT} was trained on the sets of another tokenizer than {TOKENIZER}; train it anew by "
@@ -64,9 +64,9 @@ def two_sizes(args):
 
 
 def parse(argv):
-    parser = common.Parser(prog="python -m paper.table7_size", description=__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", help=f"checkpoints of train_fsdd.py ({CKPT} of the digits, and a smaller one)")
+    parser = common.Parser(prog="python -m paper.table7_size", description=__doc__)
+    parser.add_argument("--ckpt", nargs="+",
+                        help=f"checkpoints of train_fsdd.py ({CKPT} of the digits, and a smaller one)")
     variants.add_options(parser, num=evaluate_fid.NUM_DIGITS)
     parser.add_argument("--steps", type=int, help="from noise to data (the checkpoint's)")
     return variants.check_options(parser, parser.parse_args(argv))

@@ -14,7 +14,7 @@ import common
 import evaluate_fid
 import train_fsdd
 import train_tokenizer
-from data import digits_classifier
+from data import digits_classifier, records
 from tokenizer import SetTokenizer
 
 FOLDER = "paper/cache"
@@ -84,12 +84,12 @@ def trained(script, kind, options, named, *more):
 
 def fid(checkpoint, device, rank=0, processes=1, **options):
     """rFID of a tokenizer's checkpoint or gFID of a denoiser's, as evaluate_fid.py measures it with options; on the
-    digits, digits FID. Only the main process knows it. What was measured of a variant is kept beside it. ValueError as
+    digits, digits FID. Only rank 0 knows it. What was measured of a variant is kept beside it. ValueError as
     there."""
     options = [f"--{name}={value}" for name, value in options.items() if value is not None]
     key = " ".join(options)
     kept = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""
-    known = common.all_gather(common.read_json(kept))[0]
+    known = common.all_gather(records.read_json(kept))[0]
     if key not in known:
         common.set_tf32(False)
         args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}",
@@ -98,7 +98,7 @@ def fid(checkpoint, device, rank=0, processes=1, **options):
         if rank == 0:
             known[key] = results.get("digits_fid", results.get("fid"))
             if kept:
-                common.write_json(known, kept)
+                records.write_json(known, kept)
     return known.get(key)
 
 

@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import common
+from data import records
+from published.convnext import load_convnext
+from published.discriminator import Discriminator
+from published.maskgit_vqgan import load_vqgan
 
 
 class Critics:
@@ -32,7 +36,7 @@ class Critics:
             training = checkpoint["training"]
             self.lecam.copy_(training["lecam"])
             discriminator.load_state_dict(training["discriminator"])
-            common.restore_optimizers(self.optimizers, training["optimizers"][-len(self.optimizers):])
+            records.restore_optimizers(self.optimizers, training["optimizers"][-len(self.optimizers):])
 
     def state(self):
         """What a checkpoint holds of this beside the optimizers."""
@@ -92,3 +96,25 @@ def discriminator_loss(real, fake, lecam, weight):
     # TiTok squares the mean logit of a device; that of an image does not depend on the number of devices
     reach = F.relu(real.mean(1) - lecam[1]).square().mean() + F.relu(lecam[0] - fake.mean(1)).square().mean()
     return hinge + weight * reach
+
+
+def load_networks(cfg, checkpoint, device):
+    """MaskGIT-VQGAN and the Critics of the paper's recipe, each None where it is not needed (any more). ValueError
+    where a file is."""
+    vqgan, convnext, discriminator = None, None, None
+    if cfg.proxy_steps > cfg.steps:
+        raise ValueError(f"proxy_steps {cfg.proxy_steps} is more than all steps, {cfg.steps}")
+    if cfg.proxy_steps and not cfg.vqgan:
+        raise ValueError("proxy codes need MaskGIT-VQGAN: give its file as --vqgan, or --proxy_steps 0 to do without")
+    if cfg.perceptual and not cfg.convnext:
+        raise ValueError("the perceptual loss needs ConvNeXt-S: give its file as --convnext, or --perceptual 0")
+    if cfg.adversarial and cfg.discriminator % 32:
+        raise ValueError(f"discriminator must be a multiple of 32, got {cfg.discriminator}")
+    if cfg.vqgan and (not checkpoint or checkpoint["step"] < cfg.proxy_steps):
+        vqgan = load_vqgan(cfg.vqgan).to(device)
+    if cfg.perceptual and cfg.proxy_steps < cfg.steps:
+        convnext = load_convnext(cfg.convnext).to(device)
+    if cfg.adversarial and cfg.proxy_steps < cfg.steps:
+        torch.manual_seed(cfg.seed)
+        discriminator = Discriminator(cfg.discriminator).to(device)
+    return vqgan, Critics(convnext, discriminator, checkpoint, cfg) if convnext or discriminator else None

@@ -6,14 +6,16 @@ from PIL import Image
 
 from data import open_dataset
 
-KINDS = {3: ("L", "jpg"), 7: ("CMYK", "JPG"), 11: ("P", "png"), 15: ("RGBA", "PNG")}  # the odd ones; the others are RGB, JPEG
+# the odd ones; the others are RGB, JPEG
+KINDS = {3: ("L", "jpg"), 7: ("CMYK", "JPG"), 11: ("P", "png"), 15: ("RGBA", "PNG")}
 
 
 def make_image_folder(path, number=300, classes=10):
-    """Write number readable images to path/train and a quarter of that to path/val, spread evenly over the classes d0, d1, ...
+    """Write number readable images to path/train and a quarter of that to path/val, spread evenly over the classes d0,
+    d1, ...
 
-    Coloured digits, both sides 20 to 90 pixels; most are JPEGs, a few of other kinds (KINDS), some nested deeper. In train/
-    stand also one truncated JPEG (below 1 % where number is 100 or more), a hidden file and a text.
+    Coloured digits, both sides 20 to 90 pixels; most are JPEGs, a few of other kinds (KINDS), some nested deeper. In
+    train/ stand also one truncated JPEG (below 1 % where number is 100 or more), a hidden file and a text.
     Returns the path of the truncated file.
     """
     random = np.random.default_rng(0)
@@ -39,4 +41,5 @@ def coloured_digit(digit, random):
     """A digit (28, 28) uint8 in a colour of its own on paper of another, of a size of its own."""
     paper, ink = random.integers(0, 120, 3), random.integers(136, 256, 3)
     pixels = paper + (ink - paper) * (digit[..., None] / 255)  # (28, 28, 3)
-    return Image.fromarray(pixels.astype(np.uint8)).resize([int(side) for side in random.integers(20, 91, 2)], Image.BICUBIC)
+    return Image.fromarray(pixels.astype(np.uint8)).resize([int(side) for side in random.integers(20, 91, 2)],
+                                                           Image.BICUBIC)

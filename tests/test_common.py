@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import common
-from data import pictures
+from data import pictures, records
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip", False, True, "mirror"),
@@ -106,6 +106,7 @@ def test_resume_takes_the_checkpoints_settings(tmp_path, capsys):
               "muon_lr": 0.1, "bf16": "off", "out": "old"}
     common.save_checkpoint({"kind": "fsdd", "step": 50, "config": config}, path)
     cfg, checkpoint = common.parse(TABLE, "", "fsdd", ["--resume", "--out", path, "--steps", "60"])
+    assert vars(cfg).items() >= common.BEFORE.items()  # what the checkpoint was trained with before these settings came
     assert (cfg.steps, cfg.lr, cfg.flip, cfg.out) == (60, 0.5, True, path) and checkpoint is not None
     with pytest.raises(SystemExit):
         common.parse(TABLE, "", "fsdd", ["--resume", "--out", path, "--steps", "49"])
@@ -215,10 +216,10 @@ def test_bad_checkpoints_get_a_sentence(tmp_path):
 def test_log_goes_on_from_the_checkpoint(tmp_path):
     """Broken: rows written after the last checkpoint would stand in the log twice."""
     path = str(tmp_path / "a.csv")
-    write = common.open_log(path, ["step", "loss"], 0)
+    write = records.open_log(path, ["step", "loss"], 0)
     for step in (10, 20, 30):
         write({"step": step, "loss": 0.5})
-    write = common.open_log(path, ["step", "loss"], 20)
+    write = records.open_log(path, ["step", "loss"], 20)
     write({"step": 30, "loss": 0.25})
     assert open(path).read().split() == ["step,loss", "10,0.5", "20,0.5", "30,0.25"]
 

@@ -7,13 +7,15 @@ from paper import cost
 
 
 def test_flops_of_the_denoiser():
-    """Broken: the table's FLOPs would leave attention out, count a backward pass twice, or be those of another model."""
+    """Broken: the table's FLOPs would leave attention out, count a backward pass twice, or be those of another
+    model."""
     trained, state, forward, training, step, fixed, each = cost.denoiser_cost("S")
     width, layers, C, M = 384, 12, 4096, 128
     expected = layers * (2 * C * 12 * width ** 2 + 4 * C ** 2 * width + 2 * 6 * width ** 2) + 2 * C * width * (M + 1)
     assert forward == pytest.approx(expected, rel=0.01) and training == pytest.approx(3 * forward, rel=0.01)
     assert round(trained / 1e6, 1) == 36.0 and state == 24 * trained and step == pytest.approx(training, rel=0.01)
-    assert layers * C * width * 2 < each < layers * C * width * 200  # bytes an image: more than one row a block, fewer than 100
+    # bytes an image: more than one row a block, fewer than 100
+    assert layers * C * width * 2 < each < layers * C * width * 200
 
 
 def test_kept_bytes():

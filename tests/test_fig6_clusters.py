@@ -12,7 +12,8 @@ def test_purity_by_hand():
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
     holds = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
     shares, classes = fig6_clusters.purity(holds, labels)
-    assert torch.allclose(shares, torch.tensor([2 / 3, 2 / 4, 1.0], dtype=torch.float64)) and classes.tolist() == [0, 1, 2]
+    assert torch.allclose(shares, torch.tensor([2 / 3, 2 / 4, 1.0], dtype=torch.float64))
+    assert classes.tolist() == [0, 1, 2]
 
 
 def test_the_table_and_the_figure(digits, tmp_path, capsys, monkeypatch):
@@ -30,6 +31,7 @@ def test_the_table_and_the_figure(digits, tmp_path, capsys, monkeypatch):
 
 def test_mistakes_get_one_sentence(digits, tmp_path, monkeypatch):
     """Broken: without a checkpoint or a cluster the script would end in a traceback."""
-    assert_one_sentence(run_here(fig6_clusters.main, folder=tmp_path), "no checkpoint tokenizer.pt", "train_tokenizer.py")
+    assert_one_sentence(run_here(fig6_clusters.main, folder=tmp_path), "no checkpoint tokenizer.pt",
+                        "train_tokenizer.py")
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 50))
     assert_one_sentence(run_here(fig6_clusters.main, f"--ckpt={digits}/tokenizer.pt", "--k=7", folder=tmp_path), "--k")

@@ -75,7 +75,8 @@ def test_times():
     t = fsdd.sample_times(uniform, "flips")
     assert 0 < t.min() < 0.08 and 0.92 < t.max() <= 1
     x0, x1 = torch.tensor([[1, 0]]).expand(len(t), 2), torch.tensor([[0, 1]]).expand(len(t), 2)
-    x, _ = discrete_gaussian(t[:, None] * x1 + (1 - t[:, None]) * x0, torch.full((len(t), 2), 0.25), 1, torch.rand(x0.shape))
+    x, _ = discrete_gaussian(t[:, None] * x1 + (1 - t[:, None]) * x0, torch.full((len(t), 2), 0.25), 1,
+                             torch.rand(x0.shape))
     share = t.argsort().view(10, -1)  # ten parts of the training in the order of t: the share of flips rises evenly
     flipped = (x[:, 0] == 0).double()[share].mean(1)
     assert (flipped - torch.linspace(0.05, 0.95, 10)).abs().max() < 0.02
@@ -130,9 +131,11 @@ def test_forward_process_is_the_dense_formula(x0, x1, t):
 
 
 def test_density_is_not_rounding():
-    """Broken: the Gaussian would be rounded instead of taken at the integers. Mean .2, std .25: p(1) = .008 against .115."""
+    """Broken: the Gaussian would be rounded instead of taken at the integers. Mean .2, std .25: p(1) = .008 against
+    .115."""
     n = 100_000
-    x, _ = discrete_gaussian(torch.full((1, n), 0.2), torch.full((1, n), 0.25), 4, torch.rand(1, n, generator=generator(8)))
+    x, _ = discrete_gaussian(torch.full((1, n), 0.2), torch.full((1, n), 0.25), 4,
+                             torch.rand(1, n, generator=generator(8)))
     assert 0.006 < (x == 1).double().mean() < 0.010
 
 
@@ -202,7 +205,8 @@ def test_any_input_comes_out_right(C, M, scores):
     x = torch.stack(rows + list(torch.randint(-3, 3 * M, (20, C), generator=g))).long()
     shape = (len(x), C, M + 1)
     log_p = {"random": torch.randn(shape, generator=g).log_softmax(2), "equal": torch.zeros(shape),
-             "-inf": torch.full(shape, -math.inf), "nan": torch.full(shape, math.nan), "inf": torch.full(shape, math.inf),
+             "-inf": torch.full(shape, -math.inf), "nan": torch.full(shape, math.nan),
+             "inf": torch.full(shape, math.inf),
              "spikes": torch.where(torch.rand(shape, generator=g) < 0.1, 0.0, -math.inf)}[scores]
     out = greedy_adjust(x, log_p, M)
     assert out.dtype == torch.int64 and (out.sum(1) == M).all() and out.min() >= 0 and out.max() <= M
@@ -239,7 +243,8 @@ def test_draw_follows_p():
     assert_same_distribution(draws, p)
 
 
-@pytest.mark.parametrize("top_p, top_k, kept", [(0.45, 0, [0]), (0.875, 0, [0, 3, 2]), (0.86, 0, [0, 3]), (1.0, 2, [0, 3]),
+@pytest.mark.parametrize("top_p, top_k, kept",
+                         [(0.45, 0, [0]), (0.875, 0, [0, 3, 2]), (0.86, 0, [0, 3]), (1.0, 2, [0, 3]),
                                                 (0.0, 0, [0]), (1.0, 1, [0]), (1.0, 0, [0, 2, 3]), (1.0, 9, [0, 2, 3])])
 def test_top_p_and_top_k(top_p, top_k, kept):
     """Broken: top-p would not be the smallest set of counts whose probability exceeds p, or would be empty."""
@@ -306,7 +311,8 @@ def test_time_features():
 
 @pytest.mark.parametrize("width, layers, heads, released", [(384, 12, 6, 36.0), (768, 12, 12, 136.7)])
 def test_size_of_the_papers_models(width, layers, heads, released):
-    """Broken: S and B would not be the paper's. The release's count embedding has C + 1 rows, ours the M + 1 that are used."""
+    """Broken: S and B would not be the paper's. The release's count embedding has C + 1 rows, ours the M + 1 that are
+    used."""
     with torch.device("meta"):
         denoiser = Denoiser(4096, 128, 1000, width, layers, heads)
     ours = sum(p.numel() for p in denoiser.parameters())
@@ -321,7 +327,8 @@ def test_size_of_the_papers_models(width, layers, heads, released):
                                       {"top_p": 1.0, "guidance": (1.0, 1.0, 1.0)}, {"guidance": 3, "steps": 100}])
 def test_every_step_of_generation_sums_to_M(settings, sampler):
     """Broken: the fixed-sum constraint in generation."""
-    states = list(fsdd.refine(small_denoiser(), torch.arange(30) % 3, sampler=sampler, generator=generator(20), **settings))
+    states = list(fsdd.refine(small_denoiser(), torch.arange(30) % 3, sampler=sampler, generator=generator(20),
+                              **settings))
     assert len(states) == settings.get("steps", 25) + 1
     for x in states:
         assert x.dtype == torch.int64 and (x.sum(1) == 6).all() and x.min() >= 0
@@ -346,7 +353,8 @@ class Oracle(torch.nn.Module):
 def test_generation_ends_at_what_the_denoiser_knows(steps, prior, sampler):
     """Broken: Eq. 8-10 would not lead from noise to X_0 even with a perfect denoiser."""
     x0 = skewed_counts(30, 20, 16, 21)
-    *_, end = fsdd.refine(Oracle(x0), torch.zeros(30, dtype=torch.int64), prior, sampler, steps, generator=generator(22))
+    *_, end = fsdd.refine(Oracle(x0), torch.zeros(30, dtype=torch.int64), prior, sampler, steps,
+                          generator=generator(22))
     assert torch.equal(end, x0)
 
 
@@ -354,7 +362,8 @@ def test_steps_follow_equation_10(monkeypatch):
     """Broken: mean and std of a step must be those of the noise end that X_t and x_0 imply, std cut by f."""
     x0, seen = skewed_counts(30, 20, 16, 23).double(), []
     real = fsdd.discrete_gaussian
-    monkeypatch.setattr(fsdd, "discrete_gaussian", lambda mean, std, *rest: seen.append((mean, std)) or real(mean, std, *rest))
+    monkeypatch.setattr(fsdd, "discrete_gaussian", 
+                        lambda mean, std, *rest: seen.append((mean, std)) or real(mean, std, *rest))
     states = list(fsdd.refine(Oracle(x0.long()), torch.zeros(30, dtype=torch.int64), generator=generator(24)))
     for step, (mean, std) in enumerate(seen):
         s, s_next = step / 25, (step + 1) / 25
@@ -391,7 +400,8 @@ def test_guidance_by_thirds(monkeypatch):
     """Broken: the three weights must each hold for a third of the time s from 0 to 1."""
     seen = []
     real = fsdd.guided_probabilities
-    monkeypatch.setattr(fsdd, "guided_probabilities", lambda d, x, t, y, w: seen.append((1 - t, w)) or real(d, x, t, y, w))
+    monkeypatch.setattr(fsdd, "guided_probabilities", 
+                        lambda d, x, t, y, w: seen.append((1 - t, w)) or real(d, x, t, y, w))
     fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55))
     assert [w for _, w in seen] == [4] * 9 + [50] * 8 + [55] * 8
     assert all((s < 1 / 3) == (w == 4) and (s >= 2 / 3) == (w == 55) for s, w in seen)
@@ -401,7 +411,8 @@ def test_generation_hangs_on_the_generator_alone():
     """Broken: the same seed would not give the same images."""
     denoiser, labels = small_denoiser(), torch.arange(9) % 3
     for sampler in ("paper", "exchange"):
-        first, again, other = (fsdd.generate(denoiser, labels, sampler=sampler, generator=generator(seed)) for seed in (1, 1, 2))
+        first, again, other = (fsdd.generate(denoiser, labels, sampler=sampler, generator=generator(seed))
+                               for seed in (1, 1, 2))
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
@@ -438,8 +449,8 @@ def test_noise_of_a_code(prior):
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 @pytest.mark.parametrize("t, s", [(1.0, 0.9), (1.0, 0.0), (0.8, 0.5), (0.52, 0.48), (0.3, 0.05), (0.04, 0.0)])
 def test_posterior_leads_from_marginal_to_marginal(t, s, prior):
-    """Broken: the steps of Eq. 8 would not follow the forward process: sum over k of q(X_s | X_t = k, x_0) q(X_t = k | x_0) must
-    be q(X_s | x_0)."""
+    """Broken: the steps of Eq. 8 would not follow the forward process: sum over k of q(X_s | X_t = k, x_0) q(X_t = k |
+    x_0) must be q(X_s | x_0)."""
     C, M = 10, 6
     b, p_b = fsdd.noise_of_a_code(C, M, prior)
     F_t, F_s = fsdd.distribution_function(t, b, M), fsdd.distribution_function(s, b, M)
@@ -485,8 +496,8 @@ def test_exchange_moves_as_many_tokens_as_independent_codes():
 
 
 def test_exchange_is_cheap_at_full_size():
-    """Broken: at C = 4096, M = 128 a step outside the denoiser would take more time than the paper's sampler does, or a table of all
-    counts a code."""
+    """Broken: at C = 4096, M = 128 a step outside the denoiser would take more time than the paper's sampler does, or a
+    table of all counts a code."""
     B, C, M = 4, 4096, 128
     logits = torch.full((B, C, M + 1), -20.0)
     logits[:, :, :4] = torch.tensor([0.0, -3.0, -5.0, -9.0])
@@ -513,8 +524,8 @@ def test_exchange_is_cheap_at_full_size():
 class World:
     """Count vectors over C codes that sum to M, some of them the data, and a denoiser that is exact.
 
-    q(X_t | x_0) is tabulated over all states by the forward process as it stands, adjusting included, and p(x_0 | X_t) follows by
-    Bayes's rule. So what generation gets wrong is the sampler's alone.
+    q(X_t | x_0) is tabulated over all states by the forward process as it stands, adjusting included, and p(x_0 | X_t)
+    follows by Bayes's rule. So what generation gets wrong is the sampler's alone.
     """
 
     num_classes = 1
@@ -523,7 +534,8 @@ class World:
         self.codebook_size, self.num_tokens, self.prior, self.draws = C, M, prior, draws
         self.states = torch.tensor([x for x in itertools.product(range(M + 1), repeat=C) if sum(x) == M])  # (S, C)
         self.place = (M + 1) ** torch.arange(C)
-        self.index = torch.zeros((M + 1) ** C, dtype=torch.int64).index_put((self.states @ self.place,), torch.arange(len(self.states)))
+        self.index = torch.zeros((M + 1) ** C, dtype=torch.int64).index_put((self.states @ self.place,),
+                                                                            torch.arange(len(self.states)))
         self.data = self.states[torch.randperm(len(self.states), generator=generator(40))[:images]]
         self.weights = torch.rand(images, generator=generator(41), dtype=torch.float64) + 0.2
         self.weights /= self.weights.sum()
@@ -541,7 +553,8 @@ class World:
             uniform = torch.rand(x1.shape, generator=g)
             x = forward_process(self.data.repeat_interleave(self.draws, 0), x1, torch.full((n,), t), uniform)
             found = self.find(x).view(len(self.data), self.draws)
-            self.tables[t] = torch.stack([row.bincount(minlength=len(self.states)) for row in found]).double() / self.draws
+            self.tables[t] = torch.stack([row.bincount(minlength=len(self.states))
+                                          for row in found]).double() / self.draws
         return self.tables[t]
 
     def __call__(self, x, t, labels):
@@ -556,18 +569,21 @@ class World:
 
     def distance_of_samples(self, sampler, steps, number=4000):
         """Total variation between samples and the data."""
-        return self.distance(fsdd.generate(self, torch.zeros(number, dtype=torch.int64), prior=self.prior, sampler=sampler,
+        return self.distance(fsdd.generate(self, torch.zeros(number, dtype=torch.int64), prior=self.prior,
+                                           sampler=sampler,
                                            steps=steps, guidance=1.0, top_p=1.0, generator=generator(43)))
 
 
-@pytest.mark.parametrize("C, M, images, prior", [(6, 4, 4, "multinomial"), (6, 4, 4, "distinct"), (8, 3, 5, "multinomial")])
+@pytest.mark.parametrize("C, M, images, prior",
+                         [(6, 4, 4, "multinomial"), (6, 4, 4, "distinct"), (8, 3, 5, "multinomial")])
 def test_exchange_samples_the_data(C, M, images, prior, monkeypatch):
     """Broken: more steps of the exchange sampler would not come closer to the data, or not as close as the draws' own
     noise; or the paper's sampler, or the exact posterior with Algorithm 1, would do as well. Prints all distances."""
     world = World(C, M, images, prior)
     draws = torch.multinomial(world.weights, 4000, replacement=True, generator=generator(44))
     noise = world.distance(world.data[draws])
-    distances = lambda sampler: {steps: world.distance_of_samples(sampler, steps) for steps in (5, 25, 100)}  # noqa: E731
+    distances = lambda sampler: {steps: world.distance_of_samples(sampler, steps)  # noqa: E731
+                                 for steps in (5, 25, 100)}
     ours, papers = distances("exchange"), distances("paper")
     monkeypatch.setattr(fsdd, "exchange", lambda x, q, generator: greedy_adjust(
         draw(q, torch.rand(x.shape, generator=generator)), q.log(), M))

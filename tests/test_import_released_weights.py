@@ -210,10 +210,11 @@ def decoded_pixels(tokens, w):
     """Tokens (B, M) -> images in [0, 1] but for overshoots."""
     codes = F.normalize(w["quantize.embedding.weight"][tokens], dim=-1)
     x = codes @ w["decoder.decoder_embed.weight"].T + w["decoder.decoder_embed.bias"]
-    B, places = len(tokens), len(w["decoder.positional_embedding"]) - 1
-    masks = torch.cat([w["decoder.class_embedding"].repeat(B, 1, 1), w["decoder.mask_token"].repeat(B, places, 1)], 1)
-    x = vit(torch.cat([masks + w["decoder.positional_embedding"], x], 1), w, "decoder.")[:, 1:1 + places]
-    side = math.isqrt(places)
+    B, positions = len(tokens), len(w["decoder.positional_embedding"]) - 1
+    masks = torch.cat([w["decoder.class_embedding"].repeat(B, 1, 1),
+                       w["decoder.mask_token"].repeat(B, positions, 1)], 1)
+    x = vit(torch.cat([masks + w["decoder.positional_embedding"], x], 1), w, "decoder.")[:, 1:1 + positions]
+    side = math.isqrt(positions)
     x = x.permute(0, 2, 1).reshape(B, -1, side, side)
     x = torch.tanh(F.conv2d(x, w["decoder.ffn.0.weight"], w["decoder.ffn.0.bias"]))
     return vqgan_decoder(F.conv2d(x, w["decoder.ffn.2.weight"], w["decoder.ffn.2.bias"]), w, "pixel_decoder.")
@@ -309,14 +310,14 @@ def compare_tokenizer(ours, w, images):
 
 @torch.no_grad()
 def compare_denoiser(ours, w, x, s, labels):
-    """Largest difference of the logits; checks that they are of some size and hang on all three inputs."""
+    """Largest difference of the logits; checks that they are of some size and depend on all three inputs."""
     theirs = denoiser_logits(x, s.to(w["pos_embed"].dtype), labels, w)
     assert 0.3 < theirs.std() < 10 and (theirs[0] - theirs[1]).std() > 0.1
     return (ours(x, 1 - s, labels) - theirs).abs().max().item()
 
 
 def test_tokenizer_equals_the_release(imported):
-    """Broken: a tensor would go to a wrong place, or a layer compute something else than the authors' does."""
+    """Broken: a tensor would go to a wrong name, or a layer compute something else than the authors' does."""
     _, w, _, (_, ours, _) = imported
     latents, codes, pixels = compare_tokenizer(ours, doubled(w), torch.rand(6, 3, 48, 48))
     assert latents < 1e-4 and codes == 1 and pixels < 1e-4

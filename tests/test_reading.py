@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import common
-from data import open_dataset, reading
+from data import open_dataset, reading, records
 from data.image_folder import ImageFolder
 from tests.image_folder import make_image_folder
 from tests.test_common import ROOT, run
@@ -152,4 +152,4 @@ def test_all_ranks_check_images(tmp_path):
     for lines in said:
         assert lines[1].startswith("stops: there is no folder nowhere/train") and len(lines) == 3
         assert lines[2].endswith("train are not the same on all machines; each needs the same files")
-    assert common.read_json(str(tmp_path / "images.json"))["train"]["unreadable"].keys() == {"d0/cut.jpg"}
+    assert records.read_json(str(tmp_path / "images.json"))["train"]["unreadable"].keys() == {"d0/cut.jpg"}

@@ -13,10 +13,11 @@ from tokenizer import SetTokenizer
 
 def save_tokenizer(path, **settings):
     """A checkpoint in the format of train_tokenizer.py with random weights; returns the model."""
-    config = dict(image_size=16, channels=3, patch_size=4, num_tokens=12, codebook_size=500, code_dim=5, width=32, heads=2,
+    config = dict(image_size=16, channels=3, patch_size=4, num_tokens=12, codebook_size=500, code_dim=5, width=32,
+                  heads=2,
                   encoder_layers=2, decoder_layers=2) | settings
     model = small_tokenizer(**config)
-    with torch.no_grad():  # else the tokens hardly hang on the image, and most pixels are black or white
+    with torch.no_grad():  # else the tokens hardly depend on the image, and most pixels are black or white
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.weight.fill_(1)
@@ -71,7 +72,8 @@ def test_the_page(tmp_path):
     assert "reconstructions.png: 3 images" in finished.stdout
     page = cells(tmp_path / "reconstructions.png", 16)
     assert page.shape == (3, 6, 16, 16, 3)
-    for row, crop in zip(page, (arrays[0][:, 4:20], arrays[1][2:18], arrays[2])):  # shorter side 16 already: nothing is resized
+    # shorter side 16 already: nothing is resized
+    for row, crop in zip(page, (arrays[0][:, 4:20], arrays[1][2:18], arrays[2])):
         assert (row[0] == crop).all()
         image = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None] / 127.5 - 1
         decoded = ((model.decode(model.encode(image))[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy()
@@ -97,7 +99,8 @@ def test_grey_tokenizers(tmp_path, monkeypatch, capsys):
     save_tokenizer("tokenizer.pt", channels=1, image_size=28, patch_size=7)
     reconstruct.main(["digits", "--num=3", "--out=digits.png", "--device=cpu"])
     page = cells("digits.png", 28, scale=2)
-    assert page.shape[:2] == (3, 6) and (page[:, 0] == reconstruct.Digits("test").images[:3, 0, ..., None].numpy()).all()
+    assert page.shape[:2] == (3, 6)
+    assert (page[:, 0] == reconstruct.Digits("test").images[:3, 0, ..., None].numpy()).all()
     save_images(tmp_path, ["a.png"], [(40, 30)])
     reconstruct.main(["a.png", "--device=cpu"])
     assert cells("reconstructions.png", 28, scale=2).shape[:2] == (1, 6)
@@ -111,7 +114,8 @@ def test_what_is_printed(tmp_path, monkeypatch, capsys):
     save_tokenizer("tokenizer.pt")
     save_images(tmp_path, ["a.png"], [(16, 16)])
     decode = SetTokenizer.decode
-    monkeypatch.setattr(SetTokenizer, "decode", lambda self, tokens: decode(self, tokens) + tokens[:, 0].view(-1, 1, 1, 1) / 10)
+    monkeypatch.setattr(SetTokenizer, "decode",
+                        lambda self, tokens: decode(self, tokens) + tokens[:, 0].view(-1, 1, 1, 1) / 10)
     reconstruct.main(["a.png", "--device=cpu"])
     assert float(capsys.readouterr().out.split()[-1]) >= 0.09
 

@@ -42,7 +42,7 @@ def arrays(path):
 
 
 def test_same_images_for_any_number_of_processes(checkpoint, tmp_path):
-    """Broken: the images would hang on the number of processes, or come out in another order."""
+    """Broken: the images would depend on the number of processes, or come out in another order."""
     results = []
     for processes in (1, 3):  # unequal shares
         out = tmp_path / f"{processes}.npz"

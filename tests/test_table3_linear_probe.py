@@ -33,8 +33,10 @@ def test_what_a_line_separates_is_read():
     for scale, shift, dtype in ((1, 0, torch.float32), (1e-2, 50, torch.float32), (20, 100, torch.uint8),
                                 (300, -5000, torch.int16)):
         at, noise = scale * torch.eye(3), scale / 10
-        train, test = ((shift + at[y] + noise * torch.randn(len(y), 3).clamp(-2, 2)).to(dtype) for y in (labels, test_labels))
-        train, test = (torch.cat([x, torch.full((len(x), 1), 7).to(dtype)], 1) for x in (train, test))  # one never changes
+        train, test = ((shift + at[y] + noise * torch.randn(len(y), 3).clamp(-2, 2)).to(dtype)
+                       for y in (labels, test_labels))
+        # one never changes
+        train, test = (torch.cat([x, torch.full((len(x), 1), 7).to(dtype)], 1) for x in (train, test))
         assert probe(train, labels, test, test_labels, 3) == 1
         wrong = test_labels.clone()
         wrong[:70] = (wrong[:70] + 1) % 3
@@ -55,7 +57,8 @@ def test_random_labels_are_read_by_chance():
 
 
 def test_what_is_read_of_an_image(digits):
-    """Broken: the counts would not be those of encode(), the latents not those that it quantizes, or images change places."""
+    """Broken: the counts would not be those of encode(), the latents not those that it quantizes, or images change
+    rows."""
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     tokenizer, _ = evaluate_fid.open_tokenizer("", checkpoint, "digits", CPU)
     dataset, chosen = few_digits("test", 300), torch.tensor([250, 3, *range(100, 230), 3])
@@ -84,14 +87,16 @@ def test_the_table(digits, few, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options) or f"{digits}/tokenizer.pt")
-    table3_linear_probe.main(["--num_tokens=16", "--codebook_sizes=64", "--epochs=10", "--num_train=500", "--device=cpu"])
+    table3_linear_probe.main(["--num_tokens=16", "--codebook_sizes=64", "--epochs=10", "--num_train=500",
+                              "--device=cpu"])
     assert asked == [{"num_tokens": M, "codebook_size": C, "device": "cpu"} | table3_linear_probe.table6_sweep.TOKENIZER
                      for M, C in ((32, 64), (16, 128))]
     said = capsys.readouterr().out
     rows = re.findall(r"\| 6 \| 64 \| ([\d.]+)% \| ([\d.]+)% \|", said)
     assert len(rows) == 2 and rows[0] == rows[1]
     pixels = float(re.search(r"784 raw pixels: ([\d.]+)%", said)[1])
-    chance = few_digits("test", 400).labels == few_digits("train", 600).labels[evaluate_fid.evenly(600, 500)].mode().values
+    most = few_digits("train", 600).labels[evaluate_fid.evenly(600, 500)].mode().values
+    chance = few_digits("test", 400).labels == most
     assert f"most frequent class: {chance.double().mean():.1%}" in said and "of 500 training images" in said
     assert pixels > 75 and all(20 < float(number) < 90 for number in rows[0])
     table3_linear_probe.main([f"--ckpt={digits}/tokenizer.pt", "--epochs=1", "--device=cpu"])
@@ -101,21 +106,25 @@ def test_the_table(digits, few, tmp_path, capsys, monkeypatch):
 def test_images_of_a_folder(tmp_path, capsys):
     """Broken: the script would work on the digits only."""
     os.remove(make_image_folder(tmp_path, 120, classes=3))
-    config = dict(image_size=48, channels=3, patch_size=16, num_tokens=4, codebook_size=16, code_dim=4, width=16, heads=2,
+    config = dict(image_size=48, channels=3, patch_size=16, num_tokens=4, codebook_size=16, code_dim=4, width=16,
+                  heads=2,
                   encoder_layers=1, decoder_layers=1)
     tokenizer = evaluate_fid.SetTokenizer(**config)
     torch.save({"kind": "tokenizer", "model_config": config, "weights": tokenizer.state_dict()}, tmp_path / "t.pt")
     arguments = [f"--ckpt={tmp_path}/t.pt", "--epochs=2", "--device=cpu"]
-    assert_one_sentence(run_here(table3_linear_probe.main, *arguments, folder=tmp_path), "does not say what it was trained on")
+    assert_one_sentence(run_here(table3_linear_probe.main, *arguments, folder=tmp_path),
+                        "does not say what it was trained on")
     table3_linear_probe.main([*arguments, f"--data={tmp_path}", "--workers=1"])
     said = capsys.readouterr().out
-    assert "| 4 | 16 |" in said and "of 30 validation images, after 2 epochs of 120 training images; 3072 raw pixels" in said
+    assert "| 4 | 16 |" in said
+    assert "of 30 validation images, after 2 epochs of 120 training images; 3072 raw pixels" in said
     assert "most frequent class: 33.3%" in said
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt=none.pt"], ["no checkpoint none.pt", "train_tokenizer.py"]), (["--epochs=0"], ["--epochs", "at least 1"]),
-    (["--ckpt", "tokenizer.pt", "--data=nowhere"], ["no folder nowhere"]), (["--num_train=0"], ["--num_train", "at least 1"]),
+    (["--ckpt", "tokenizer.pt", "--data=nowhere"], ["no folder nowhere"]),
+    (["--num_train=0"], ["--num_train", "at least 1"]),
     (["--ckpt", "fsdd.pt"], ["fsdd.pt is not a tokenizer checkpoint"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, digits):

@@ -7,6 +7,7 @@ import torch
 import common
 import sample
 import train_fsdd
+from data import records
 from dual_transform import counts_to_tokens
 from fsdd import sample_noise
 from paper import table5_priors
@@ -59,23 +60,23 @@ def test_a_run_that_was_cut_off_goes_on(method, digits, cache, capsys, monkeypat
     path.rename("unbroken.pt")
     for file in cache.glob("*-seed0-*"):
         file.unlink()
-    save = common.save_training
+    save = records.save_training
 
     def save_and_stop(*args, **state):
         save(*args, **state)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(common, "save_training", save_and_stop)
+    monkeypatch.setattr(records, "save_training", save_and_stop)
     with pytest.raises(SystemExit) as stopped:
         table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1)
     assert stopped.value.code == 128 + signal.SIGTERM and torch.load(path, weights_only=True)["step"] < 4
-    monkeypatch.setattr(common, "save_training", save)
+    monkeypatch.setattr(records, "save_training", save)
     assert table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1) == whole
     assert_same_checkpoint(path, "unbroken.pt")
 
 
 def test_counts_of_any_sum_are_decoded(digits):
-    """Broken: samples that break the sum would be left out, cut, or change places."""
+    """Broken: samples that break the sum would be left out, cut, or change rows."""
     checkpoint = common.load_checkpoint(f"{digits}/tokenizer.pt", "", "tokenizer")
     tokenizer = table5_priors.train_fsdd.SetTokenizer(**checkpoint["model_config"])
     tokenizer.load_state_dict(checkpoint["weights"])
@@ -117,7 +118,8 @@ def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
         assert_one_sentence(run_here(main, ckpt, option, folder=tmp_path), words)
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     torch.save(checkpoint | {"kind": "grid tokenizer"}, tmp_path / "grid.pt")
-    assert_one_sentence(run_here(main, "--ckpt=grid.pt", folder=tmp_path), "not a tokenizer checkpoint but a grid tokenizer")
+    assert_one_sentence(run_here(main, "--ckpt=grid.pt", folder=tmp_path),
+                        "not a tokenizer checkpoint but a grid tokenizer")
 
 
 def test_what_is_measured_depends_on_all_its_settings(digits, cache, capsys):
@@ -128,15 +130,15 @@ def test_what_is_measured_depends_on_all_its_settings(digits, cache, capsys):
     # as many as the search
     assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first
     kept, = cache.glob("*.pt.json")
-    before = len(common.read_json(kept))
+    before = len(records.read_json(kept))
     assert before == 12 + 2
     for more in ("--sample_steps=3", "--batch=30"):
         table(capsys, f"{digits}/tokenizer.pt", *options, more, seeds=1)
-    assert len(common.read_json(kept)) == before + 2 * 13
+    assert len(records.read_json(kept)) == before + 2 * 13
 
 
 def test_the_same_table_from_two_processes(digits, cache, capsys, tmp_path):
-    """Broken: under torchrun a process would train or measure something else, or wait for another for ever."""
+    """Broken: under torchrun a process would train or measure something else, or wait for another forever."""
     (tmp_path / "few.py").write_text(f"""import sys
 sys.path.insert(0, {ROOT!r})
 import common, data.digits_classifier, data.reading, evaluate_fid
@@ -144,7 +146,8 @@ from paper import table5_priors, variants
 from tests.conftest import few_digits
 variants.CLASSIFIER, variants.FOLDER = "{digits}/digits_classifier.pt", "cache2"
 data.reading.open_dataset = lambda where, split, size, **training: few_digits(split, 300)
-evaluate_fid.open_dataset = data.digits_classifier.open_dataset = lambda where, split, size: few_digits(split, 600 if split == "train" else 400)
+open_few = lambda where, split, size: few_digits(split, 600 if split == "train" else 400)
+evaluate_fid.open_dataset = data.digits_classifier.open_dataset = open_few
 common.run(table5_priors.main)
 """)
     options = ["--methods=AR-random,Continuous Diffusion", "--search_lr=no", "--bf16=off", "--batch=15"]

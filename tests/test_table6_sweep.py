@@ -17,7 +17,7 @@ def test_pairs_are_the_papers():
 
 
 def test_the_table_of_models_trained_here(cache, capsys, monkeypatch):
-    """Broken: a row would be of models of another M or C, or its two distances change places."""
+    """Broken: a row would be of models of another M or C, or its two distances change columns."""
     monkeypatch.setattr(table6_sweep, "TOKENIZER", {name: TOKENIZER[name] for name in TOKENIZER.keys() - {"device"}})
     monkeypatch.setattr(table6_sweep, "DENOISER", {name: DENOISER[name] for name in DENOISER.keys() - {"device"}})
     asked = ["--num_tokens=8", "--codebook_sizes=16", "--num=30", "--steps=1", "--device=cpu"]
@@ -47,6 +47,9 @@ def test_the_table_of_checkpoints(cache, digits, capsys):
 
 def test_mistakes_get_one_sentence(cache, digits, tmp_path):
     """Broken: a mistake on the command line would end in a traceback."""
-    assert_one_sentence(run_here(table6_sweep.main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt", "train_fsdd.py")
-    assert_one_sentence(run_here(table6_sweep.main, "--codebook_sizes=many", folder=tmp_path), "--codebook_sizes", "many")
-    assert_one_sentence(run_here(table6_sweep.main, "--ckpt", digits / "fsdd.pt", "--ref=none.npz", folder=tmp_path), "none.npz")
+    assert_one_sentence(run_here(table6_sweep.main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt",
+                        "train_fsdd.py")
+    assert_one_sentence(run_here(table6_sweep.main, "--codebook_sizes=many", folder=tmp_path), "--codebook_sizes",
+                        "many")
+    assert_one_sentence(run_here(table6_sweep.main, "--ckpt", digits / "fsdd.pt", "--ref=none.npz", folder=tmp_path),
+                        "none.npz")

@@ -26,7 +26,8 @@ def test_the_papers_sizes(tmp_path):
 
 
 def test_the_digits_two_sizes(cache, capsys, monkeypatch):
-    """Broken: the smaller denoiser would differ in more than its size, be of another tokenizer, or stand in the other's row."""
+    """Broken: the smaller denoiser would differ in more than its size, be of another tokenizer, or stand in the other's
+    row."""
     common.save_checkpoint(torch.load(variants.tokenizer(**SET, **TOKENIZER), weights_only=True), "tokenizer.pt")
     own = torch.load(variants.fsdd("tokenizer.pt", **DENOISER, lr=1e-3), weights_only=True)
     common.save_checkpoint(own, "fsdd.pt")
@@ -34,7 +35,8 @@ def test_the_digits_two_sizes(cache, capsys, monkeypatch):
     rows = [[cell.strip() for cell in row] for row in table(capsys, "--num=30")]
     smaller = torch.load(next(cache.glob("fsdd-*-width8-*.pt")), weights_only=True)
     millions = [sum(weight.numel() for weight in checkpoint["weights"].values()) / 1e6 for checkpoint in (smaller, own)]
-    assert rows == [["4", "16", "1", "8", f"{millions[0]:.2f} M", "30.0"], ["4", "16", "1", "16", f"{millions[1]:.2f} M", "31.0"]]
+    assert rows == [["4", "16", "1", "8", f"{millions[0]:.2f} M", "30.0"],
+                    ["4", "16", "1", "16", f"{millions[1]:.2f} M", "31.0"]]
     differ = {name for name in own["config"] if own["config"][name] != smaller["config"][name]}
     assert differ - variants.NO_MATTER == {"width", "heads"} and smaller["config"]["heads"] == 1
     weights = own["tokenizer"]["weights"]

@@ -8,7 +8,7 @@ import torch
 
 import common
 import train_fsdd
-from data import open_dataset
+from data import open_dataset, records
 from data.digits import Digits
 from fsdd import Denoiser
 from tests.image_folder import make_image_folder
@@ -112,25 +112,25 @@ def test_tokens_of_another_encoding_are_not_used(tmp_path, monkeypatch):
                          heads=2, encoder_layers=1, decoder_layers=1, commitment=0.25).eval()
     cfg = SimpleNamespace(tokens="tokens.npy", flip=True, workers=0, bf16="off")
     encode = lambda: train_fsdd.encode_training_set(model, dataset, torch.device("cpu"), cfg)  # noqa: E731
-    tokens, note = np.array(encode()), common.read_json("tokens.json")
+    tokens, note = np.array(encode()), records.read_json("tokens.json")
     images = dataset.__getitems__([(i, 0) for i in range(100)])[0] / 127.5 - 1
     for version, x in enumerate((images, images.flip(3))):
         assert np.array_equal(tokens[version], model.encode(x).numpy())
     for wrong in ({"made_from": "a"}, {"shape": [1]}, None):  # None: killed between the renaming and the note
         np.save("tokens.npy", np.zeros_like(tokens))
-        os.remove("tokens.json") if wrong is None else common.write_json(note | wrong, "tokens.json")
-        assert np.array_equal(encode(), tokens) and common.read_json("tokens.json") == note
+        os.remove("tokens.json") if wrong is None else records.write_json(note | wrong, "tokens.json")
+        assert np.array_equal(encode(), tokens) and records.read_json("tokens.json") == note
 
     def killed(*_):
         raise KeyboardInterrupt
 
     np.save("tokens.npy", other := np.zeros_like(tokens))
-    common.write_json({"made_from": "other"}, "tokens.json")
+    records.write_json({"made_from": "other"}, "tokens.json")
     for step in ("save", "replace"):
         with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
             kill.setattr(np if step == "save" else os, step, killed)
             encode()
-        assert np.array_equal(np.load("tokens.npy"), other) and common.read_json("tokens.json") != note
+        assert np.array_equal(np.load("tokens.npy"), other) and records.read_json("tokens.json") != note
     assert np.array_equal(encode(), tokens)
 
 

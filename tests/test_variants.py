@@ -10,6 +10,7 @@ import common
 import evaluate_fid
 import train_fsdd
 import train_tokenizer
+from data import records
 from paper import variants
 from tests.test_train_tokenizer import assert_same_checkpoint
 
@@ -109,9 +110,9 @@ def test_numbers():
 
 
 def test_all_processes_agree_on_what_is_kept(cache, monkeypatch):
-    """Broken: a process that does not see the file of the main process yet would measure alone, and wait for ever."""
+    """Broken: a process that does not see the file of rank 0 yet would measure alone, and wait forever."""
     cache.mkdir()
-    common.write_json({"--num=9": 5.0}, "cache/fsdd.pt.json")
+    records.write_json({"--num=9": 5.0}, "cache/fsdd.pt.json")
     monkeypatch.setattr(evaluate_fid, "evaluate", refuse)
     monkeypatch.setattr(common, "all_gather", lambda mine: [{"--num=9": 5.0}, mine])
     assert variants.fid("cache/fsdd.pt", CPU, 1, 2, num=9) == 5.0
