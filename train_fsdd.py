@@ -25,7 +25,7 @@ from fsdd import Denoiser, fsdd_loss, generate, refine, sample_noise, sample_tim
 from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
-    "digits": (128, 4, 4),
+    "digits": (64, 4, 2),
     "S": (384, 12, 6),   # 36.0 million parameters with the paper's C = 4096, M = 128
     "B": (768, 12, 12),  # 136.7 million
 }
@@ -45,12 +45,12 @@ HYPERPARAMETERS = [
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            1200,           1000000,         "optimizer steps"),
-    ("batch_size",       128,            256,             "images a step, over all processes"),
-    ("device_batch",     128,            32,              "images a process takes at once; gradients accumulate"),
+    ("steps",            3200,           1000000,         "optimizer steps"),
+    ("batch_size",       64,             256,             "images a step, over all processes"),
+    ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
-    ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
-    ("muon_lr",          1e-2,           1e-3,            "peak learning rate of muon"),
+    ("lr",               1e-3,           1e-4,            "peak learning rate of adamw"),
+    ("muon_lr",          5e-3,           1e-3,            "peak learning rate of muon"),
     ("lr_end",           0.01,           1.0,             "learning rate at the end / peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
     ("beta2",            0.99,           0.999,           "second beta of adamw"),
@@ -62,7 +62,7 @@ HYPERPARAMETERS = [
 # A new knob of the sampler is a parameter of refine() and a row here.
 GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
-    ("sample_steps",     10,             25,              "steps from noise to data"),
+    ("sample_steps",     12,             25,              "steps from noise to data"),
     ("guidance",         "4",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
