@@ -4,7 +4,6 @@ with the paper's.
 
     python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
     torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own
-    table
 
 Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for
 --search_steps, then guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search
@@ -14,8 +13,7 @@ Prints a Markdown table: FID (on the digits digits FID), mean and spread over se
 fixed sum and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
 
 On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other,
-without a
-cache of keys and values: its samples cost far more than all others.
+without a cache of keys and values: its samples cost far more than all others.
 """
 import math
 import os
