@@ -38,7 +38,7 @@ HYPERPARAMETERS = [
     # the set
     ("num_tokens",       32,            128,              "M, tokens in a set"),
     ("codebook_size",    96,            4096,             "C, codes in the codebook"),
-    ("code_dim",         4,             12,               "dimensions of a code"),
+    ("code_dim",         3,             12,               "dimensions of a code"),
     # the two transformers
     ("patch_size",       7,             16,               "side of a patch, pixels"),
     ("width",            128,           768,              "width of encoder and decoder"),
@@ -67,11 +67,11 @@ HYPERPARAMETERS = [
     ("revive_after",     20,            0,                "steps without use after which a code is reset, 0 = never"),
     ("revive_until",     0.8,           0.8,              "share of the training after which no code is reset"),
     # optimization
-    ("steps",            2400,          1000000,          "optimizer steps, of both phases"),
-    ("batch_size",       64,            256,              "images a step, over all processes"),
-    ("device_batch",     64,            32,               "images a process takes at once; gradients accumulate"),
+    ("steps",            3600,          1000000,          "optimizer steps, of both phases"),
+    ("batch_size",       32,            256,              "images a step, over all processes"),
+    ("device_batch",     32,            32,               "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",        "adamw",          "adamw, or muon (blocks' matrices) and adamw (the rest)"),
-    ("lr",               1e-3,          1e-4,             "peak learning rate of adamw"),
+    ("lr",               2e-3,          1e-4,             "peak learning rate of adamw"),
     ("muon_lr",          5e-3,          1e-3,             "peak learning rate of muon"),
     ("lr_end",           0.01,          0.1,              "learning rate at a phase's end / peak (cosine)"),
     ("warmup",           50,            5000,             "steps of linear warm-up (phase 2)"),

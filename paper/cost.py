@@ -87,17 +87,17 @@ def kept_bytes(model, step):
     return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
 
 
-def cost(model, cfg, forward, step, judge=lambda number: None):
+def cost(model, cfg, forward, step, criticize=lambda number: None):
     """(FLOPs of forward(), of it and its backward pass, of a whole step on an image; bytes kept at all, and an image).
 
-    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.  judge: the
-    same of the discriminator, which comes when what step() keeps is gone, and keeps less.
+    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.
+    criticize: the same of the discriminator, which comes when what step() keeps is gone, and keeps less.
     """
     cfg.fused_attention = "off"
     common.set_switches(model, cfg)
     with torch.no_grad():
         one_way = flops(forward)
-    numbers = one_way, flops(lambda: forward().sum().backward()), flops(lambda: (step(1), judge(1)))
+    numbers = one_way, flops(lambda: forward().sum().backward()), flops(lambda: (step(1), criticize(1)))
     cfg.fused_attention = "on"
     common.set_switches(model, cfg)
     for module in model.modules():  # autocast leaves norms in float32 on a GPU, not on a CPU
@@ -142,12 +142,12 @@ def tokenizer_cost(proxy):
                 loss = loss + critics.loss(drawn.float(), images(number), critics.first)
             loss.backward()
 
-        def judge(number):
+        def criticize(number):
             if discriminator:
                 real, fake = discriminator(images(2 * number)).flatten(1).chunk(2)
                 discriminator_loss(real, fake, torch.zeros(2), cfg.lecam).backward()
 
-        numbers = cost(model, cfg, lambda: forward()[0], step, judge)
+        numbers = cost(model, cfg, lambda: forward()[0], step, criticize)
     return *sizes(model, vqgan or convnext, discriminator), *numbers
 
 

@@ -407,7 +407,7 @@ def test_guidance_by_thirds(monkeypatch):
     assert all((s < 1 / 3) == (w == 4) and (s >= 2 / 3) == (w == 55) for s, w in seen)
 
 
-def test_generation_hangs_on_the_generator_alone():
+def test_generation_depends_on_the_generator_alone():
     """Broken: the same seed would not give the same images."""
     denoiser, labels = small_denoiser(), torch.arange(9) % 3
     for sampler in ("paper", "exchange"):
