@@ -25,7 +25,7 @@ from fsdd import Denoiser, fsdd_loss, generate, refine, sample_noise, sample_tim
 from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
-    "digits": (64, 4, 2),
+    "digits": (64, 2, 2),
     "S": (384, 12, 6),   # 36.0 million parameters with the paper's C = 4096, M = 128
     "B": (768, 12, 12),  # 136.7 million
 }
@@ -45,11 +45,11 @@ HYPERPARAMETERS = [
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            3200,           1000000,         "optimizer steps"),
+    ("steps",            5000,           1000000,         "optimizer steps"),
     ("batch_size",       64,             256,             "images a step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
-    ("lr",               1e-3,           1e-4,            "peak learning rate of adamw"),
+    ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
     ("muon_lr",          5e-3,           1e-3,            "peak learning rate of muon"),
     ("lr_end",           0.01,           1.0,             "learning rate at the end / peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
