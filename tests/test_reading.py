@@ -1,4 +1,5 @@
 """Batches of images: every image once an epoch, the same for all processes, and files that can't be read left out."""
+import io
 import os
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import torch
 
 import common
 import evaluate_fid
-from data import open_dataset, reading, records
+from data import open_dataset, pictures, reading, records
 from data.image_folder import ImageFolder
 from data.sides import open_images
 from tests.image_folder import make_image_folder
@@ -171,6 +172,29 @@ def test_evaluation_leaves_out_what_training_does(tmp_path, capsys):
     for arguments in (["--ckpt=tokenizer.pt", "--data=."], ["--images=val", "--image_size=16", "--save_stats=s.npz"]):
         finished = run_here(evaluate_fid.main, *arguments, "--device=cpu", folder=tmp_path)
         assert_one_sentence(finished, "2 of the 100 images in", "val can't be read, which is more than 1 %")
+
+
+def test_names_that_are_no_text(tmp_path, monkeypatch):
+    """Broken: a file or a class named in another encoding than UTF-8 would end the run in a traceback when it is
+    printed, drawn or written."""
+    make_image_folder(tmp_path, 200, classes=2)
+    odd = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (tmp_path / split / "d1").rename(tmp_path / split / odd)
+    (tmp_path / "train" / "d0" / "cut.jpg").rename(tmp_path / "train" / "d0" / f"{odd}.jpg")
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", printed)
+    common.Parser()
+    cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=0)
+    for _ in range(2):  # and by images.json
+        train_set, _ = reading.open_datasets(cfg, 24)
+        assert train_set.class_names == [odd, "d0"] and len(train_set) == 200
+    common.save_checkpoint({"kind": "fsdd", "class_names": train_set.class_names}, str(tmp_path / "a.pt"))
+    assert common.load_checkpoint(str(tmp_path / "a.pt"), "", "fsdd")["class_names"] == [odd, "d0"]
+    pictures.grid(train_set.__getitems__([(0, 0), (199, 0)])[0], 1, train_set.class_names)
+    print("classes", *train_set.class_names, flush=True)
+    said = printed.buffer.getvalue().decode()
+    assert r"train/d0/caf\udce9.jpg can't be read (" in said and r"classes caf\udce9 d0" in said
 
 
 THREE_PROCESSES = """
