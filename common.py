@@ -141,7 +141,7 @@ def init_distributed(device, tf32=True):
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         except (RuntimeError, ValueError) as problem:
-            stop(f"the process group can't be joined ({str(problem).splitlines()[0]}); is MASTER_ADDR:MASTER_PORT right?")
+            stop(f"no process group at MASTER_ADDR, MASTER_PORT can be joined ({str(problem).splitlines()[0]})")
     return device, *rank_and_world_size()
 
 
