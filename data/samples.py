@@ -1,5 +1,5 @@
-"""The images of sample.py on their way to its --out: into a file as they are made, so that memory holds a few of them and
-an interrupted run goes on."""
+"""The images of sample.py on their way to its --out: into a file as they are made, so that memory holds a few of them
+and an interrupted run goes on."""
 import fcntl
 import hashlib
 import os
@@ -67,8 +67,8 @@ class SampleFile:
         if kind is None:
             self.write_out(self.partial + ".out")
         elif held := os.path.getsize(self.partial) // np.prod(self.shape):
-            print(f"\n{held} of {len(self.labels)} images are kept in {self.partial}; the same command goes on from them",
-                  file=sys.stderr, flush=True)
+            print(f"\n{held} of {len(self.labels)} images are kept in {self.partial}; the same command goes on from "
+                  "them", file=sys.stderr, flush=True)
         else:
             os.remove(self.partial)
         self.file.close()

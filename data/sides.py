@@ -117,10 +117,17 @@ def open_batch(archive, path):
 
 
 def check_statistics(mu, sigma, name):
-    """ValueError unless mu (D,) and sigma (D, D) are finite floating-point numbers."""
+    """ValueError unless mu (D,) and sigma (D, D) are finite floating-point numbers, and sigma, up to the rounding of
+    half precision, symmetric without negative eigenvalues."""
     mu, sigma = torch.as_tensor(mu), torch.as_tensor(sigma)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not mu.is_floating_point() or not sigma.is_floating_point():
+    shapes_fit = mu.ndim == 1 and len(mu) and sigma.shape == (len(mu), len(mu))
+    if not (shapes_fit and mu.is_floating_point() and sigma.is_floating_point()):
         raise ValueError(f"{name} must be floating-point numbers of the shapes (D,) and (D, D), "
                          f"got {mu.dtype} {tuple(mu.shape)} and {sigma.dtype} {tuple(sigma.shape)}")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{name} must be finite, but contain NaN or infinity")
+    sigma = sigma.double().cpu()
+    rounding = 1e-3 * sigma.abs().max().clamp(min=1e-30)
+    shifted = (sigma + sigma.T) / 2 + rounding * torch.eye(len(mu), dtype=torch.float64)
+    if (sigma - sigma.T).abs().max() > rounding or torch.linalg.cholesky_ex(shifted).info:
+        raise ValueError(f"{name} are no mean and covariance: sigma must be symmetric, without negative eigenvalues")
