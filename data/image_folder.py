@@ -37,7 +37,7 @@ class ImageFolder(torch.utils.data.Dataset):
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {root}; images are expected as {root}/CLASS/NAME.JPEG")
         self.passed_over, self.no_classes, self.contents = Counter(), [], ""
-        classes = {entry.name: [] for entry in os.scandir(root) if entry.is_dir() and not hidden(entry.name)}
+        classes = {entry.name: [] for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."}
         classes = classes if split else {"": []}
         for file in find_images(root, "", self.passed_over):
             place = file[0].split(os.sep)[0] if split else ""

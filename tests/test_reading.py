@@ -137,7 +137,7 @@ def test_a_class_is_a_folder_with_a_readable_image(tmp_path, capsys):
         assert f"{train_set.root}: 200 images in 3 classes; files passed over: 4 hidden, " in said, said
         assert sum(train_set.passed_over.values()) == 9 and train_set.passed_over.keys() == {
             "hidden", ".tif", ".txt", "without a suffix", "outside the class folders", "no regular file"}
-        assert "; no class, for want of a readable image: a_tif, broken\n" in said
+        assert "; no class, for want of a readable image: __MACOSX, a_tif, broken\n" in said
 
 
 def test_train_and_val_have_the_same_classes(tmp_path):
