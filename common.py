@@ -4,6 +4,7 @@ import gc
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import zlib
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from data.command_line import Parser, launched, yes_or_no
 
 RECIPES = ("digits", "imagenet256")  # columns of values in the tables HYPERPARAMETERS; a third one needs its name here
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
@@ -78,33 +81,22 @@ def check_settings(parser, table, settings, checkpoint):
             least = 1 if isinstance(values[0], int) and min(values) >= 1 else 0
             if not least <= settings[name] < math.inf or min(values) > 0 and not settings[name]:
                 parser.error(f"--{name} must be {'at least 1' if least else 'positive'}, got {settings[name]}")
-    if settings["ema"] >= 1:
-        parser.error(f"--ema must be less than 1, got {settings['ema']}")
+    for name in settings.keys() & {"ema", "beta2", "proxy_beta2", "lecam_ema"}:
+        if settings[name] >= 1:
+            parser.error(f"--{name} must be less than 1, got {settings[name]}")
+    for name in settings.keys() & {"unquantized", "label_drop", "revive_until"}:
+        if settings[name] > 1:
+            parser.error(f"--{name} must be at most 1, got {settings[name]}")
     optimizer, muon_lr = settings["optimizer"], settings["muon_lr"]
     if optimizer not in ("adamw", "muon") or optimizer == "muon" and not muon_lr:
         parser.error(f"--optimizer must be adamw, or muon with a --muon_lr, got {optimizer} with {muon_lr}")
     if checkpoint and settings["steps"] < (step := checkpoint["step"]):
         parser.error(f"--steps must be at least {step}, the step of {settings['out']}, got {settings['steps']}")
-    for name in ("bf16", "fused_attention"):
-        if settings.get(name, "auto") not in ("auto", "on", "off"):
-            parser.error(f"--{name} must be auto, on or off, got {settings[name]}")
+    switch = ("auto", "on", "off")
+    for name, choices in (("bf16", switch), ("fused_attention", switch), ("gelu", ("tanh", "none"))):
+        if settings.get(name, choices[0]) not in choices:
+            parser.error(f"--{name} must be one of {', '.join(choices)}, got {settings[name]}")
     check_folder(settings["out"])
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, without the list of all options."""
-
-    def __init__(self, **settings):
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
-
-
-def yes_or_no(text):
-    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "yes", "1")
 
 
 def three_numbers(text):
@@ -115,8 +107,8 @@ def three_numbers(text):
         numbers = [float(number) for number in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 3) or not all(0 <= number < math.inf for number in numbers):
-        raise ValueError(f"guidance must be one number or three, none negative, such as 4 or 4,50,55; got {text!r}")
+    if len(numbers) not in (1, 3) or not all(0 <= number <= 1e6 for number in numbers):
+        raise ValueError(f"guidance must be one number or three from 0 to 1e6, such as 4 or 4,50,55; got {text!r}")
     return numbers * (3 // len(numbers))
 
 
@@ -129,21 +121,27 @@ def stop(sentence):
 def init_distributed(device, tf32=True):
     """Join the process group where torchrun started this process. device: text. Returns (device, rank, world size)."""
     gpus = torch.cuda.device_count()
-    try:
-        device = torch.device(("cuda" if gpus else "cpu") if device == "auto" else device)
-    except RuntimeError:
+    device = ("cuda" if gpus else "cpu") if device == "auto" else device
+    if not re.fullmatch("cpu|cuda(:[1-9]?[0-9])?", device):
         stop(f"--device must be auto, cpu, cuda or cuda:N, got {device}")
+    try:
+        device, local_rank = torch.device(device), launched()
+    except ValueError as problem:
+        stop(str(problem))
+    on_gpu = device.type == "cuda"
     set_tf32(tf32)
-    on_gpu, local_rank = device.type == "cuda", int(os.environ.get("LOCAL_RANK", 0))
     if on_gpu and (device.index or 0) >= gpus:
         stop(f"--device {device} was asked for, but PyTorch sees {gpus} GPUs; use --device cpu")
-    if "RANK" in os.environ:
+    if local_rank is not None:
         if on_gpu and (device.index is not None or local_rank >= gpus):
             stop(f"each process needs its own GPU; give torchrun --nproc_per_node at most {gpus}, and --device cuda")
         if on_gpu:
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        except (RuntimeError, ValueError) as problem:
+            stop(f"no process group at MASTER_ADDR, MASTER_PORT can be joined ({str(problem).splitlines()[0]})")
     return device, *rank_and_world_size()
 
 

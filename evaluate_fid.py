@@ -23,6 +23,7 @@ from tqdm import tqdm
 import common
 import sample
 from data import digits_classifier, open_dataset, records
+from data.reading import without_unreadable
 from data.sides import check_statistics, open_images, side
 from published.inception import InceptionV3, load_inception
 from tokenizer import SetTokenizer
@@ -247,7 +248,7 @@ def open_tokenizer(path, checkpoint, data, device, model_class=SetTokenizer):
                          "that holds train/ and val/")
     tokenizer = model_class(**checkpoint["model_config"]).to(device).eval()
     tokenizer.load_state_dict(checkpoint["weights"])
-    dataset = open_dataset(data, "test", tokenizer.image_size)
+    dataset = without_unreadable(open_dataset(data, "test", tokenizer.image_size))
     if dataset.channels != checkpoint["model_config"]["channels"]:
         raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} "
                          f"{checkpoint['model_config']['channels']}; give by --data what it was trained on")

@@ -240,6 +240,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False, gelu="tanh"):
         super().__init__()
+        if unused_rows and num_tokens > codebook_size:
+            raise ValueError(f"unused_rows needs num_tokens <= codebook_size, got {num_tokens} > {codebook_size}")
         self.codebook_size, self.num_tokens, self.num_classes = codebook_size, num_tokens, num_classes
         self.count_embedding = nn.Embedding((codebook_size if unused_rows else num_tokens) + 1, width)
         self.code_embedding = nn.Parameter(torch.zeros(1, codebook_size, width))

@@ -13,9 +13,11 @@ import torch
 from tqdm import tqdm
 
 import common
-from data.pictures import decode, write_samples
+from data.pictures import decode
+from data.samples import SampleFile
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, refine
+from published.weights import listed
 from tokenizer import SetTokenizer
 from train_fsdd import GENERATION
 
@@ -34,22 +36,21 @@ def main(argv=None):
         labels = choose_labels(args.labels, args.num, class_names, len(class_names) if args.out[-3:] == "npz" else 10)
         settings = generation_settings(checkpoint["generation"], args)
         next(refine(denoiser, labels[:1].to(device), **settings))  # refuses wrong settings
+        samples = SampleFile(args, labels, checkpoint, settings, device)
     except ValueError as problem:
         common.stop(str(problem))
     if rank == 0:
-        print("generating", len(labels), "images:", ", ".join(f"{name} {value}" for name, value in settings.items()),
-              flush=True)
+        shown = listed([f"{label} ({class_names[label]})" for label in labels.unique_consecutive()], 10)
+        print(f"generating {len(labels)} images of the classes {shown}:",
+              ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     began = time.time()
     parts = common.chunks(slice(0, len(labels)), args.batch)
-    images = []  # on rank 0, in order: (frames, n, ch, H, W) uint8; one frame, or all of them for an animation
-    for first in tqdm(range(0, len(parts), world_size), disable=rank > 0):
-        mine = [draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args, args.out.endswith(".gif"))
-                for part in parts[first + rank:first + rank + 1]]  # one chunk; in the last round none on some ranks
-        found = common.all_gather(mine)
-        if rank == 0:
-            images += sum(found, [])
+    with samples:
+        for first in tqdm(range(samples.done, len(parts), world_size), disable=rank > 0):
+            mine = [draw_chunk(denoiser, tokenizer, labels[part], settings, first + rank, args, args.out[-3:] == "gif")
+                    for part in parts[first + rank:first + rank + 1]]  # one; in the last round none on some ranks
+            samples.add(common.all_gather(mine))
     if rank == 0:
-        write_samples(args.out, torch.cat(images, dim=1), labels, class_names)
         print(f"{args.out}: {len(labels)} images in {time.time() - began:.1f} s")
 
 
@@ -58,7 +59,7 @@ def parse(argv):
     parser.add_argument("--ckpt", default="fsdd.pt", help="checkpoint of train_fsdd.py (%(default)s)")
     parser.add_argument("--out", default="samples.png", help=".png: a labelled grid, .npz: ADM's sample batch, arr_0 "
                         "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
-    parser.add_argument("--labels", help="class numbers, such as 3 or 0,1,7 (all classes; for pictures ten at most)")
+    parser.add_argument("--labels", help="class numbers or names, such as 3 or 0,1,cat (all; for pictures ten at most)")
     parser.add_argument("--num", "--num_images", type=int, default=100,  # torchrun takes --num for --numa-binding
                         help="images in all, spread evenly over the labels (100); under torchrun write --num_images")
     add_generation_options(parser)
@@ -106,17 +107,18 @@ def models(checkpoint, device):
 
 
 def choose_labels(text, num, class_names, at_most):
-    """Labels (num,) int64, spread evenly over the classes in text, such as "0,1,7", one class after the other.
+    """Labels (num,) int64, spread evenly over the classes in text, numbers and names such as "0,cat", one class after
+    the other.
 
     Without text: over all classes, or at_most of them. ValueError for what is no class.
     """
     every = len(class_names)
+    numbers = {name: i for i, name in enumerate(class_names)} | {str(i): i for i in range(every)}
     try:
-        classes = [int(number) for number in text.split(",")] if text else list(range(0, every, -(-every // at_most)))
-    except ValueError:
-        classes = [-1]
-    if not all(0 <= label < every for label in classes):
-        raise ValueError(f"--labels must be numbers from 0 to {every - 1} with commas between, got {text!r}")
+        classes = [numbers[name.strip()] for name in text.split(",")] if text else range(0, every, -(-every // at_most))
+    except KeyError:
+        raise ValueError(f"--labels must be numbers from 0 to {every - 1} or names of classes, such as "
+                         f"{class_names[0]}, with commas between, got {text!r}") from None
     return torch.tensor(classes)[torch.arange(num) * len(classes) // num]
 
 

@@ -2,43 +2,59 @@
 import hashlib
 import os
 import warnings
+from collections import Counter
 
 import numpy as np
 import torch
 from PIL import Image
 
+from published.weights import listed
+
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in small or capital letters
+NOT_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # folders of systems
 # of large images, of odd palettes and metadata: they are read all the same
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """folder: holds train/ and val/.  split: "train", or "test" for val/.  image_size: side of the square images.
+    """folder: holds train/ and val/.  split: "train", or "test" for val/; None for all images below folder, without
+    classes.  image_size: side of the square images; None for all of each image.
 
     crop: "center" (ADM's) or "random" (shorter side to image_size, then a random position).
     flip: mirror half of the images. Crop and flip depend on (seed, epoch, index) and on nothing else.
-    labels: (N,) int64, indices into class_names, which are the sorted names of the class folders.
+    labels: (N,) int64, indices into class_names, which are the sorted names of the class folders that hold an image.
+    passed_over: how many files of a kind are no images.  no_classes: the other folders' names, see summary().
 
     Class folders may hold folders. Files of any mode become RGB: alpha is left out, 16 bits lose the lower 8, of an
     animation the first image counts, EXIF rotation is not applied (as in ADM's statistics). Names that begin with a dot
-    are left out.
+    are left out, and so are the folders NOT_DATA and what is no regular file, such as a named pipe.
     """
 
     channels = 3
 
     def __init__(self, folder, split, image_size, crop="center", flip=False, seed=0):
-        self.root = root = os.path.join(folder, "train" if split == "train" else "val")
+        self.root = root = os.path.join(folder, "train" if split == "train" else "val") if split else folder
         if not os.path.isdir(root):
             raise ValueError(f"there is no folder {root}; images are expected as {root}/CLASS/NAME.JPEG")
-        self.class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        found = [sorted(find_images(os.path.join(root, name), name)) for name in self.class_names]
+        self.passed_over, self.no_classes, self.contents = Counter(), [], ""
+        classes = {entry.name: [] for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."}
+        classes = classes if split else {"": []}
+        for file in find_images(root, "", self.passed_over):
+            place = file[0].split(os.sep)[0] if split else ""
+            if place in classes:
+                classes[place].append(file)
+            else:
+                self.passed_over["outside the class folders"] += 1
+        self.class_names = sorted(classes)
+        found = [sorted(classes[name]) for name in self.class_names]
         # arrays of bytes and numbers: a list of a million texts would be copied into every process that reads images
-
-        self.names = np.array([os.fsencode(name) for files in found for name, _ in files])
-        self.sizes = np.array([size for files in found for _, size in files])
+        self.names = np.array([os.fsencode(name) for files in found for name, *_ in files])
+        self.sizes, self.times = (np.array([file[i] for files in found for file in files]) for i in (1, 2))
         self.labels = torch.repeat_interleave(torch.tensor([len(files) for files in found], dtype=torch.int64))
         if not len(self.names):
-            raise ValueError(f"there are no images in {root}; they are expected as {root}/CLASS/NAME.JPEG")
+            where = f"{root}/CLASS/NAME.JPEG" if split else f"names that end in {', '.join(SUFFIXES)}"
+            raise ValueError(f"there are no images in {root}; they are expected as {where}{self.all_passed_over()}")
+        self.drop([])
         self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
 
     def __len__(self):
@@ -58,7 +74,10 @@ class ImageFolder(torch.utils.data.Dataset):
         try:
             with Image.open(self.path(index)) as file:
                 size = self.image_size
-                image = center_crop(file, size) if self.crop == "center" else random_crop(file, size, random)
+                if size is None:
+                    image = to_rgb(file)
+                else:
+                    image = center_crop(file, size) if self.crop == "center" else random_crop(file, size, random)
         except Exception as problem:  # broken files make Pillow raise exceptions of many kinds
             raise ValueError(f"{self.path(index)} can't be read ({reason(problem)})") from None
         pixels = np.asarray(image)
@@ -76,26 +95,68 @@ class ImageFolder(torch.utils.data.Dataset):
                 found[os.fsdecode(self.names[index])] = reason(problem)
         return found
 
+    def check(self, indices):
+        """(unreadable(indices), the sum of a hash of the name and content of each of the others)."""
+        found, contents = self.unreadable(indices), 0
+        for index in indices:
+            if os.fsdecode(self.names[index]) not in found:
+                with open(self.path(index), "rb") as file:
+                    content = hashlib.blake2b(self.names[index] + b"\0" + file.read(), digest_size=8)
+                contents += int.from_bytes(content.digest(), "big")
+        return found, contents
+
     def drop(self, names):
-        """Leave out the files of these names."""
+        """Leave out the files of these names, and the classes that no image is left of."""
         keep = ~np.isin(self.names, [os.fsencode(name) for name in names])
-        self.names, self.sizes, self.labels = self.names[keep], self.sizes[keep], self.labels[torch.from_numpy(keep)]
+        labels = self.labels[torch.from_numpy(keep)]
+        self.names, self.sizes, self.times = self.names[keep], self.sizes[keep], self.times[keep]
+        held = labels.bincount(minlength=len(self.class_names)) > 0  # (classes,)
+        self.no_classes += [name for name, holds in zip(self.class_names, held) if not holds]
+        self.class_names = [name for name, holds in zip(self.class_names, held) if holds]
+        self.labels = (held.cumsum(0) - 1)[labels]
 
-    def fingerprint(self):
-        """A text that changes when the names, within the split's folder, or the sizes of the files do."""
-        return hashlib.sha256(b"\0".join(self.names.tolist()) + self.sizes.tobytes()).hexdigest()
+    def fingerprint(self, contents=True):
+        """A text that changes when the names, within the split's folder, or the sizes of the files do; with contents
+        also when the classes or the contents do. Before drop_unreadable() has read the files, their times stand for
+        the contents."""
+        text = b"\0".join(self.names.tolist()) + self.sizes.tobytes()
+        if contents:
+            text += repr(self.class_names).encode() + (self.contents.encode() or self.times.tobytes())
+        return hashlib.sha256(text).hexdigest()
+
+    def summary(self):
+        """One line: how many images and classes there are, and what was passed over."""
+        classes = f" in {len(self.class_names)} classes" if self.class_names != [""] else ""
+        names = f"; no class, for want of a readable image: {listed(self.no_classes)}" if self.no_classes else ""
+        return f"{self.root}: {len(self)} images{classes}{self.all_passed_over()}{names}"
+
+    def all_passed_over(self):
+        kinds = [f"{number} {kind}" for kind, number in self.passed_over.most_common()]
+        return f"; files passed over: {listed(kinds)}" if kinds else ""
 
 
-def find_images(folder, name):
-    """Pairs (name, size in bytes) of the image files below a folder; names begin with the folder's."""
+def hidden(name):
+    return name[0] == "." or name in NOT_DATA  # a dot: such as ._a.jpg, which macOS makes and which is no image
+
+
+def find_images(folder, name, passed_over):
+    """(name, size in bytes, (time of the content, time of the file)) of the image files below a folder; names begin
+    with the folder's. passed_over: a Counter, to which the other files are added by their kind."""
     for entry in os.scandir(folder):
         inner = os.path.join(name, entry.name)
-        if entry.name[0] == ".":  # such as ._a.jpg, which macOS makes and which is no image
-            continue
-        if entry.is_dir():
-            yield from find_images(entry.path, inner)
-        elif entry.name.lower().endswith(SUFFIXES):
-            yield inner, entry.stat().st_size if entry.is_file() else -1  # -1: a broken link, which can't be read
+        if hidden(entry.name):
+            passed_over["hidden"] += sum(len(files) for *_, files in os.walk(entry.path)) if entry.is_dir() else 1
+        elif entry.is_dir():
+            yield from find_images(entry.path, inner, passed_over)
+        elif not entry.name.lower().endswith(SUFFIXES):
+            passed_over[os.path.splitext(entry.name)[1].lower() or "without a suffix"] += 1
+        elif entry.is_file():
+            stat = entry.stat()
+            yield inner, stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns)
+        elif not os.path.exists(entry.path):  # a broken link, which can't be read
+            yield inner, -1, (0, 0)
+        else:
+            passed_over["no regular file"] += 1
 
 
 def reason(problem):

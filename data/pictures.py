@@ -1,5 +1,4 @@
 """Images as bytes and as pages: what the scripts draw."""
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -39,19 +38,13 @@ def grid(images, columns, row_labels=None, column_labels=None):
     return page
 
 
-def write_samples(path, images, labels, class_names):
-    """images (frames, N, ch, H, W) uint8 and labels (N,) -> a grid (.png), arrays (.npz) or an animation (.gif)."""
-    if path.endswith(".npz"):
-        arrays = images[-1].permute(0, 2, 3, 1)  # (N, H, W, ch)
-        np.savez(path, arr_0=arrays.expand(-1, -1, -1, 3).numpy(), arr_1=labels.numpy())
-        return
+def draw_samples(file, kind, images, labels, class_names):
+    """images (frames, N, ch, H, W) uint8 and labels (N,) -> a grid ("png") or an animation ("gif") in an open file."""
     columns = int(labels.bincount().max())  # a row for each class
     rows = [class_names[label] for label in labels.unique_consecutive()]
     pages = [grid(fill_rows(frame, labels, columns), columns, rows) for frame in images]
-    if path.endswith(".png"):
-        pages[0].save(path)
-    else:
-        pages[0].save(path, save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
+    film = dict(save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
+    pages[0].save(file, kind, **film if kind == "gif" else {})
 
 
 def fill_rows(images, labels, columns):

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import common
 from data import open_dataset, records
+from published.weights import listed
 
 
 @functools.lru_cache(maxsize=2)
@@ -84,48 +85,73 @@ def open_datasets(cfg, image_size, **training):
     """
     train_set = common.on_every_rank(open_dataset, cfg.data, "train", image_size, **training)
     test_set = common.on_every_rank(open_dataset, cfg.data, "test", image_size)
-    for dataset in (train_set, test_set) if cfg.data != "digits" else ():
-        if len(set(common.all_gather((dataset.fingerprint(), *dataset.class_names)))) > 1:
+    folders = [train_set, test_set] if cfg.data != "digits" else []
+    for dataset in folders:
+        if len(set(common.all_gather((dataset.fingerprint(contents=False), *dataset.class_names)))) > 1:
             raise ValueError(f"the images in {dataset.root} are not the same on all machines; "
                              "each needs the same files")
         drop_unreadable(dataset, os.path.join(os.path.dirname(cfg.out), "images.json"), cfg.workers)
+    check_classes(*folders)
     return train_set, test_set
+
+
+def check_classes(*folders):
+    """ValueError unless all datasets have the same classes."""
+    for one, other in zip(folders, folders[1:]):
+        only = [sorted({*a.class_names} - {*b.class_names}) for a, b in ((one, other), (other, one))]
+        if any(only):
+            raise ValueError(f"the classes in {one.root} and {other.root} are not the same; only in the first: "
+                             f"{listed(only[0])}; only in the second: {listed(only[1])}")
+
+
+def without_unreadable(dataset):
+    """A dataset to evaluate with, without the image files that can't be read, as a training leaves them out."""
+    if hasattr(dataset, "root"):  # the digits are not in files
+        drop_unreadable(dataset, None, min(8, os.cpu_count(), len(dataset) // 1000))
+    return dataset
 
 
 def drop_unreadable(dataset, note_path, workers):
     """Leave out the image files that can't be read, so that every epoch and every share of it has the same images.
 
-    Every file is read once, each rank reads a share. What they find is noted in a JSON file, by split, and holds for
-    as long as names and sizes of the files are the same. ValueError where more than 1 % can't be read.
+    Every file is read once, each rank reads a share. What they find is noted in a JSON file, if there is a note_path,
+    by split, and holds for as long as names, sizes and times of the files are the same. ValueError where more than 1 %
+    can't be read.
     """
-    split, made_from = os.path.basename(dataset.root), dataset.fingerprint()
-    known = common.all_gather(records.read_json(note_path).get(split) if common.is_main() else None)[0]
+    split = os.path.basename(dataset.root)
+    made_from = sorted(set(common.all_gather(dataset.fingerprint())))  # machines may have copies with other times
+    known = common.all_gather(records.read_json(note_path or "").get(split) if common.is_main() else None)[0]
     if not known or known.get("made_from") != made_from:
-        known = {"made_from": made_from, "unreadable": check_images(dataset, workers)}
-        if common.is_main():
+        unreadable, contents = check_images(dataset, workers)
+        known = {"made_from": made_from, "unreadable": unreadable, "contents": contents}
+        if note_path and common.is_main():
             records.write_json(records.read_json(note_path) | {split: known}, note_path)
     elif known["unreadable"] and common.is_main():
         print(f"{len(known['unreadable'])} of {len(dataset)} images in {dataset.root} could not be read when they were "
-              f"checked; training goes without them ({note_path})", flush=True)
+              f"checked; they are left out ({note_path})", flush=True)
     dataset.drop(list(known["unreadable"]))
+    dataset.contents = known["contents"]
+    if common.is_main():
+        print(dataset.summary(), flush=True)
 
 
 def check_images(dataset, workers, batch_size=64):
-    """Those of a dataset's files that can't be read, {name: reason}. Rank 0 prints them; ValueError for too many."""
+    """Those of a dataset's files that can't be read, {name: reason}, and a text that tells the contents of the others.
+    Rank 0 prints the former; ValueError for too many."""
     rank, world_size = common.rank_and_world_size()
     mine = range(rank, len(dataset), world_size)
-    batches = DataLoader(mine, batch_size, num_workers=workers, collate_fn=dataset.unreadable,
+    batches = DataLoader(mine, batch_size, num_workers=workers, collate_fn=dataset.check,
                          worker_init_fn=leave_signals)
-    found = {}
-    for some in tqdm(batches, desc=f"checking {dataset.root}", disable=not common.is_main(), mininterval=5):
-        found |= some
-    found = dict(sorted(item for some in common.all_gather(found) for item in some.items()))
+    found, contents = {}, 0
+    for some, content in tqdm(batches, desc=f"checking {dataset.root}", disable=not common.is_main(), mininterval=5):
+        found, contents = found | some, contents + content
+    shares = common.all_gather((found, contents))
+    found = dict(sorted(item for some, _ in shares for item in some.items()))
     for name in list(found)[:1000] if common.is_main() else ():
         print(f"{os.path.join(dataset.root, name)} can't be read ({found[name]})", flush=True)
     if len(found) > 0.01 * len(dataset):
         raise ValueError(f"{len(found)} of the {len(dataset)} images in {dataset.root} can't be read, which is more "
                          f"than 1 %; the first is {next(iter(found))} ({next(iter(found.values()))})")
     if common.is_main():
-        print(f"{len(found)} of {len(dataset)} images in {dataset.root} can't be read; training goes without them",
-              flush=True)
-    return found
+        print(f"{len(found)} of {len(dataset)} images in {dataset.root} can't be read; they are left out", flush=True)
+    return found, f"{sum(contents for _, contents in shares) % 2 ** 64:016x}"

@@ -61,9 +61,11 @@ def check_training(cfg, checkpoint, dataset):
                          f"number of training images, {len(dataset)}")
     if len(set(common.all_gather(checkpoint and checkpoint["step"]))) > 1:
         raise ValueError("the processes see different checkpoints; --out must lie in a folder that all machines share")
-    if checkpoint and checkpoint["images"] != dataset.fingerprint():
-        raise ValueError("the training images are not those of the checkpoint, so --resume can't continue from it; "
-                         "restore them, or start a new training")
+    known = (dataset.fingerprint(), dataset.fingerprint(contents=False))  # the latter in older checkpoints
+    if checkpoint and (checkpoint["images"] not in known
+                       or checkpoint.get("class_names", dataset.class_names) != dataset.class_names):
+        raise ValueError("the training images or classes are not those of the checkpoint, so --resume can't continue "
+                         "from it; restore them, or start a new training")
 
 
 def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 
-from data.image_folder import SUFFIXES, center_crop, find_images, reason, to_rgb
+from data.image_folder import ImageFolder
+from data.reading import without_unreadable
 
 
 def side(name, num, read, labels=None, statistics=None, made_in=None):
@@ -36,34 +36,24 @@ def open_images(path, image_size):
 
 
 def open_folder(path, image_size):
-    """The images in a folder and its subfolders, in the order of their names, RGB, all of one size."""
-    paths = sorted(os.path.join(path, name) for name, _ in find_images(path, ""))
-    if not paths:
-        raise ValueError(f"there are no images in {path}; names that end in {', '.join(SUFFIXES)} are looked for")
-    first = read_image(paths[0], image_size).shape
+    """The images in a folder and its subfolders, in the order of their names, RGB, all of one size. Files that can't be
+    read are left out, or refused, as before a training."""
+    dataset = without_unreadable(ImageFolder(path, None, image_size))
+    first = dataset.read(0, 0).shape
 
-    def read_checked(name):
-        pixels = read_image(name, image_size)
+    def read_checked(index):
+        pixels = dataset.read(index, 0)
         if pixels.shape != first:
-            raise ValueError(f"images must have one size, but {paths[0]} is {first[1]} x {first[0]} pixels and {name} "
-                             f"{pixels.shape[1]} x {pixels.shape[0]}; --image_size crops them")
+            raise ValueError(f"images must have one size, but {dataset.path(0)} is {first[1]} x {first[0]} pixels and "
+                             f"{dataset.path(index)} {pixels.shape[1]} x {pixels.shape[0]}; --image_size crops them")
         return pixels
 
     def read(part):
         with ThreadPoolExecutor() as threads:  # Pillow decodes outside Python's lock
-            pixels = np.stack(list(threads.map(read_checked, paths[part])))
+            pixels = np.stack(list(threads.map(read_checked, range(part.start, part.stop))))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    return side(path, len(paths), read)
-
-
-def read_image(path, image_size):
-    """One image, (H, W, 3) uint8; with an image_size, center-cropped as ADM does."""
-    try:
-        with Image.open(path) as file:
-            return np.array(center_crop(file, image_size) if image_size else to_rgb(file))
-    except Exception as problem:  # Pillow fails in many ways on a file that is no image
-        raise ValueError(f"{path} can't be read as an image ({reason(problem)})") from None
+    return side(path, len(dataset), read)
 
 
 def open_npz(path):
@@ -127,10 +117,17 @@ def open_batch(archive, path):
 
 
 def check_statistics(mu, sigma, name):
-    """ValueError unless mu (D,) and sigma (D, D) are finite floating-point numbers."""
+    """ValueError unless mu (D,) and sigma (D, D) are finite floating-point numbers, and sigma, up to the rounding of
+    half precision, symmetric without negative eigenvalues."""
     mu, sigma = torch.as_tensor(mu), torch.as_tensor(sigma)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not mu.is_floating_point() or not sigma.is_floating_point():
+    shapes_fit = mu.ndim == 1 and len(mu) and sigma.shape == (len(mu), len(mu))
+    if not (shapes_fit and mu.is_floating_point() and sigma.is_floating_point()):
         raise ValueError(f"{name} must be floating-point numbers of the shapes (D,) and (D, D), "
                          f"got {mu.dtype} {tuple(mu.shape)} and {sigma.dtype} {tuple(sigma.shape)}")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{name} must be finite, but contain NaN or infinity")
+    sigma = sigma.double().cpu()
+    rounding = 1e-3 * sigma.abs().max().clamp(min=1e-30)
+    shifted = (sigma + sigma.T) / 2 + rounding * torch.eye(len(mu), dtype=torch.float64)
+    if (sigma - sigma.T).abs().max() > rounding or torch.linalg.cholesky_ex(shifted).info:
+        raise ValueError(f"{name} are no mean and covariance: sigma must be symmetric, without negative eigenvalues")

@@ -8,6 +8,7 @@ its tokens in the encoder's order, reversed, shuffled, ascending and descending.
 alike; by how much they are not is printed. Table 1 takes rFID over them: paper/table1_order.py.
 """
 import os
+from collections import Counter
 
 import numpy as np
 import torch
@@ -91,7 +92,8 @@ def image_paths(place):
     """A file, or the images in a folder and the folders in it, by name; ValueError where there is none."""
     if os.path.isfile(place):
         return [place]
-    found = sorted(os.path.join(place, name) for name, _ in find_images(place, "")) if os.path.isdir(place) else []
+    found = find_images(place, "", Counter()) if os.path.isdir(place) else []
+    found = sorted(os.path.join(place, name) for name, *_ in found)
     if not found:
         raise ValueError(f"there is no image {place}, and no folder of that name with images ({', '.join(SUFFIXES)})")
     return found

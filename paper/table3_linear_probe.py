@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import common
 from data import open_dataset
-from data.reading import batch_indices, read_ahead
+from data.reading import batch_indices, check_classes, read_ahead, without_unreadable
 from dual_transform import tokens_to_counts
 from evaluate_fid import evenly, open_tokenizer
 from paper import table6_sweep, variants
@@ -75,9 +75,8 @@ def features(path, args, device):
     checkpoint = common.load_checkpoint(path, "python train_tokenizer.py", "tokenizer")
     data = args.data or checkpoint.get("config", {}).get("data")
     tokenizer, test_set = open_tokenizer(path, checkpoint, data, device)
-    train_set = open_dataset(data, "train", tokenizer.image_size)
-    if train_set.class_names != test_set.class_names:
-        raise ValueError(f"the classes in {data}/train and {data}/val are not the same")
+    train_set = without_unreadable(open_dataset(data, "train", tokenizer.image_size))
+    check_classes(train_set, test_set)
     num = args.num_train or (None if args.ckpt else NUM_TRAIN)
     train, test = (read(tokenizer, dataset, evenly(len(dataset), number), device, args.workers)
                    for dataset, number in ((train_set, num), (test_set, None)))

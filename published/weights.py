@@ -43,8 +43,8 @@ def kind_of(value):
     return f"{str(value.dtype)[6:]} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
 
 
-def listed(names):
+def listed(names, first=3):
     """The first three names as text, and how many more there are."""
     names = [str(name) for name in names]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "nothing") + more
+    more = f" and {len(names) - first} more" if len(names) > first else ""
+    return (", ".join(names[:first]) or "nothing") + more

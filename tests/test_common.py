@@ -17,7 +17,8 @@ TABLE = [("steps", 10, 1000, "steps"), ("lr", 1e-3, 1e-4, "rate in %"), ("flip",
          ("ema", 0.9, 0.9, "decay"),
          ("tf32", True, True, "switch"),
          ("optimizer", "adamw", "muon", "which"), ("muon_lr", 0.1, 0.1, "rate"), ("bf16", "auto", "auto", "bfloat16"),
-         ("out", "a.pt", "a.pt", "checkpoint")]
+         ("out", "a.pt", "a.pt", "checkpoint"), ("beta2", 0.9, 0.9, "decay"), ("label_drop", 0.1, 0.1, "share"),
+         ("gelu", "tanh", "none", "which")]
 
 
 def run(script, *args, folder, processes=1):
@@ -82,12 +83,33 @@ def test_key_value():
                                         (["--ema=1"], "--ema"),
                                         (["--optimizer=sgd"], "--optimizer"),
                                         (["--optimizer=muon", "--muon_lr=0"], "--muon_lr"),
-                                        (["--recipe", "cifar"], "--recipe")])
+                                        (["--recipe", "cifar"], "--recipe"), (["--steps=" + 20 * "9"], "--steps"),
+                                        (["--beta2=1"], "--beta2"), (["--label_drop=1.5"], "--label_drop"),
+                                        (["--gelu=relu"], "--gelu")])
 def test_wrong_command_lines(argv, word, capsys):
     """Broken: a misspelt key or a value of the wrong type would be taken for something else."""
     with pytest.raises(SystemExit) as stopped:
         common.parse(TABLE, "", "fsdd", argv)
     assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29544"}
+
+
+@pytest.mark.parametrize("device, variables, word", [
+    ("meta", {}, "--device must be auto, cpu, cuda or cuda:N, got meta"), ("mps", {}, "got mps"),
+    ("cpu", {"RANK": "0"}, "WORLD_SIZE is missing"), ("cpu", {"WORLD_SIZE": "2"}, "RANK is missing"),
+    ("cpu", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29544"}, "MASTER_ADDR is missing"),
+    ("cpu", TORCHRUN | {"RANK": "1"}, "RANK 1 of WORLD_SIZE 1"), ("cpu", TORCHRUN | {"LOCAL_RANK": "a"}, "'a'"),
+    ("cpu", TORCHRUN | {"MASTER_PORT": "70000"}, "no process group .* can be joined")])
+def test_wrong_surroundings(device, variables, word, monkeypatch):
+    """Broken: a device without data, or a part of torchrun's variables, would end in a traceback or hang."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=word):
+        common.init_distributed(device)
 
 
 def test_help_names_every_key(capsys):

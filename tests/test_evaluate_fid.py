@@ -415,7 +415,7 @@ MISTAKES = [
     (["--images=a", "--save_stats=no/a.npz"], ["no folder no"]),
     (["--images=a", "--image_size=0"], ["--image_size"]),
     ([*AS_DIGITS, "nowhere"], ["there is no nowhere"]), ([*AS_DIGITS, "empty"], ["no images in empty"]),
-    ([*AS_DIGITS, "bad"], ["bad/a.png", "can't be read as an image"]),
+    ([*AS_DIGITS, "bad"], ["1 of the 1 images in bad can't be read", "a.png"]),
     ([*AS_DIGITS, "mixed"], ["mixed/0.png is 20 x 20", "mixed/2.png 21 x 20", "--image_size"]),
     ([*AS_DIGITS, "float.npz"], ["arr_0 in float.npz", "uint8", "float64"]), ([*AS_DIGITS, "nan.npz"], ["float64"]),
     ([*AS_DIGITS, "flat.npz"], ["(28, 28, 3)"]), ([*AS_DIGITS, "four.npz"], ["(9, 28, 28, 4)"]),

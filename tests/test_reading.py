@@ -1,4 +1,5 @@
 """Batches of images: every image once an epoch, the same for all processes, and files that can't be read left out."""
+import io
 import os
 from types import SimpleNamespace
 
@@ -6,10 +7,13 @@ import pytest
 import torch
 
 import common
-from data import open_dataset, reading, records
+import evaluate_fid
+from data import open_dataset, pictures, reading, records
 from data.image_folder import ImageFolder
+from data.sides import open_images
 from tests.image_folder import make_image_folder
-from tests.test_common import ROOT, run
+from tests.test_common import ROOT, assert_one_sentence, run, run_here
+from tokenizer import SetTokenizer
 
 
 def test_an_epoch_sees_every_image_once():
@@ -111,6 +115,86 @@ def test_too_many_unreadable_images(number, broken, stops, tmp_path):
     for _ in range(2):  # and the second run does not take it as checked
         with pytest.raises(ValueError, match=words):
             reading.open_datasets(cfg, 24)
+
+
+def test_a_class_is_a_folder_with_a_readable_image(tmp_path, capsys):
+    """Broken: folders of systems, of other formats or of broken files would be classes and shift all labels; a named
+    pipe would hang the check; or what was passed over would not be said."""
+    os.remove(make_image_folder(tmp_path, 200, classes=3))
+    whole = (tmp_path / "train" / "d0" / "00000.JPEG").read_bytes()
+    for name, content in {"__MACOSX/d0/._x.JPEG": b"", "__MACOSX/d0/y.JPEG": whole, "a_tif/a.tif": whole,
+                          "broken/a.jpg": whole[:99], "a.jpg": whole, "d1/@eaDir/a.jpg/small.jpg": whole,
+                          "d2/README": b""}.items():
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(content)
+    os.mkfifo(tmp_path / "train" / "d1" / "pipe.jpg")
+    cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=0)
+    for _ in range(2):  # the second time by images.json
+        train_set, test_set = reading.open_datasets(cfg, 24)
+        said = capsys.readouterr().out
+        assert train_set.class_names == test_set.class_names == ["d0", "d1", "d2"] and len(train_set) == 200
+        assert all(name.startswith(b"d%d/" % label) for name, label in zip(train_set.names, train_set.labels.tolist()))
+        assert f"{train_set.root}: 200 images in 3 classes; files passed over: 4 hidden, " in said, said
+        assert sum(train_set.passed_over.values()) == 9 and train_set.passed_over.keys() == {
+            "hidden", ".tif", ".txt", "without a suffix", "outside the class folders", "no regular file"}
+        assert "; no class, for want of a readable image: __MACOSX, a_tif, broken\n" in said
+
+
+def test_train_and_val_have_the_same_classes(tmp_path):
+    """Broken: stage 1 would run to its end on classes that stage 2 refuses, or it would not be said which they are."""
+    make_image_folder(tmp_path, 40, classes=10)
+    os.remove(tmp_path / "train" / "d0" / "cut.jpg")  # more than 1 % of 41 files
+    for number in range(4):
+        (tmp_path / "val" / f"d{number}").rename(tmp_path / "val" / f"other{number}")
+    cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=0)
+    with pytest.raises(ValueError, match=r"train and .*val are .* only in the first: d0, d1, d2 and 1 more; "
+                                         r"only in the second: other0, other1, other2 and 1 more$"):
+        reading.open_datasets(cfg, 24)
+
+
+def test_evaluation_leaves_out_what_training_does(tmp_path, capsys):
+    """Broken: a truncated file would end an evaluation after hours, or be left out of the training only."""
+    make_image_folder(tmp_path, 400, classes=2)
+    val = tmp_path / "val" / "d0"
+    os.truncate(val / "00000.JPEG", 300)
+    config = dict(image_size=16, channels=3, patch_size=8, num_tokens=4, codebook_size=16, code_dim=4, width=16,
+                  heads=2, encoder_layers=1, decoder_layers=1)
+    checkpoint = {"kind": "tokenizer", "model_config": config, "weights": SetTokenizer(**config).state_dict()}
+    torch.save(checkpoint, tmp_path / "tokenizer.pt")
+    _, dataset = evaluate_fid.open_tokenizer("", checkpoint, str(tmp_path), torch.device("cpu"))
+    folder = open_images(str(tmp_path / "val"), 16)
+    assert len(dataset) == folder.num == 99
+    assert torch.equal(folder.read(slice(0, 99)), dataset.__getitems__([(i, 0) for i in range(99)])[0])
+    said = capsys.readouterr().out
+    for words in ("val/d0/00000.JPEG can't be read (OSError", "1 of 100 images in", "99 images in 2 classes"):
+        assert words in said
+    os.truncate(val / "00002.JPEG", 300)  # more than 1 %
+    for arguments in (["--ckpt=tokenizer.pt", "--data=."], ["--images=val", "--image_size=16", "--save_stats=s.npz"]):
+        finished = run_here(evaluate_fid.main, *arguments, "--device=cpu", folder=tmp_path)
+        assert_one_sentence(finished, "2 of the 100 images in", "val can't be read, which is more than 1 %")
+
+
+def test_names_that_are_no_text(tmp_path, monkeypatch):
+    """Broken: a file or a class named in another encoding than UTF-8 would end the run in a traceback when it is
+    printed, drawn or written."""
+    make_image_folder(tmp_path, 200, classes=2)
+    odd = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (tmp_path / split / "d1").rename(tmp_path / split / odd)
+    (tmp_path / "train" / "d0" / "cut.jpg").rename(tmp_path / "train" / "d0" / f"{odd}.jpg")
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", printed)
+    common.Parser()
+    cfg = SimpleNamespace(data=str(tmp_path), out=str(tmp_path / "a.pt"), workers=0)
+    for _ in range(2):  # and by images.json
+        train_set, _ = reading.open_datasets(cfg, 24)
+        assert train_set.class_names == [odd, "d0"] and len(train_set) == 200
+    common.save_checkpoint({"kind": "fsdd", "class_names": train_set.class_names}, str(tmp_path / "a.pt"))
+    assert common.load_checkpoint(str(tmp_path / "a.pt"), "", "fsdd")["class_names"] == [odd, "d0"]
+    pictures.grid(train_set.__getitems__([(0, 0), (199, 0)])[0], 1, train_set.class_names)
+    print("classes", *train_set.class_names, flush=True)
+    said = printed.buffer.getvalue().decode()
+    assert r"train/d0/caf\udce9.jpg can't be read (" in said and r"classes caf\udce9 d0" in said
 
 
 THREE_PROCESSES = """

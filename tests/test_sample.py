@@ -1,10 +1,15 @@
 """Images from a checkpoint: the same for any number of processes, in every format asked for."""
+import os
+import tracemalloc
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import sample
+from data.samples import SampleFile
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, sample_noise
 from tests.test_common import assert_one_sentence, run, run_here
@@ -133,6 +138,93 @@ def test_decoding_in_parts(checkpoint):
     parts = sample.decode(tokenizer, tokens)
     assert parts.shape == (11, 1, 8, 8) and len(whole.unique(dim=0)) > 5
     assert (parts.int() - whole.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("out", ["a.npz", "a.png", "a.gif"])
+def test_an_interrupted_run_goes_on(out, checkpoint, tmp_path, monkeypatch, capsys):
+    """Broken: hours of sampling would be lost by Ctrl-C or a kill, the file of a run before destroyed, or a resumed run
+    give other images than an unbroken one."""
+    monkeypatch.chdir(tmp_path)
+    draw, drawn = sample.draw_chunk, []
+    command = ["--ckpt", str(checkpoint), "--num=23", "--batch=5", "--device=cpu", f"--out={out}"]
+    sample.main(command)
+    whole = (tmp_path / out).read_bytes()
+
+    def interrupted(*arguments):
+        drawn.append(arguments[4])
+        if drawn == [0, 1, 2]:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(sample, "draw_chunk", interrupted)
+    (tmp_path / out).write_bytes(b"of another run")
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(command)
+    partial, = tmp_path.glob("*.partial")
+    assert f"10 of 23 images are kept in {partial.name}; the same command goes on" in capsys.readouterr().err
+    assert (tmp_path / out).read_bytes() == b"of another run"
+    with open(partial, "ab") as file:
+        file.write(b"half of an image, as a kill leaves it")
+    sample.main([*command, "--seed=1"])  # another command begins anew, and leaves the images there
+    assert drawn == [0, 1, 2, 0, 1, 2, 3, 4] and (tmp_path / out).read_bytes() != whole
+    sample.main(command)
+    assert drawn[8:] == [2, 3, 4] and "going on behind the 10 images" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == [out]
+    if out == "a.npz":  # the zip file holds the time
+        images, labels = arrays(out)
+        (tmp_path / "whole.npz").write_bytes(whole)
+        assert (images == arrays("whole.npz")[0]).all() and (labels == arrays("whole.npz")[1]).all()
+    else:
+        assert (tmp_path / out).read_bytes() == whole
+
+
+def test_one_run_makes_the_images(checkpoint, tmp_path, monkeypatch):
+    """Broken: two runs of the same command would write into one file."""
+    monkeypatch.chdir(tmp_path)
+    command, draw, found = ["--ckpt", str(checkpoint), "--num=4", "--batch=2", "--device=cpu"], sample.draw_chunk, []
+
+    def and_another(*arguments):
+        if not found:
+            found.append(run_here(sample.main, *command, folder=tmp_path))
+        return draw(*arguments)
+
+    monkeypatch.setattr(sample, "draw_chunk", and_another)
+    sample.main(command)
+    assert_one_sentence(found[0], "another run makes the same images")
+    assert os.listdir(tmp_path) == ["samples.png"]
+
+
+def test_memory_does_not_grow_with_the_images(tmp_path):
+    """Broken: 50,000 images of 256 x 256 would take 25 GB before the first of them is written."""
+    sizes = {"channels": 3, "image_size": 64}
+    checkpoint = {"class_names": ["a"], "weights": {}, "tokenizer": {"model_config": sizes, "weights": {}}}
+    args = SimpleNamespace(out=str(tmp_path / "a.npz"), seed=0, batch=100, bf16="off")
+    chunk = torch.randint(256, (1, 100, 3, 64, 64), dtype=torch.uint8)
+    labels = torch.zeros(3000, dtype=torch.int64)  # 37 MB
+    tracemalloc.start()
+    with SampleFile(args, labels, checkpoint, {"steps": 1}, "cpu") as samples:
+        for _ in range(30):
+            samples.add([[chunk]])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+    images, _ = arrays(args.out)
+    assert (images.reshape(30, 100, 64, 64, 3) == chunk[0].permute(0, 2, 3, 1).numpy()).all()
+
+
+def test_labels_are_numbers_or_names(checkpoint, tmp_path, monkeypatch, capsys):
+    """Broken: a label could be given by its number only, a name be taken for another class, or nothing say which class
+    a label is."""
+    names = ["cat", "dog", "2", "0"]
+    choose = lambda text, num: sample.choose_labels(text, num, names, 10).tolist()  # noqa: E731
+    assert choose("dog,0, cat", 3) == [1, 0, 0]  # "0": a number goes before a name
+    assert choose("2,3", 4) == [2, 2, 3, 3] and choose(None, 4) == [0, 1, 2, 3]
+    for wrong in ("bird", "4", "-1", "dog,", ",", "1.0"):
+        with pytest.raises(ValueError, match="numbers from 0 to 3 or names of classes, such as cat"):
+            choose(wrong, 3)
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--ckpt", str(checkpoint), "--num=2", "--labels=class 7,3", "--device=cpu"])
+    assert "generating 2 images of the classes 7 (class 7), 3 (class 3):" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -2,12 +2,13 @@
 import tracemalloc
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import common
 from data import open_dataset
-from data.sides import open_images, open_npz
+from data.sides import check_statistics, open_images, open_npz
 from tests.conftest import pictures
 
 
@@ -34,3 +35,17 @@ def test_folders_are_cropped_as_adm_does(tmp_path):
     found = open_images(str(tmp_path / "val"), 32)
     expected = open_dataset(str(tmp_path), "test", 32)
     assert torch.equal(found.read(slice(0, 3)), expected.__getitems__([(0, 0), (1, 0), (2, 0)])[0])
+
+
+def test_what_is_no_covariance_is_refused():
+    """Broken: an FID would come out of a matrix that is no covariance, or rounding be taken for one that is not."""
+    factor = torch.randn(40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma, mu = factor.T @ factor, torch.zeros(64, dtype=torch.float64)  # of rank 40
+    for good in (sigma, sigma.float(), 1e-12 * sigma, torch.zeros_like(sigma), (sigma * 0.01).half(), torch.eye(64)):
+        check_statistics(mu, good, "them")
+    negative = torch.linalg.eigh(sigma)
+    negative = negative.eigenvectors * torch.where(torch.arange(64) == 63, -1.0, negative.eigenvalues)
+    for bad in (-torch.eye(64), sigma.tril(), factor.T @ factor.roll(1, 0), torch.ones(64, 64).fill_diagonal_(0),
+                negative @ torch.linalg.eigh(sigma).eigenvectors.T):
+        with pytest.raises(ValueError, match="them are no mean and covariance"):
+            check_statistics(mu, bad, "them")

@@ -200,6 +200,13 @@ def test_too_many_codes_get_one_sentence():
             train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
 
 
+def test_unused_rows_need_a_large_codebook():
+    """Broken: counts would reach beyond the rows of the count embedding, and end in a traceback in the first step."""
+    Denoiser(4, 4, 3, 16, 1, 2, unused_rows=True)
+    with pytest.raises(ValueError, match="unused_rows needs num_tokens <= codebook_size, got 5 > 4"):
+        Denoiser(4, 5, 3, 16, 1, 2, unused_rows=True)
+
+
 def test_a_tokenizer_of_colour_images_gets_one_sentence():
     """Broken: grey images would go into a tokenizer of colour images, and end in a traceback."""
     model_config = dict(channels=3, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16,
