@@ -1,9 +1,12 @@
 """Images as bytes and as pages: what the scripts draw."""
+import os
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 import common
+from data import files
 from data.reading import read_ahead
 
 
@@ -43,15 +46,22 @@ def write_samples(path, images, labels, class_names):
     """images (frames, N, ch, H, W) uint8 and labels (N,) -> a grid (.png), arrays (.npz) or an animation (.gif)."""
     if path.endswith(".npz"):
         arrays = images[-1].permute(0, 2, 3, 1)  # (N, H, W, ch)
-        np.savez(path, arr_0=arrays.expand(-1, -1, -1, 3).numpy(), arr_1=labels.numpy())
+        with files.written(path) as file:
+            np.savez(file, arr_0=arrays.expand(-1, -1, -1, 3).numpy(), arr_1=labels.numpy())
         return
     columns = int(labels.bincount().max())  # a row for each class
     rows = [class_names[label] for label in labels.unique_consecutive()]
     pages = [grid(fill_rows(frame, labels, columns), columns, rows) for frame in images]
     if path.endswith(".png"):
-        pages[0].save(path)
+        save(pages[0], path)
     else:
-        pages[0].save(path, save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
+        save(pages[0], path, save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
+
+
+def save(page, path, **options):
+    """Write a PIL image so that a kill at any moment leaves the old file or the new one, whole."""
+    with files.written(path) as file:
+        page.save(file, os.path.splitext(path)[1][1:], **options)
 
 
 def fill_rows(images, labels, columns):
@@ -70,11 +80,11 @@ def draw_reconstructions(model, dataset, device, path, number=20):
         images = next(read_ahead(dataset, [[(i, 0) for i in spread][:number]], workers=0))[0].to(device)
         pairs = torch.stack([images, to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
         pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, ...
-        grid(pairs, columns, ["image", "decoded"] * (number // columns)).save(path)
+        save(grid(pairs, columns, ["image", "decoded"] * (number // columns)), path)
 
 
 def check_picture(parser, path):
     """Exit before any work where a picture can't be written to path."""
     if not path.endswith(".png"):
         parser.error(f"--out must end in .png, got {path}")
-    common.check_folder(path)
+    common.check_output(path)
