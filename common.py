@@ -68,6 +68,8 @@ def parse(table, description, kind, argv=None, prog=None):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
     settings |= given
     check_settings(parser, table, settings, checkpoint)
+    if kind and settings["out"].endswith((".csv", ".png", ".json", ".npy")):  # what else a training writes
+        parser.error(f"--out is the checkpoint and should end in .pt, got {settings['out']}")
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
     return SimpleNamespace(**settings), checkpoint

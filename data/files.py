@@ -36,21 +36,28 @@ def written(path, mode="wb", **how):
                 os.remove(left)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        with open(temporary, mode, **how) as file:
+        with naming(path), open(temporary, mode, **how) as file:
             lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # it has been renamed
+            os.remove(temporary)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """In this context an OSError names path."""
+    try:
+        yield
     except (OSError, RuntimeError) as problem:  # torch.save hides an OSError in a RuntimeError
         while problem and not isinstance(problem, OSError):
             problem = problem.__context__
         if not problem:
             raise
         raise OSError(problem.errno or errno.EIO, problem.strerror or str(problem), path) from None
-    finally:
-        with contextlib.suppress(OSError):  # it has been renamed
-            os.remove(temporary)
 
 
 def lock(file):

@@ -46,7 +46,8 @@ def open_log(path, columns, step):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    return csv.DictWriter(open(path, "a", newline="", buffering=1), columns, extrasaction="ignore").writerow
+    writer = csv.DictWriter(open(path, "a", newline="", buffering=1), columns, extrasaction="ignore")
+    return files.naming(path)(writer.writerow)
 
 
 def progress_bar(start, steps, batch_size):

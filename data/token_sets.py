@@ -17,6 +17,8 @@ def encode_training_set(tokenizer, dataset, device, cfg):
     They are kept at cfg.tokens; a .json file beside it says which tokenizer and images they are from, and where these
     are the same the file is used again. ValueError where a rank can't see them.
     """
+    if not cfg.tokens.endswith(".npy"):  # such as a checkpoint, whose place they would take
+        raise ValueError(f"--tokens must end in .npy, got {cfg.tokens}")
     made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
     for name, weight in tokenizer.state_dict().items():
         made_from.update(name.encode() + weight.cpu().numpy().tobytes())
