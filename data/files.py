@@ -3,6 +3,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import itertools
 import math
 import os
 import tempfile
@@ -10,6 +11,8 @@ import uuid
 import zipfile
 
 import torch
+
+RUN, NUMBERS = uuid.uuid4().hex[:8], itertools.count()  # what the names of temporary files are made of
 
 
 def check_output(path):
@@ -30,11 +33,13 @@ def check_output(path):
 def written(path, mode="wb", **how):
     """A file to write, open in this context, that takes path's place at its end: a kill at any moment, a full disk or
     another run that writes path too leave a whole file there. Its temporary name is its own. An OSError names path."""
-    for left in glob.glob(f"{glob.escape(path)}.*.tmp"):  # by a process that was killed
-        with contextlib.suppress(OSError), open(left, "r+b") as file:
-            if lock(file):
-                os.remove(left)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    own = f".{RUN}-{os.getpid()}-"
+    for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
+        if own not in left:  # what another process writes it has locked; the rest is of some that were killed
+            with contextlib.suppress(OSError), open(left, "r+b") as file:
+                if lock(file):
+                    os.remove(left)
+    temporary = f"{path}{own}{next(NUMBERS)}.tmp"
     try:
         with naming(path), open(temporary, mode, **how) as file:
             lock(file)
