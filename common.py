@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from data import files
 from data.command_line import Parser, launched, yes_or_no
 
 RECIPES = ("digits", "imagenet256")  # columns of values in the tables HYPERPARAMETERS; a third one needs its name here
@@ -69,6 +70,8 @@ def parse(table, description, kind, argv=None, prog=None):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
     settings |= given
     check_settings(parser, table, settings, checkpoint)
+    if kind and settings["out"].endswith((".csv", ".png", ".json", ".npy")):  # what else a training writes
+        parser.error(f"--out is the checkpoint and should end in .pt, got {settings['out']}")
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
     return SimpleNamespace(**settings), checkpoint
@@ -96,7 +99,7 @@ def check_settings(parser, table, settings, checkpoint):
     for name, choices in (("bf16", switch), ("fused_attention", switch), ("gelu", ("tanh", "none"))):
         if settings.get(name, choices[0]) not in choices:
             parser.error(f"--{name} must be one of {', '.join(choices)}, got {settings[name]}")
-    check_folder(settings["out"])
+    check_output(settings["out"], *(os.path.splitext(settings["out"])[0] + suffix for suffix in (".csv", ".png")))
 
 
 def three_numbers(text):
@@ -169,6 +172,8 @@ def run(main):
         code = stopped.code
     except KeyboardInterrupt:
         stop("interrupted")
+    except OSError as problem:  # of a disk, for one
+        stop(files.sentence(problem))
     finally:  # the data loader's workers ignore SIGTERM (data/reading.py), by which Python would end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
@@ -250,7 +255,7 @@ def on_every_rank(work, *args, **settings):
     try:
         result = work(*args, **settings)
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = files.sentence(error)
     problem = next(filter(None, all_gather(problem)), "")
     if problem:
         raise ValueError(problem)
@@ -311,38 +316,28 @@ def parallel(model, device, cfg):
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
-def check_folder(path):
-    """Exit before any work where the folder that a file is to be written to does not exist."""
-    if not os.path.isdir(folder := os.path.dirname(path) or "."):
-        stop(f"there is no folder {folder} to write {path} to")
+def check_output(*paths):
+    """Exit before any work where a file can't be written to one of the paths."""
+    try:
+        for path in filter(None, paths):
+            files.check_output(path)
+    except ValueError as problem:
+        stop(str(problem))
 
 
 def save_checkpoint(checkpoint, path):
     """Write a checkpoint so that a kill at any moment leaves the old file or the new one, whole."""
-    torch.save(checkpoint, path + ".tmp")
-    os.replace(path + ".tmp", path)
+    with files.written(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path, made_by, *kinds):
     """Read a checkpoint; exits with one sentence where there is none, or one of another kind."""
-    if not os.path.isfile(path):
-        stop(f"there is no checkpoint {path}; make it with: {made_by}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
-        stop(f"{path} can't be read as a checkpoint ({type(problem).__name__}); make it with: {made_by}")
-    kind = name_layout(checkpoint).get("kind") if isinstance(checkpoint, dict) else None
-    if kind not in kinds:
+        checkpoint = files.read_checkpoint(path)
+    except ValueError as problem:
+        stop(f"{problem}; make it with: {made_by}")
+    if (kind := checkpoint.get("kind")) not in kinds:
         stop(f"{path} is not a {' or '.join(kinds)} checkpoint{f' but a {kind} checkpoint' if kind else ''}; "
              f"make it with: {made_by}")
     return checkpoint
-
-
-def name_layout(checkpoint):
-    """A checkpoint without SetTokenizer's former setting "layout": layouts other than "set" are checkpoint kinds."""
-    for part in (checkpoint, checkpoint.get("tokenizer", {})):
-        layout = part.get("model_config", {}).pop("layout", "set")
-        if layout != "set":
-            part["kind"] = f"{layout} tokenizer"
-    return checkpoint
-

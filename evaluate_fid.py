@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import common
 import sample
-from data import digits_classifier, open_dataset, records
+from data import digits_classifier, files, open_dataset, records
 from data.reading import without_unreadable
 from data.sides import check_statistics, open_images, side
 from published.inception import InceptionV3, load_inception
@@ -50,10 +50,10 @@ def main(argv=None):
         common.stop(str(problem))
     if rank > 0:
         return
-    if args.json:
-        records.write_json(results, args.json)
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    if args.json:
+        records.write_json(results, args.json)
     print(f"measured in {(time.time() - began) / 60:.1f} min")
 
 
@@ -126,8 +126,7 @@ def parse(argv):
     sample.check_generation_options(parser, args)
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save_stats must end in .npz, got {args.save_stats}")
-    for path in (args.save_stats, args.json, args.classifier):
-        common.check_folder(path or "")
+    common.check_output(args.save_stats, args.json)
     return args
 
 
@@ -276,9 +275,8 @@ def check_features(images, reference, net):
 
 def save_statistics(path, found, net):
     """Write mu and sigma as ADM does, and the network that they are of; a kill leaves the old file or the new one."""
-    with open(path + ".tmp", "wb") as file:
+    with files.written(path) as file:
         np.savez(file, mu=found.mu.numpy(), sigma=found.sigma.numpy(), num=found.num, features=net.name)
-    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def parse(argv):
     check_generation_options(parser, args)
     if not args.out.endswith(".npz") and args.num > 1000:
         parser.error(f"{args.num} images are too many for a picture; use --out {args.out[:-4]}.npz")
-    common.check_folder(args.out)
+    common.check_output(args.out)
     return args
 
 

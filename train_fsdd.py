@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import common
 from data import records
-from data.pictures import decode, grid
+from data.pictures import decode, grid, save
 from data.reading import batch_indices, in_order, open_datasets
 from data.token_sets import encode_training_set
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
@@ -81,14 +81,14 @@ def main(argv=None):
         cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
     device, rank, _ = common.init_distributed(cfg.device, cfg.tf32)
     began = time.time()
-    common.check_folder(cfg.tokens)
+    common.check_output(cfg.tokens)
     try:
         tokenizer, train_set, test_set, model_config, generation = prepare(stage1, device, cfg)
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
         common.set_switches(model, cfg)
         next(refine(model, torch.zeros(1, dtype=torch.int64, device=device), **generation))  # refuses wrong settings
-        records.check_training(cfg, checkpoint, train_set)
+        claim = records.check_training(cfg, checkpoint, train_set)
         tokens = encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
         common.stop(str(problem))
@@ -102,9 +102,10 @@ def main(argv=None):
     header = {"kind": "fsdd", "model_config": model_config, "class_names": train_set.class_names,
               "images": train_set.fingerprint(), "generation": generation,
               "tokenizer": {name: stage1[name] for name in ("model_config", "weights")}}
-    with common.Signals() as signals:
+    with claim, common.Signals() as signals:
         averaged = train(model, tokenizer, tokens, train_set.labels, checkpoint, header, cfg, signals)
     loss = evaluate(averaged, tokenizer, test_set, device, cfg)
+    records.check_result(loss, cfg)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; "
               f"loss {loss:.4f} on the sets of {len(test_set)} test images")
@@ -160,7 +161,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
             (loss * world_size).backward()  # DDP divides by the world size
             mean += loss.detach()
         # clip, step, learning rate, moving average
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
         lr = optimizers[0][1].get_last_lr()[0]
         for optimizer, schedule in optimizers:
             optimizer.step()
@@ -225,7 +226,7 @@ def draw_samples(model, tokenizer, header, device, cfg):
             counts = torch.cat([generate(model, labels, **header["generation"], generator=random)
                                 for labels in classes.repeat_interleave(10).to(device).split(cfg.device_batch)])
         page = grid(decode(tokenizer, counts_to_tokens(counts)), 10, [class_names[i] for i in classes])
-        page.save(records.beside(cfg.out, ".png"))
+        save(page, records.beside(cfg.out, ".png"))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         vqgan, critics = load_networks(cfg, checkpoint, device)
         train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
         model, model_config = make_model(cfg, checkpoint, train_set.channels, vqgan, device, model_class)
-        records.check_training(cfg, checkpoint, train_set)
+        claim = records.check_training(cfg, checkpoint, train_set)
     except ValueError as problem:
         common.stop(str(problem))
     header = {"kind": kind, "model_config": model_config, "class_names": train_set.class_names,
@@ -106,13 +106,14 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
     if not checkpoint:
         records.keep_previous(cfg.out)
     log = records.open_log(records.beside(cfg.out, ".csv"), COLUMNS, start)
-    with common.Signals() as signals:
+    with claim, common.Signals() as signals:
         if start < cfg.proxy_steps:
             model = train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals)
             del vqgan
         if cfg.proxy_steps < cfg.steps:
             model = train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
+    records.check_result(mse, cfg)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "
@@ -168,7 +169,7 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
             means += torch.stack([loss, proxy, quantizer]).detach() * (len(tokens) / B)
             codes.see(tokens, latents)
         # clip, step, learning rate, moving average, dead codes
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
         lr = optimizers[0][1].get_last_lr()[0]
         for optimizer, schedule in optimizers:
             optimizer.step()
@@ -214,7 +215,7 @@ def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, l
             means += torch.stack([loss, mse, quantizer]).detach() * (len(tokens) / B)
             codes.see(tokens, latents)
         # clip, step, learning rate, moving average, dead codes
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
         lr = optimizers[0][1].get_last_lr()[0]
         for optimizer, schedule in optimizers:
             optimizer.step()

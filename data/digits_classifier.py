@@ -8,7 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from data import open_dataset
+from data import files, open_dataset, records
 from data.reading import batch_indices
 
 FILE = "digits_classifier.pt"  # the trained classifier; stands beside the checkpoint that is evaluated
@@ -48,10 +48,12 @@ def open_classifier(path, device, rank):
     def prepare():
         net = DigitsClassifier()
         if rank == 0 and not load_classifier(net, path):
+            files.check_output(path)
             print(f"training the classifier for digits FID, once; it is kept as {path}", flush=True)
             net = train_classifier(open_dataset("digits", "train", 28))
             test = open_dataset("digits", "test", 28)
             net.accuracy.fill_(share_read_as(net, test.images, test.labels))
+            records.keep_previous(path)  # another file by this name
             common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
         return net
 
@@ -65,7 +67,7 @@ def open_classifier(path, device, rank):
 def load_classifier(net, path):
     """Load the weights in a file into net. Returns whether that succeeded."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = files.read_checkpoint(path)
         net.load_state_dict(checkpoint["weights"])
         return checkpoint["kind"] == "digits classifier"
     except Exception:  # missing or not usable: it is trained anew

@@ -1,8 +1,11 @@
 """Images as bytes and as pages: what the scripts draw."""
+import os
+
 import torch
 from PIL import Image, ImageDraw
 
 import common
+from data import files
 from data.reading import read_ahead
 
 
@@ -47,6 +50,12 @@ def draw_samples(file, kind, images, labels, class_names):
     pages[0].save(file, kind, **film if kind == "gif" else {})
 
 
+def save(page, path, **options):
+    """Write a PIL image so that a kill at any moment leaves the old file or the new one, whole."""
+    with files.written(path) as file:
+        page.save(file, os.path.splitext(path)[1][1:], **options)
+
+
 def fill_rows(images, labels, columns):
     """Images (N, ch, H, W) of ascending rows of labels, with white images where a row is short of columns."""
     rows = images.split(labels.unique_consecutive(return_counts=True)[1].tolist())
@@ -63,11 +72,11 @@ def draw_reconstructions(model, dataset, device, path, number=20):
         images = next(read_ahead(dataset, [[(i, 0) for i in spread][:number]], workers=0))[0].to(device)
         pairs = torch.stack([images, to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
         pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, ...
-        grid(pairs, columns, ["image", "decoded"] * (number // columns)).save(path)
+        save(grid(pairs, columns, ["image", "decoded"] * (number // columns)), path)
 
 
 def check_picture(parser, path):
     """Exit before any work where a picture can't be written to path."""
     if not path.endswith(".png"):
         parser.error(f"--out must end in .png, got {path}")
-    common.check_folder(path)
+    common.check_output(path)

@@ -1,12 +1,15 @@
 """What a training keeps on disk: its state in a checkpoint, a log in CSV, notes in JSON; and the progress bar."""
+import contextlib
 import csv
 import json
+import math
 import os
 import sys
 
 from tqdm import tqdm
 
 import common
+from data import files
 
 
 def beside(path, suffix):
@@ -16,9 +19,8 @@ def beside(path, suffix):
 
 def write_json(content, path):
     """Write a JSON file so that a kill at any moment leaves the old file or the new one, whole."""
-    with open(path + ".tmp", "w") as file:
+    with files.written(path, "w") as file:
         json.dump(content, file, indent=1)
-    os.replace(path + ".tmp", path)
 
 
 def read_json(path):
@@ -32,19 +34,20 @@ def read_json(path):
 
 def open_log(path, columns, step):
     """Open a CSV log and return the function that writes a row, a dict. A run that resumes at a step keeps the rows up
-    to it; the log of another run is kept as PATH.previous."""
+    to it."""
     if not common.is_main():
         return lambda row: None
     rows = []
     if os.path.isfile(path) and step:
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= step]
-    elif os.path.isfile(path):
-        os.replace(path, path + ".previous")
-    writer = csv.DictWriter(open(path, "w", newline="", buffering=1), columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return writer.writerow
+        with open(path, newline="", errors="replace") as file:
+            rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
+        rows = [row for row in rows if int(row["step"]) <= step]
+    with files.written(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    writer = csv.DictWriter(open(path, "a", newline="", buffering=1), columns, extrasaction="ignore")
+    return files.naming(path)(writer.writerow)
 
 
 def progress_bar(start, steps, batch_size):
@@ -55,7 +58,8 @@ def progress_bar(start, steps, batch_size):
 
 
 def check_training(cfg, checkpoint, dataset):
-    """ValueError where the batch does not fit the ranks or the data, or the checkpoint is not of this dataset."""
+    """ValueError where the batch does not fit the ranks or the data, the checkpoint is not of this dataset, or another
+    run writes cfg.out. Returns a context, at whose end others may write it."""
     if not (least := common.rank_and_world_size()[1]) <= cfg.batch_size <= len(dataset):
         raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {least}, and the "
                          f"number of training images, {len(dataset)}")
@@ -66,14 +70,39 @@ def check_training(cfg, checkpoint, dataset):
                        or checkpoint.get("class_names", dataset.class_names) != dataset.class_names):
         raise ValueError("the training images or classes are not those of the checkpoint, so --resume can't continue "
                          "from it; restore them, or start a new training")
+    claim = contextlib.ExitStack()
+    common.on_every_rank(lambda: common.is_main() and claim.enter_context(files.claimed(cfg.out)))
+    return claim
+
+
+def check_finite(norm, step, cfg):
+    """End the training, on all ranks, at a step whose gradient's norm, the same on all, is not finite."""
+    if not norm.isfinite():
+        diverged(f"the gradient of step {step + 1} is not finite", cfg.out, cfg.out + ".previous")
+
+
+def check_result(value, cfg):
+    """End, on all ranks, where what the trained model is measured to be, the same on all, is not finite."""
+    if not math.isfinite(value):
+        diverged(f"{cfg.out} gives {value} on the test images", cfg.out + ".previous")
+
+
+def diverged(what, *checkpoints):
+    """End with a sentence that names the first of the checkpoints that is there."""
+    good = next(filter(os.path.isfile, checkpoints), None)
+    common.stop(f"{what}: the training has diverged, so try a smaller learning rate; "
+                f"{f'the last good checkpoint is {good}' if good else 'there is no good checkpoint'}")
 
 
 def save_training(checkpoint, step, cfg, model, ema, optimizers, **state):
-    """Add to a checkpoint the averaged weights and all that --resume needs, and write it (rank 0 does)."""
+    """Add to a checkpoint the averaged weights and all that --resume needs, and write it (rank 0 does). All ranks end
+    where a number of it is not finite."""
+    state |= {"model": model.state_dict(), "n_averaged": ema.n_averaged,
+              "optimizers": [(optimizer.state_dict(), schedule.state_dict()) for optimizer, schedule in optimizers]}
+    state = {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(), "training": state}
+    if where := files.not_finite(state):
+        diverged(f"after step {step} {where} is not finite", cfg.out, cfg.out + ".previous")
     if common.is_main():
-        state |= {"model": model.state_dict(), "n_averaged": ema.n_averaged,
-                  "optimizers": [(optimizer.state_dict(), schedule.state_dict()) for optimizer, schedule in optimizers]}
-        state = {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(), "training": state}
         common.save_checkpoint(checkpoint | state, cfg.out)
 
 
@@ -96,10 +125,19 @@ def restore_optimizers(optimizers, states):
 
 
 def keep_previous(path):
-    """Rename the checkpoint of an earlier run to PATH.previous, so that a new run does not overwrite it."""
-    if common.is_main() and os.path.isfile(path):
-        os.replace(path, path + ".previous")
-        print(f"{path} already exists; it is kept as {path}.previous", flush=True)
+    """Rename the checkpoint of an earlier run, and its log, to PATH.previous, so that a new run does not overwrite
+    them; but one that can't be read to PATH.unreadable where there is a PATH.previous."""
+    if not common.is_main() or not os.path.isfile(path):
+        return
+    suffix = ".previous"
+    try:
+        files.read_checkpoint(path)
+    except ValueError:
+        suffix = ".unreadable" if os.path.isfile(path + ".previous") else ".previous"
+    for name in (beside(path, ".csv"), path):
+        if os.path.isfile(name):
+            os.replace(name, name + suffix)
+    print(f"{path} already exists; it is kept as {path}{suffix}", flush=True)
 
 
 def due(step, every, steps):

@@ -1,13 +1,13 @@
 """The training set as token sets, encoded once before stage 2 is trained, which then reads no image."""
+import contextlib
 import hashlib
-import os
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from data import records
+from data import files, records
 from data.reading import in_order
 
 
@@ -15,30 +15,53 @@ def encode_training_set(tokenizer, dataset, device, cfg):
     """The tokens of every training image, and of its mirror image where cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
 
     They are kept at cfg.tokens; a .json file beside it says which tokenizer and images they are from, and where these
-    are the same the file is used again. ValueError where a rank can't see it.
+    are the same the file is used again. ValueError where a rank can't see them.
     """
+    if not cfg.tokens.endswith(".npy"):  # such as a checkpoint, whose place they would take
+        raise ValueError(f"--tokens must end in .npy, got {cfg.tokens}")
     made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
     for name, weight in tokenizer.state_dict().items():
         made_from.update(name.encode() + weight.cpu().numpy().tobytes())
     shape = [2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens]
     note = {"made_from": made_from.hexdigest(), "shape": shape}
-    path, note_path = cfg.tokens, records.beside(cfg.tokens, ".json")
-    found = os.path.isfile(path) and records.read_json(note_path) == note
-    if not common.all_gather(found)[0]:
-        tokens = encode(tokenizer, dataset, device, cfg)
+    tokens = open_tokens(cfg.tokens, note)
+    if not common.all_gather(tokens is not None)[0]:
+        with files.written(cfg.tokens) if common.is_main() else contextlib.nullcontext() as file:
+            put(np.zeros(shape, np.uint16), file)  # claims the space on the disk
+            put(tokens := encode(tokenizer, dataset, device, cfg), file)
         if common.is_main():
-            with open(path + ".tmp", "wb") as file:
-                np.save(file, tokens)
-            if os.path.exists(note_path):
-                os.remove(note_path)  # first, so that these tokens never stand beside another's note
-            os.replace(path + ".tmp", path)
-            records.write_json(note, note_path)
+            records.write_json(note | {"sha256": hashlib.sha256(tokens).hexdigest()}, note_of(cfg.tokens))
+        common.all_gather(None)  # rank 0 has written
+        tokens = open_tokens(cfg.tokens, note)
     elif common.is_main():
-        print(f"{path} holds the tokens of these images by this tokenizer; used again", flush=True)
-    common.all_gather(None)  # rank 0 has written
-    if not all(common.all_gather(os.path.isfile(path) and records.read_json(note_path) == note)):
-        raise ValueError(f"not every machine sees {path} as rank 0 wrote it; --tokens must lie in a folder they share")
-    return np.load(path, mmap_mode="r")
+        print(f"{cfg.tokens} holds the tokens of these images by this tokenizer; used again", flush=True)
+    if not all(common.all_gather(tokens is not None)):
+        raise ValueError(f"{cfg.tokens} does not hold what rank 0 wrote: another run writes it too, or not every "
+                         "machine sees it; give --tokens a path of this run's own, in a folder they share")
+    return tokens
+
+
+def note_of(path):
+    return records.beside(path, ".json")
+
+
+def put(array, file):
+    """Write an array to an open .npy file in place of what it holds, on rank 0, which has one."""
+    if file:
+        file.seek(0)
+        np.save(file, array)
+        file.flush()
+
+
+def open_tokens(path, note):
+    """The tokens in a file, memory-mapped; None where its own note or its content is not what note says."""
+    found = records.read_json(note_of(path))
+    try:
+        tokens = np.load(path, mmap_mode="r")
+        same = note.items() <= found.items() and hashlib.sha256(tokens).hexdigest() == found.get("sha256")
+        return tokens if same and list(tokens.shape) == note["shape"] and tokens.dtype == np.uint16 else None
+    except (OSError, ValueError, EOFError):  # not there, cut off, or something else
+        return None
 
 
 def encode(tokenizer, dataset, device, cfg):

@@ -32,7 +32,7 @@ def main(argv=None):
     tokens = tokenizer.encode(image / 127.5 - 1)  # (1, M)
     counts = tokens_to_counts(tokens, tokenizer.codebook_size)  # (1, C)
     decoded = pictures.to_uint8(tokenizer.decode(counts_to_tokens(counts)))
-    draw(image[0], tokens[0].tolist(), counts[0].tolist(), decoded[0]).save(args.out)
+    pictures.save(draw(image[0], tokens[0].tolist(), counts[0].tolist(), decoded[0]), args.out)
     print(f"{args.out}: {len(tokens[0])} tokens, {int((counts > 0).sum())} of {counts.shape[1]} codes")
 
 

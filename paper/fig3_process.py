@@ -48,7 +48,7 @@ def main(argv=None):
         print(f"| {t} | {before.sum()} | {after.sum()} | {change.clamp(min=0).sum()} | {-change.clamp(max=0).sum()} "
               f"| {(after != x0).sum()} |")
     decoded = sample.decode(tokenizer, counts_to_tokens(torch.cat([after for _, after in states])))
-    draw(states, decoded).save(args.out)
+    pictures.save(draw(states, decoded), args.out)
     print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}; {(time.time() - began) / 60:.1f} min")
 
 

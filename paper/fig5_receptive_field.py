@@ -48,7 +48,8 @@ def main(argv=None):
         for name, shares in (*zip(names, [shares for _, shares in found]), ("evenly spread", [*even, *even])):
             print(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
         columns = [f"token {token + 1}" for token in range(number)]
-        pictures.grid(torch.cat([heat(maps) for maps, _ in found]), number, names, columns).save(args.out)
+        page = pictures.grid(torch.cat([heat(maps) for maps, _ in found]), number, names, columns)
+        pictures.save(page, args.out)
         print(f"{args.out}: {number} tokens of each; {(time.time() - began) / 60:.1f} min")
 
 

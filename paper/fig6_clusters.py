@@ -61,7 +61,7 @@ def main(argv=None):
     rows = [torch.nn.functional.pad(dataset.__getitems__([(i, 0) for i in row])[0], (0,) * 7 + (columns - len(row),),
                                     value=255)
             for row in members]
-    pictures.grid(torch.cat(rows), columns, [f"code {codes[i]}" for i in best]).save(args.out)
+    pictures.save(pictures.grid(torch.cat(rows), columns, [f"code {codes[i]}" for i in best]), args.out)
     print(f"{args.out}: the first images of each; {(time.time() - began) / 60:.1f} min")
 
 

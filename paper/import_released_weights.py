@@ -20,7 +20,7 @@ maskgit-vqgan-imagenet-f16-256.bin, which only training needs (published/maskgit
 tokenizer holds its own copy of the decoder, trained further.
 """
 import argparse
-import filecmp
+import io
 import math
 import os
 import re
@@ -114,8 +114,7 @@ def parse(argv):
     args.tokenizer_out = args.tokenizer_out or os.path.join(os.path.dirname(args.out), "tokenizer.pt")
     if os.path.abspath(args.out) == os.path.abspath(args.tokenizer_out):
         parser.error(f"--out and --tokenizer_out are both {args.out}")
-    common.check_folder(args.out)
-    common.check_folder(args.tokenizer_out)
+    common.check_output(args.out, args.tokenizer_out)
     return args
 
 
@@ -221,15 +220,17 @@ def check_pair(tokenizer_config, model_config, args):
 
 def write(checkpoint, path, what):
     """Write a checkpoint, whole or not at all. Another one that stands there is kept as PATH.previous."""
-    torch.save(checkpoint, path + ".tmp")
-    if os.path.isfile(path) and filecmp.cmp(path, path + ".tmp", shallow=False):
-        os.remove(path + ".tmp")  # the same already: what .previous holds is worth more than a second copy
-    else:
+    new, old = io.BytesIO(), None
+    torch.save(checkpoint, new)
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            old = file.read()
+    if old != new.getvalue():  # else the same already: what .previous holds is worth more than a second copy
         records.keep_previous(path)
-        os.replace(path + ".tmp", path)
+        common.save_checkpoint(checkpoint, path)
     parameters = sum(tensor.numel() for tensor in checkpoint["weights"].values())
     print(f"{path}: {what}, {parameters / 1e6:.1f} M parameters")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -50,7 +50,7 @@ def main(argv=None):
         squared.append((decoded[0].clamp(-1, 1) - (image / 127.5 - 1)).square().mean().item())
         apart.append((decoded - decoded[0]).abs().max().item())
         rows.append(torch.cat([image[None], pictures.to_uint8(decoded)]).cpu())
-    pictures.grid(torch.cat(rows), len(COLUMNS), column_labels=COLUMNS).save(args.out)
+    pictures.save(pictures.grid(torch.cat(rows), len(COLUMNS), column_labels=COLUMNS), args.out)
     print(f"{args.out}: {len(rows)} images, mean squared error {np.mean(squared):.4f} for pixels in [-1, 1]; "
           f"from one order of the tokens to another a pixel changes by at most {max(apart):.1e}")
 
@@ -110,4 +110,4 @@ def read_image(path, size, channels):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -70,8 +70,8 @@ def measure(tokenizer, dataset, net, statistics, args, device, rank, processes):
         changes = changes.maximum(torch.stack([(other.long() - decoded[0].long()).abs().max() for other in decoded]))
         if i == rank == 0:
             rows = torch.stack([images, *decoded], 1)[:SHOWN]  # (SHOWN, 6, ch, H, W)
-            pictures.grid(rows.flatten(0, 1), len(reconstruct.COLUMNS),
-                          column_labels=reconstruct.COLUMNS).save(args.out)
+            page = pictures.grid(rows.flatten(0, 1), len(reconstruct.COLUMNS), column_labels=reconstruct.COLUMNS)
+            pictures.save(page, args.out)
     for one in statistics:
         for tensor in one.sums():
             common.all_reduce(tensor)

@@ -82,7 +82,7 @@ def main(argv=None):
     print(f"{world.C} codes, sets of {world.M} tokens; {cfg.steps} steps of {cfg.batch_size}; {cfg.num_images} samples")
     print_table(found, cfg)
     picture = pictures.grid(torch.cat([result.images for result in found.values()]), 20, list(found))
-    picture.save(cfg.out)
+    pictures.save(picture, cfg.out)
     print(f"{cfg.out}: samples of each; {(time.time() - began) / 60:.1f} min")
 
 
@@ -267,14 +267,14 @@ def trained(method, factor, seed, world, cfg):
     checkpoint = None
     if os.path.isfile(run.out):
         checkpoint = common.load_checkpoint(run.out, "the same command, with the file removed", "prior")
-    records.check_training(run, checkpoint, world.train_set)
+    claim = records.check_training(run, checkpoint, world.train_set)
     if checkpoint and checkpoint["step"] == run.steps:
         model.load_state_dict(checkpoint["weights"])
         return model.eval()
     if world.rank == 0:
         print(f"training {method}, learning rate x {factor:g}, seed {seed}", flush=True)
     common.set_tf32(cfg.tf32)
-    with common.Signals() as signals:
+    with claim, common.Signals() as signals:
         return train(method, model, checkpoint, world, run, signals).eval()
 
 
@@ -304,7 +304,7 @@ def train(method, model, checkpoint, world, cfg, signals):
             of_part = of_part * (len(x[part]) / B)
             (of_part * world_size).backward()
             mean += of_part.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
         lr = optimizers[0][1].get_last_lr()[0]
         for optimizer, schedule in optimizers:
             optimizer.step()

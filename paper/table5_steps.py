@@ -39,7 +39,7 @@ def main(argv=None):
     for (sampler, steps), row in found.items():
         read = f"{row['read']:.1%}" if row["read"] is not None else ""
         print(f"| {sampler} | {steps} | {row['fid']:.1f} | {row['precision']:.2f} | {row['recall']:.3f} | {read} |")
-    draw({key: row["fid"] for key, row in found.items()}).save(args.out)
+    pictures.save(draw({key: row["fid"] for key, row in found.items()}), args.out)
     print(f"{args.out}: FID over steps; {(time.time() - began) / 60:.1f} min")
 
 

@@ -61,10 +61,10 @@ class Critics:
         means, self.means = self.means, defaultdict(float)
         if self.discriminator and step >= self.first:
             recon, self.recon = torch.cat(self.recon), []
-            means["discriminator"] = self.train_discriminator(images, recon)
+            means["discriminator"] = self.train_discriminator(images, recon, step)
         return means
 
-    def train_discriminator(self, images, recon):
+    def train_discriminator(self, images, recon, step):
         """One step on images and reconstructions (rows, ch, H, W), as the steps of train_tokenizer.py."""
         cfg = self.cfg
         _, micro_batches, world_size = common.shares(cfg.batch_size, cfg.device_batch)
@@ -77,7 +77,8 @@ class Critics:
             (loss * world_size).backward()
             mean += loss.detach()
             logits += torch.stack([real.mean(), fake.mean()]).detach() * weight
-        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf)
+        records.check_finite(norm, step, cfg)
         for optimizer, schedule in self.optimizers:
             optimizer.step()
             schedule.step()

@@ -3,6 +3,8 @@ import os
 
 import torch
 
+from data.files import not_finite
+
 
 def load_published(path, what, address, build):
     """A network with the weights of a published file, in evaluation mode and without gradients.
@@ -25,7 +27,7 @@ def load_published(path, what, address, build):
 
 
 def check_tensors(found, shapes, path):
-    """Raise ValueError unless what a file holds is the float32 tensors that are needed.
+    """Raise ValueError unless what a file holds is the float32 tensors that are needed, all of finite numbers.
 
     found: what it holds by name.  shapes: the shapes needed by name.  path: the file, for the message.
     """
@@ -36,6 +38,8 @@ def check_tensors(found, shapes, path):
     if missing or unexpected or wrong:
         raise ValueError(f"{path} is not the file that is needed: missing {listed(missing)}; "
                          f"unexpected {listed(unexpected)}; of the wrong shape or type {listed(wrong)}")
+    if where := not_finite(found):
+        raise ValueError(f"{path} is damaged: {where} holds numbers that are not finite")
 
 
 def kind_of(value):

@@ -212,8 +212,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     common.save_checkpoint({"kind": "fsdd", "step": 1}, path)
 
     def half_a_save(checkpoint, target):
-        with open(target, "wb") as file:
-            file.write(b"half")
+        target.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half_a_save)
