@@ -1,7 +1,6 @@
 """Files that a kill, a full disk or another run leaves whole, and that hold finite numbers."""
 import contextlib
 import errno
-import fcntl
 import glob
 import itertools
 import math
@@ -11,6 +10,11 @@ import uuid
 import zipfile
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RUN, NUMBERS = uuid.uuid4().hex[:8], itertools.count()  # what the names of temporary files are made of
 
@@ -68,6 +72,8 @@ def naming(path):
 def lock(file):
     """Lock an open file against other processes until it is closed. Returns whether it is locked, False on a file
     system without locks. BlockingIOError where another process has locked it."""
+    if not fcntl:
+        return False
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

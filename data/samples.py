@@ -1,6 +1,5 @@
 """The images of sample.py on their way to its --out: into a file as they are made, so that memory holds a few of them
-and an interrupted run goes on."""
-import fcntl
+and an interrupted run can be continued."""
 import hashlib
 import os
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 import common
+from data import files
 from data.pictures import draw_samples
 
 
@@ -17,7 +17,7 @@ class SampleFile:
     """Used by all ranks; rank 0 writes.
 
     While images are made they stand, as bytes, in a file beside --out, whose name holds a hash of all that the images
-    depend on: the same command finds it and goes on behind its last whole chunk. At the end --out is written beside it
+    depend on: the same command finds it and continues after its last whole chunk. At the end --out is written beside it
     and renamed. ValueError where another run makes the same images.
     """
 
@@ -40,23 +40,22 @@ class SampleFile:
             return 0
         self.file = open(self.partial, "a+b")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+            files.lock(self.file)  # held until this process ends
         except BlockingIOError:
             raise ValueError(f"another run makes the same images ({self.partial}); wait for it, or end it") from None
-        except OSError:
-            pass  # a file system without locks
         held, N = os.path.getsize(self.partial) // np.prod(self.shape), len(self.labels)
         done = -(-N // self.args.batch) if held >= N else held // self.args.batch
         self.file.truncate(min(N, done * self.args.batch) * np.prod(self.shape))
         if done:
-            print(f"going on behind the {min(N, done * self.args.batch)} images in {self.partial}", flush=True)
+            print(f"continuing after the {min(N, done * self.args.batch)} images in {self.partial}", flush=True)
         return int(done)
 
     def add(self, found):
         """Append the next chunks: found[rank] is a list of none or one, images (frames, n, ch, H, W) uint8."""
         for chunk in sum(found, []) if common.is_main() else ():
-            self.file.write(chunk.transpose(0, 1).numpy().tobytes())  # image by image
-            self.file.flush()
+            with files.naming(self.partial):
+                self.file.write(chunk.transpose(0, 1).numpy().tobytes())  # image by image
+                self.file.flush()
 
     def __enter__(self):
         return self
@@ -65,24 +64,18 @@ class SampleFile:
         if not common.is_main():
             return
         if kind is None:
-            self.write_out(self.partial + ".out")
+            self.write_out()
         elif held := os.path.getsize(self.partial) // np.prod(self.shape):
-            print(f"\n{held} of {len(self.labels)} images are kept in {self.partial}; the same command goes on from "
-                  "them", file=sys.stderr, flush=True)
+            print(f"\n{held} of {len(self.labels)} images are kept in {self.partial}; the same command continues "
+                  "from them", file=sys.stderr, flush=True)
         else:
             os.remove(self.partial)
         self.file.close()
 
-    def write_out(self, path):
-        """Write --out to a path beside it, rename that, and remove the partial file."""
-        try:
-            with open(path, "wb") as out:
-                self.write_arrays(out) if self.args.out.endswith(".npz") else self.write_picture(out)
-            os.replace(path, self.args.out)
-            os.remove(self.partial)
-        finally:
-            if os.path.exists(path):  # such as on a full disk
-                os.remove(path)
+    def write_out(self):
+        with files.written(self.args.out) as out:
+            self.write_arrays(out) if self.args.out.endswith(".npz") else self.write_picture(out)
+        os.remove(self.partial)
 
     def read(self, part):
         """A slice of the images, (n, frames, ch, H, W) uint8."""

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ import train_fsdd
 import train_tokenizer
 from data import digits_classifier, files, pictures, records, token_sets
 from data.digits_classifier import DigitsClassifier, load_classifier
+from data.samples import SampleFile
 from published.weights import check_tensors
 from tests.image_folder import make_image_folder
 from tests.test_common import assert_one_sentence, run, run_here
@@ -216,9 +218,18 @@ def test_a_log_or_picture_that_is_a_folder(place):
 def outputs(random):
     """Ways to write a file of more than 100 kB, by its name."""
     images, page = random.integers(256, size=(1, 2000, 1, 8, 8), dtype=np.uint8), random.integers(256, size=(300, 300))
-    labels = torch.zeros(2000, dtype=torch.int64)
+    partial = tempfile.TemporaryFile()
+    partial.write(images.tobytes())
+
+    def made(path):
+        """A SampleFile whose images have all been made."""
+        samples = object.__new__(SampleFile)
+        samples.args, samples.labels = SimpleNamespace(out=path), torch.zeros(2000, dtype=torch.int64)
+        samples.shape, samples.file, samples.partial = (1, 1, 8, 8), partial, "partial"
+        return samples
+
     return {
-        "s.npz": lambda path: pictures.write_samples(path, torch.from_numpy(images), labels, ["class"]),
+        "s.npz": lambda path: made(path).write_out(),
         "s.png": lambda path: pictures.save(pictures.Image.fromarray(page.astype(np.uint8)), path, compress_level=0),
         "a.pt": lambda path: common.save_checkpoint({"a": torch.zeros(30000)}, path),
         "a.json": lambda path: records.write_json({"a": "a" * 100000}, path),

@@ -161,14 +161,14 @@ def test_an_interrupted_run_goes_on(out, checkpoint, tmp_path, monkeypatch, caps
     with pytest.raises(KeyboardInterrupt):
         sample.main(command)
     partial, = tmp_path.glob("*.partial")
-    assert f"10 of 23 images are kept in {partial.name}; the same command goes on" in capsys.readouterr().err
+    assert f"10 of 23 images are kept in {partial.name}; the same command continues" in capsys.readouterr().err
     assert (tmp_path / out).read_bytes() == b"of another run"
     with open(partial, "ab") as file:
         file.write(b"half of an image, as a kill leaves it")
     sample.main([*command, "--seed=1"])  # another command begins anew, and leaves the images there
     assert drawn == [0, 1, 2, 0, 1, 2, 3, 4] and (tmp_path / out).read_bytes() != whole
     sample.main(command)
-    assert drawn[8:] == [2, 3, 4] and "going on behind the 10 images" in capsys.readouterr().out
+    assert drawn[8:] == [2, 3, 4] and "continuing after the 10 images" in capsys.readouterr().out
     assert os.listdir(tmp_path) == [out]
     if out == "a.npz":  # the zip file holds the time
         images, labels = arrays(out)
@@ -185,7 +185,7 @@ def test_one_run_makes_the_images(checkpoint, tmp_path, monkeypatch):
 
     def and_another(*arguments):
         if not found:
-            found.append(run_here(sample.main, *command, folder=tmp_path))
+            found.append(run("sample.py", *command, folder=tmp_path))
         return draw(*arguments)
 
     monkeypatch.setattr(sample, "draw_chunk", and_another)
