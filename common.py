@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import files
 from data.command_line import Parser, launched, yes_or_no
 
-RECIPES = ("digits", "imagenet256")  # columns of values in the tables HYPERPARAMETERS; a third one needs its name here
+RECIPES = ("digits", "imagenet256")  # columns of the tables HYPERPARAMETERS; a third: its name here, a value a row
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume

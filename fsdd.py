@@ -2,11 +2,11 @@
 
     X_0, data: the counts of an image's tokens.  X_1, noise: the counts of M codes drawn at random (Eq. 4).
     forward process   X_t: a discrete Gaussian between the two, made to sum to M by greedy adjusting (Eq. 5-7, Alg. 1)
-    denoiser          a DiT with one position a code, X_t -> a distribution over 0..M for every count of X_0
+    denoiser          a DiT with one position per code, X_t -> a distribution over 0..M for every count of X_0
     generation        from X_1 to X_0 in a few steps, by one of two samplers (Eq. 8-10)
 
 Shapes: B vectors, C codes, counts 0..M.  Time t runs from data (0) to noise (1), as in the paper; the denoiser is told
-s = 1 - t, as in the authors' release.
+1 - t, as in the authors' release.
 """
 import math
 from functools import partial
@@ -18,7 +18,7 @@ from torch import nn
 from dual_transform import tokens_to_counts
 from tokenizer import Attention, through
 
-ADJUST_FROM = 0.65  # the paper's sampler: from this s = 1 - t on, the drawn x_0 is adjusted to sum to M
+ADJUST_FROM = 0.65  # the paper's sampler: once 1 - t reaches this, the drawn x_0 is adjusted to sum to M
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise and the forward process (Sec. 3.3.1)
@@ -43,11 +43,11 @@ def sample_noise(batch, codebook_size, num_tokens, prior, generator=None, device
 
 
 def sample_times(uniform, times):
-    """The times t (B,) in (0, 1] that the denoiser is trained at.
+    """The times t (B,) that the denoiser is trained at, in (0, 1], with "flips" in [0.07, 0.93].
 
     uniform: (B,) in [0, 1).  times: "uniform" (the paper), or
     "flips", uniform in the share of flips that have happened. Where X_0 and X_1 differ by 1, Eq. 5-6 give P(X_t = X_1)
-    = sigmoid(8 (2t - 1)): under 2 % for t < 0.26, over 98 % for t > 0.74. With uniform t the denoiser spends half of
+    = sigmoid(8 (2t - 1)): under 2 % for t < 0.25, over 98 % for t > 0.75. With uniform t the denoiser spends half of
     its training on vectors in which nothing is undecided, or nothing known.
     """
     if times == "uniform":
@@ -136,7 +136,7 @@ def draw(p, uniform, top_p=1.0, top_k=0):
 
 def cut(p, top_p=1.0, top_k=0):
     """Categorical distributions (..., K) without their unlikely outcomes: (p, order), p in descending order and not
-    normalized, order the outcomes (..., K) that it is of. Where nothing is cut, p as it is and None.
+    normalized, order (..., K) the outcome that each entry of p belongs to. Where nothing is cut, p as it is and None.
 
     top_p: keep the smallest set of outcomes whose probability exceeds top_p (never empty; 1 keeps all).
     top_k: keep the k likeliest outcomes (0 keeps all).
@@ -227,7 +227,7 @@ class DiTBlock(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """p_theta(X_0 | X_t): a DiT over the C counts, one position a code.
+    """p_theta(X_0 | X_t): a DiT over the C counts, one position per code.
 
     codebook_size: C.  num_tokens: M.  num_classes: labels 0..num_classes - 1; label num_classes is the null class,
     which stands for "any" in classifier-free guidance.
@@ -347,7 +347,8 @@ def generate(denoiser, labels, **settings):
 
 
 def paper_step(x, p, t, s, top_p, top_k, generator):
-    """X_t -> X_s as in the paper: draw x_0, then X_s from a Gaussian between the two (Eq. 9-10), then adjust.
+    """X_t -> X_s as in the paper: draw x_0 (from ADJUST_FROM on adjusted to sum to M), then X_s from a Gaussian between
+    the two (Eq. 9-10), then adjust.
 
     x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).  Returns (B, C), every row sums to M.
     """
@@ -422,14 +423,15 @@ def distribution_function(t, b, largest):
     return F.pad(p.cumsum(2), (1, 0)).clamp(max=1)
 
 
-def noise_of_a_code(codebook_size, num_tokens, prior):
-    """How one code's count in X_1 is distributed: the counts b (N,) that it may have, and their probabilities (N,)."""
-    C, M = codebook_size, num_tokens
+def noise_of_a_code(C, M, prior):
+    """How one code's count in X_1 is distributed: the counts b (N,) that it may have, and their probabilities (N,). The
+    second place, beside sample_noise(), that a new prior needs."""
     if prior == "distinct":
         return torch.tensor([0, 1]), torch.tensor([1 - M / C, M / C], dtype=torch.float64)
+    sample_noise(1, C, M, prior)  # ValueError for an unknown prior
     b = torch.arange(M + 1)
-    binomial = [math.comb(M, i) * (1 / C) ** i * (1 - 1 / C) ** (M - i) for i in range(M + 1)]
-    p = torch.tensor(binomial, dtype=torch.float64)
+    p = [math.comb(M, i) * (1 / C) ** i * (1 - 1 / C) ** (M - i) for i in range(M + 1)]  # binomial
+    p = torch.tensor(p, dtype=torch.float64)
     return b[p > 1e-12], p[p > 1e-12]  # for M = 128 and C = 4096 these are 0 to 5
 
 
@@ -456,12 +458,12 @@ def exchange(x, q, generator=None):
     back = (delta.abs() + coin) // 2  # (B, 1), half of them; a coin decides about an odd one
     y = take_steps(y, score.masked_fill(~surplus, -math.inf), back, -delta.sign())
     y = take_steps(y, score.masked_fill(surplus, -math.inf), delta.abs() - back, -delta.sign())
-    return greedy_adjust(y, q.log(), M)  # in case there were too few codes of one kind
+    return greedy_adjust(y, q.log(), M)  # in case too few codes could step
 
 
 @torch.no_grad()
 def guided_probabilities(denoiser, x_t, t, labels, weight):
-    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + w (p_class - p_null),
+    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + weight (p_class - p_null),
     renormalized."""
     t = torch.full((len(x_t),), t, device=x_t.device)
     if weight == 1:

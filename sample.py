@@ -4,8 +4,8 @@
     python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
-The same seed gives the same images for any number of processes. Settings left out are those the checkpoint was trained
-for.
+The same seed gives the same images for any number of processes. Settings left out are
+the checkpoint's; with another sampler than its own, guidance and cuts are those of SAMPLERS.
 """
 import time
 
@@ -23,7 +23,7 @@ from train_fsdd import GENERATION
 
 SAMPLERS = {  # settings of a sampler that is not the checkpoint's own
     "paper": {"guidance": [4.0, 50.0, 55.0], "top_p": 0.8, "top_k": 0},  # the authors', for the best FID
-    "exchange": {"guidance": [4.0, 4.0, 4.0], "top_p": 1.0, "top_k": 0},
+    "exchange": {"guidance": [4.5, 4.5, 4.5], "top_p": 1.0, "top_k": 0},  # the digits'
 }
 
 
@@ -75,7 +75,7 @@ def parse(argv):
 
 def add_generation_options(parser):
     """The options that generated images depend on, for every script that generates."""
-    for name, value, _, meaning in GENERATION:
+    for name, value, *_, meaning in GENERATION:
         parser.add_argument("--" + name.removeprefix("sample_"), type=type(value), help=f"{meaning} (the checkpoint's)")
     parser.add_argument("--batch", type=int, default=100, help="images at once (100); another gives other images")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (0)")

@@ -230,8 +230,7 @@ class Quantizer(nn.Module):
 
     def forward(self, latents):
         """Returns the codes (B, M, code_dim), whose gradient goes straight through to the latents, the tokens (B, M)
-        and
-        the loss: latents are pulled to their codes (commitment) and codes to their latents."""
+        and the loss: latents are pulled to their codes (commitment) and codes to their latents."""
         codes = self.codes()
         with torch.autocast(latents.device.type, enabled=False):
             # on the sphere, the nearest code has the largest inner product

@@ -40,18 +40,18 @@ HYPERPARAMETERS = [
     ("width",            0,              0,               "its width, 0 = the model's"),
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
-    ("unused_rows",      False,          True,            "C + 1 rows for M + 1 counts, as the paper counts them"),
+    ("unused_rows",      False,          True,            "C + 1 rows in the count embedding (authors' release)"),
     ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
     ("steps",            5000,           1000000,         "optimizer steps"),
-    ("batch_size",       64,             256,             "images a step, over all processes"),
+    ("batch_size",       64,             256,             "images per step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
     ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
     ("muon_lr",          5e-3,           1e-3,            "peak learning rate of muon"),
-    ("lr_end",           0.01,           1.0,             "learning rate at the end / peak (cosine); 1 = constant"),
+    ("lr_end",           0.01,           1.0,             "final learning rate / peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
     ("beta2",            0.99,           0.999,           "second beta of adamw"),
     ("weight_decay",     0.01,           0.01,            "on all weights, as in the authors' release"),
@@ -87,7 +87,7 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
         common.set_switches(model, cfg)
-        next(refine(model, torch.zeros(1, dtype=torch.int64, device=device), **generation))  # refuses wrong settings
+        next(refine(model, torch.zeros(1, dtype=torch.int64, device=device), **generation))  # checks the settings
         claim = records.check_training(cfg, checkpoint, train_set)
         tokens = encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
@@ -125,8 +125,8 @@ def prepare(stage1, device, cfg):
                          f"{stage1['model_config']['channels']}; give the --data that it was trained on")
     if cfg.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
-    sample_noise(1, C, M, cfg.prior)  # refuses a prior that there is not
-    sample_times(torch.zeros(1), cfg.times)  # and a density of times that there is not
+    sample_noise(1, C, M, cfg.prior)  # ValueError for an unknown prior
+    sample_times(torch.zeros(1), cfg.times)  # ValueError for unknown times
     width, layers, heads = MODELS[cfg.model]
     model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names),
                     "width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,

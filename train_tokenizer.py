@@ -52,7 +52,7 @@ HYPERPARAMETERS = [
     ("proxy_steps",      0,             500000,           "steps of this phase, 0 = pixels from the first step"),
     ("proxy_warmup",     0,             10000,            "steps of linear warm-up"),
     ("proxy_beta2",      0.99,          0.99,             "second beta of adamw"),
-    # phase 2, pixels: squared error, perceptual, adversarial; after no phase 1 quantizer and uniformity too
+    # phase 2, pixels: squared error, perceptual, adversarial; without a phase 1 the losses of the set too
     ("squared",          1.0,           0.25,             "weight of the squared error (pixels span 2, TiTok's 1)"),
     ("perceptual",       0.0,           0.1,              "weight of the squared difference of ConvNeXt's logits"),
     ("adversarial",      0.0,           0.01,             "weight of the adversarial loss"),
@@ -68,12 +68,12 @@ HYPERPARAMETERS = [
     ("revive_until",     0.8,           0.8,              "share of the training after which no code is reset"),
     # optimization
     ("steps",            3600,          1000000,          "optimizer steps, of both phases"),
-    ("batch_size",       32,            256,              "images a step, over all processes"),
+    ("batch_size",       32,            256,              "images per step, over all processes"),
     ("device_batch",     32,            32,               "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",        "adamw",          "adamw, or muon (blocks' matrices) and adamw (the rest)"),
     ("lr",               2e-3,          1e-4,             "peak learning rate of adamw"),
     ("muon_lr",          5e-3,          1e-3,             "peak learning rate of muon"),
-    ("lr_end",           0.01,          0.1,              "learning rate at a phase's end / peak (cosine)"),
+    ("lr_end",           0.01,          0.1,              "final learning rate of a phase / its peak (cosine)"),
     ("warmup",           50,            5000,             "steps of linear warm-up (phase 2)"),
     ("beta2",            0.99,          0.999,            "second beta of adamw (phase 2)"),
     ("weight_decay",     1e-4,          1e-4,             "on matrices; none on norms, biases and embeddings"),
@@ -144,7 +144,8 @@ def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenize
 
 
 def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals):
-    """Phase 1: the decoder predicts the image's codes by MaskGIT-VQGAN. Returns the model with averaged weights."""
+    """Phase 1: the tokenizer learns to predict the codes that MaskGIT-VQGAN gives the image. Returns the model with
+    averaged weights."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
     ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=True)
     rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
@@ -189,7 +190,7 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
 
 
 def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, log, signals):
-    """Phase 2, the only one of the digits: the decoder learns the pixels. Returns the model with averaged weights."""
+    """Phase 2, the digits' only one: the decoder (without phase 1 the whole tokenizer) learns pixels. As above."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
     ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=False)
     rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
