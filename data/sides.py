@@ -127,7 +127,7 @@ def check_statistics(mu, sigma, name):
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{name} must be finite, but contain NaN or infinity")
     sigma = sigma.double().cpu()
-    rounding = 1e-3 * sigma.abs().max().clamp(min=1e-30)
+    rounding = 1e-3 * sigma.abs().max() + 1e-9 * mu.double().square().max().cpu() + 1e-30  # the latter of equal images
     shifted = (sigma + sigma.T) / 2 + rounding * torch.eye(len(mu), dtype=torch.float64)
     if (sigma - sigma.T).abs().max() > rounding or torch.linalg.cholesky_ex(shifted).info:
         raise ValueError(f"{name} are no mean and covariance: sigma must be symmetric, without negative eigenvalues")

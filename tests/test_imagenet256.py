@@ -194,4 +194,5 @@ def test_other_images_are_not_gone_on_with(whole, tmp_path):
     (folder / "tokenizer.pt").write_bytes((whole / "tokenizer.pt").read_bytes())
     (folder / "images").unlink()
     make_image_folder(folder / "images", 100)
-    assert_one_sentence(run_here(train_tokenizer.main, "--resume", "--steps=40", folder=folder), "images are not those")
+    assert_one_sentence(run_here(train_tokenizer.main, "--resume", "--steps=40", folder=folder),
+                        "images or classes are not those")
