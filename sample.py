@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 import common
+from data.command_line import listed
 from data.pictures import decode
 from data.samples import SampleFile
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, refine
-from published.weights import listed
 from tokenizer import SetTokenizer
 from train_fsdd import GENERATION
 

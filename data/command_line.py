@@ -47,3 +47,10 @@ def launched():
         raise ValueError(f"the environment variables of torchrun are incomplete or wrong ({problem}); start with "
                          "torchrun, or unset RANK and WORLD_SIZE for a single process")
     return local_rank
+
+
+def listed(names, first=3):
+    """The first three names as text, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - first} more" if len(names) > first else ""
+    return (", ".join(names[:first]) or "nothing") + more

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from published.weights import listed
+from data.command_line import listed
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in small or capital letters
 NOT_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # folders of systems

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 import common
 from data import open_dataset, records
-from published.weights import listed
+from data.command_line import listed
 
 
 @functools.lru_cache(maxsize=2)

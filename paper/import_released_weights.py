@@ -29,8 +29,9 @@ import torch
 
 import common
 from data import records
+from data.command_line import listed
 from fsdd import Denoiser
-from published.weights import check_tensors, listed
+from published.weights import check_tensors
 from tokenizer import SetTokenizer
 
 GENERATION = {  # the release's settings for its best FID, which become the checkpoint's

@@ -3,6 +3,7 @@ import os
 
 import torch
 
+from data.command_line import listed
 from data.files import not_finite
 
 
@@ -45,10 +46,3 @@ def check_tensors(found, shapes, path):
 def kind_of(value):
     """A tensor's dtype and shape as text."""
     return f"{str(value.dtype)[6:]} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
-
-
-def listed(names, first=3):
-    """The first three names as text, and how many more there are."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - first} more" if len(names) > first else ""
-    return (", ".join(names[:first]) or "nothing") + more

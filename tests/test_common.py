@@ -271,3 +271,10 @@ def test_guidance_weights(text, numbers):
     for wrong in ("", "a", "1,2", "1,2,3,4", "nan", "-1", "1,2,inf"):
         with pytest.raises(ValueError, match="one number or three"):
             common.three_numbers(wrong)
+
+
+@pytest.mark.parametrize("module", ["fsdd", "published.weights"])
+def test_a_module_by_itself(module):
+    """Broken: `from fsdd import generate` at the start of one's own script would fail, by imports that go in a circle."""
+    finished = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
