@@ -275,6 +275,6 @@ def test_guidance_weights(text, numbers):
 
 @pytest.mark.parametrize("module", ["fsdd", "published.weights"])
 def test_a_module_by_itself(module):
-    """Broken: `from fsdd import generate` at the start of one's own script would fail, by imports that go in a circle."""
+    """Broken: `from fsdd import generate` at the start of a script would fail, by imports that go in a circle."""
     finished = subprocess.run([sys.executable, "-c", f"import {module}"], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
