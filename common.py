@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import files
 from data.command_line import Parser, launched, yes_or_no
 
-RECIPES = ("digits", "imagenet256")  # columns of the tables HYPERPARAMETERS; a third: its name here, a value a row
+RECIPES = ("digits", "imagenet256")  # columns of the tables HYPERPARAMETERS; another one needs its name here
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
@@ -49,6 +49,7 @@ def parse(table, description, kind, argv=None, prog=None):
     if kind:
         parser.add_argument("--resume", action="store_true", help="resume the checkpoint at --out, with its settings")
     for name, *values, meaning in table:
+        assert len(values) == len(RECIPES), f"the row {name} needs a value for each of {RECIPES}"
         kind_of_value, each = type(values[0]), ", ".join(f"{recipe}: {value}" for recipe, value in zip(RECIPES, values))
         parser.add_argument("--" + name, type=yes_or_no if kind_of_value is bool else kind_of_value,
                             metavar=kind_of_value.__name__.upper(), help=f"{meaning} ({each})".replace("%", "%%"))

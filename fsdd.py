@@ -428,7 +428,7 @@ def noise_of_a_code(C, M, prior):
     second place, beside sample_noise(), that a new prior needs."""
     if prior == "distinct":
         return torch.tensor([0, 1]), torch.tensor([1 - M / C, M / C], dtype=torch.float64)
-    sample_noise(1, C, M, prior)  # ValueError for an unknown prior
+    assert prior == "multinomial", prior  # refine() has refused what sample_noise() does not know
     b = torch.arange(M + 1)
     p = [math.comb(M, i) * (1 / C) ** i * (1 - 1 / C) ** (M - i) for i in range(M + 1)]  # binomial
     p = torch.tensor(p, dtype=torch.float64)

@@ -4,8 +4,8 @@
     python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
-The same seed gives the same images for any number of processes. Settings left out are
-the checkpoint's; with another sampler than its own, guidance and cuts are those of SAMPLERS.
+The same seed gives the same images for any number of processes. Settings left out are the
+checkpoint's; with another sampler than its own, guidance and cuts are those of SAMPLERS.
 """
 import time
 
@@ -35,7 +35,7 @@ def main(argv=None):
     try:
         labels = choose_labels(args.labels, args.num, class_names, len(class_names) if args.out[-3:] == "npz" else 10)
         settings = generation_settings(checkpoint["generation"], args)
-        next(refine(denoiser, labels[:1].to(device), **settings))  # refuses wrong settings
+        next(refine(denoiser, labels[:1].to(device), **settings))  # checks the settings
         samples = SampleFile(args, labels, checkpoint, settings, device)
     except ValueError as problem:
         common.stop(str(problem))

@@ -88,7 +88,7 @@ def main(argv=None):
         model = Denoiser(**model_config).to(device)
         common.set_switches(model, cfg)
         next(refine(model, torch.zeros(1, dtype=torch.int64, device=device), **generation))  # checks the settings
-        claim = records.check_training(cfg, checkpoint, train_set)
+        claim = records.check_training(cfg, checkpoint, train_set)  # locks cfg.out until the training ends
         tokens = encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
         common.stop(str(problem))

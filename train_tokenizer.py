@@ -98,7 +98,7 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         vqgan, critics = load_networks(cfg, checkpoint, device)
         train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
         model, model_config = make_model(cfg, checkpoint, train_set.channels, vqgan, device, model_class)
-        claim = records.check_training(cfg, checkpoint, train_set)
+        claim = records.check_training(cfg, checkpoint, train_set)  # locks cfg.out until the training ends
     except ValueError as problem:
         common.stop(str(problem))
     header = {"kind": kind, "model_config": model_config, "class_names": train_set.class_names,
@@ -156,18 +156,18 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
         images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
         random = common.generator(device, "step", cfg.seed, step)
         shuffle = torch.rand(B, cfg.num_tokens, generator=random, device=device)[rows]
-        exact = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
+        skips = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         means = torch.zeros(3, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
-            skip = exact[part] if cfg.unquantized else None
+            skip = skips[part] if cfg.unquantized else None
             with common.autocast(device, cfg.bf16):
-                code_map, tokens, latents, quantizer = ddp(images[part], shuffle[part], True, skip)
+                code_map, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], True, skip)
             proxy = F.cross_entropy(vqgan.logits(code_map), vqgan.encode(images[part]))
-            loss = proxy + quantizer + cfg.uniformity * uniformity(latents)
+            loss = proxy + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
-            means += torch.stack([loss, proxy, quantizer]).detach() * (len(tokens) / B)
+            means += torch.stack([loss, proxy, quantizer_loss]).detach() * (len(tokens) / B)
             codes.see(tokens, latents)
         # clip, step, learning rate, moving average, dead codes
         records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
@@ -200,20 +200,20 @@ def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, l
         images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
         random = common.generator(device, "step", cfg.seed, step)
         shuffle = torch.rand(B, cfg.num_tokens, generator=random, device=device)[rows]
-        exact = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
+        skips = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         means = torch.zeros(3, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
-            skip = exact[part] if cfg.unquantized else None
+            skip = skips[part] if cfg.unquantized else None
             with common.autocast(device, cfg.bf16):
-                recon, tokens, latents, quantizer = ddp(images[part], shuffle[part], False, skip)
+                recon, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], False, skip)
             mse = F.mse_loss(recon.float(), images[part])
-            loss = cfg.squared * mse + quantizer + cfg.uniformity * uniformity(latents)
+            loss = cfg.squared * mse + quantizer_loss + cfg.uniformity * uniformity(latents)
             if critics:  # the paper's recipe: perceptual and adversarial loss
                 loss = loss + critics.loss(recon.float(), images[part], step)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
-            means += torch.stack([loss, mse, quantizer]).detach() * (len(tokens) / B)
+            means += torch.stack([loss, mse, quantizer_loss]).detach() * (len(tokens) / B)
             codes.see(tokens, latents)
         # clip, step, learning rate, moving average, dead codes
         records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)

@@ -19,7 +19,7 @@ import sample  # noqa: E402
 import train_tokenizer  # noqa: E402
 from data import digits_classifier, open_dataset, pictures  # noqa: E402
 from data.digits_classifier import share_read_as  # noqa: E402
-from dual_transform import counts_to_tokens, tokens_to_counts  # noqa: E402
+from dual_transform import tokens_to_counts  # noqa: E402
 from fsdd import refine  # noqa: E402
 
 failed = []

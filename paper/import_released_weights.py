@@ -28,7 +28,7 @@ import re
 import torch
 
 import common
-from data import records
+from data import files, records
 from data.command_line import listed
 from fsdd import Denoiser
 from published.weights import check_tensors
@@ -228,7 +228,8 @@ def write(checkpoint, path, what):
             old = file.read()
     if old != new.getvalue():  # else the same already: what .previous holds is worth more than a second copy
         records.keep_previous(path)
-        common.save_checkpoint(checkpoint, path)
+        with files.written(path) as file:
+            file.write(new.getbuffer())
     parameters = sum(tensor.numel() for tensor in checkpoint["weights"].values())
     print(f"{path}: {what}, {parameters / 1e6:.1f} M parameters")
 
