@@ -85,6 +85,8 @@ def check_settings(parser, table, settings, checkpoint):
             least = 1 if isinstance(values[0], int) and min(values) >= 1 else 0
             if not least <= settings[name] < math.inf or min(values) > 0 and not settings[name]:
                 parser.error(f"--{name} must be {'at least 1' if least else 'positive'}, got {settings[name]}")
+        if isinstance(values[0], str) and all(values) and not settings[name]:  # what neither recipe leaves empty
+            parser.error(f"--{name} must not be empty")
     for name in settings.keys() & {"ema", "beta2", "proxy_beta2", "lecam_ema"}:
         if settings[name] >= 1:
             parser.error(f"--{name} must be less than 1, got {settings[name]}")
@@ -175,6 +177,10 @@ def run(main):
         stop("interrupted")
     except OSError as problem:  # of a disk, for one
         stop(files.sentence(problem))
+    except (MemoryError, RuntimeError) as problem:
+        if "memory" not in str(problem):
+            raise
+        stop(f"out of memory: {str(problem).splitlines()[0]}; take a smaller model, or fewer images at once")
     finally:  # the data loader's workers ignore SIGTERM (data/reading.py), by which Python would end them
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():

@@ -280,11 +280,11 @@ class Denoiser(nn.Module):
         return self.to_logits(self.norm_out(x) * (1 + scale) + shift)
 
 
-def time_features(s, size=256, max_period=10000):
-    """Cosines and sines of s at geometrically spaced frequencies, (B,) -> (B, size). s in [0, 1], not times 1000 as in
-    DiT."""
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(size // 2, device=s.device) / (size // 2))
-    angles = s[:, None] * frequencies
+def time_features(time, size=256, max_period=10000):
+    """Cosines and sines of a time at geometrically spaced frequencies, (B,) -> (B, size). Times in [0, 1], not times
+    1000 as in DiT."""
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(size // 2, device=time.device) / (size // 2))
+    angles = time[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -123,11 +123,11 @@ class SetTokenizer(nn.Module):
         self.apply(initialize)
         self.pixel_decoder = VQGANDecoder(cfg.vqgan_width, cfg.vqgan_dim) if cfg.vqgan_width else nn.Identity()
 
-    def forward(self, images, uniform=None, proxy=False, unquantized=None):
+    def forward(self, images, shuffle=None, proxy=False, unquantized=None):
         """One training pass: images (B, ch, H, W) in [-1, 1] -> reconstructions (same shape), tokens (B, M), the
         encoder's latents (B, M, code_dim) of length 1, and the quantizer's loss.
 
-        uniform: (B, M) in [0, 1), determines the order in which tokens reach the decoder; None: the encoder's order.
+        shuffle: (B, M) in [0, 1), determines the order in which tokens reach the decoder; None: the encoder's order.
         proxy: return the map of codes (B, vqgan_dim, H / 16, W / 16) that MaskGIT-VQGAN's decoder would be given, in
         place of the reconstructions.
         unquantized: (B,) bool, the images whose latents reach the decoder as they are; lets the decoder learn from
@@ -137,10 +137,10 @@ class SetTokenizer(nn.Module):
         q, tokens, loss = self.quantizer(latents)
         if unquantized is not None:
             q = torch.where(unquantized[:, None, None], latents, q)
-        if uniform is not None:
+        if shuffle is not None:
             # The set: tokens reach the decoder in random order (Sec. 3.1, Fig. 2). As no token carries a position
             # there, the decoder could not use the order anyway: the shuffle changes rounding only.
-            order = uniform.argsort(1)  # (B, M)
+            order = shuffle.argsort(1)  # (B, M)
             q = q.gather(1, order[:, :, None].expand_as(q))
         decoded = self.pixel_head(self.decoder(q))
         return decoded if proxy else self.pixel_decoder(decoded), tokens, latents, loss

@@ -39,7 +39,7 @@ class SequenceTokenizer(SetTokenizer):
         super().__init__(*sizes, **options)
         self.decoder = SequenceDecoder(self.config).apply(initialize)
 
-    def forward(self, images, uniform=None, proxy=False, unquantized=None):
+    def forward(self, images, shuffle=None, proxy=False, unquantized=None):
         return super().forward(images, None, proxy, unquantized)  # no shuffle: the order matters
 
     def decode(self, tokens):

@@ -30,13 +30,16 @@ def run(script, *args, folder, processes=1):
 
 
 def run_here(main, *args, folder):
-    """The same in this process, several times quicker: for command lines that end before any work is done."""
-    said, errors, code = io.StringIO(), io.StringIO(), 0
+    """The same of one process, in this one, on one thread: several seconds quicker, as nothing is imported."""
+    said, errors, code, threads = io.StringIO(), io.StringIO(), 0, torch.get_num_threads()
+    torch.set_num_threads(1)
     with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
         try:
             main([str(arg) for arg in args])
         except SystemExit as stopped:
             code = stopped.code
+        finally:
+            torch.set_num_threads(threads)
     if isinstance(code, str):  # what Python prints when a program ends with a text
         code, _ = 1, errors.write(code + "\n")
     return SimpleNamespace(returncode=code, stdout=said.getvalue(), stderr=errors.getvalue())

@@ -26,7 +26,7 @@ from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distan
 from published import inception
 from published.inception import resize
 from tests.conftest import few_digits, pictures
-from tests.test_common import assert_one_sentence, run
+from tests.test_common import assert_one_sentence, run, run_here
 from tokenizer import SetTokenizer
 
 
@@ -169,8 +169,9 @@ def test_same_numbers_for_any_number_of_processes(arguments, numbers, digits):
     """Broken: under torchrun the numbers would be those of a part of the images, or of other images."""
     results = []
     for processes in numbers:
-        finished = run("evaluate_fid.py", *arguments, "--batch=50", "--bf16=off", f"--json={processes}.json",
-                       f"--save_stats={processes}.npz", folder=digits, processes=processes)
+        options = [*arguments, "--batch=50", "--bf16=off", f"--json={processes}.json", f"--save_stats={processes}.npz"]
+        finished = run_here(evaluate_fid.main, *options, folder=digits) if processes == 1 else \
+            run("evaluate_fid.py", *options, folder=digits, processes=processes)
         assert finished.returncode == 0, finished.stderr
         with open(digits / f"{processes}.json") as file, np.load(digits / f"{processes}.npz") as statistics:
             results.append((json.load(file), statistics["mu"], statistics["sigma"]))
@@ -462,7 +463,7 @@ def test_mistakes_get_one_sentence(digits, small_digits, tmp_path, monkeypatch, 
         for word in words:
             assert word in said, (arguments, said)
     monkeypatch.undo()
-    finished = run("evaluate_fid.py", "--ckpt", tmp_path / "imagenet_tokenizer.pt", folder=tmp_path)
+    finished = run_here(evaluate_fid.main, "--ckpt", tmp_path / "imagenet_tokenizer.pt", folder=tmp_path)
     assert_one_sentence(finished, "no/imagenet/val")
 
 

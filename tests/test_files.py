@@ -251,6 +251,16 @@ def test_a_full_disk_destroys_nothing(place, capsys):
         assert open(name).read() == "what was there" and sorted(os.listdir()) == before
 
 
+def test_sizes_beyond_memory_get_one_sentence():
+    """Broken: a model that is too large, or too many images at once, would end in a traceback; or a fault of the
+    code would be taken for one."""
+    with pytest.raises(SystemExit, match="out of memory: .*; take a smaller model") as stopped:
+        common.run(lambda: torch.empty(2 ** 60, dtype=torch.uint8))
+    assert "\n" not in stopped.value.code
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        common.run(lambda: torch.zeros(2) + torch.zeros(3))
+
+
 def test_space_for_the_tokens_is_claimed_first(place, monkeypatch):
     """Broken: the encoding would run for hours and find no room for what it found."""
     encode, tokens = encoding(place, monkeypatch)

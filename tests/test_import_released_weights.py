@@ -20,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import evaluate_fid
 import sample
+import train_fsdd
+import train_tokenizer
 from dual_transform import tokens_to_counts
 from fsdd import Denoiser
-from paper import import_released_weights
+from paper import import_released_weights, reconstruct
 from published.inception import InceptionV3
 from published.maskgit_vqgan import VQGAN
-from tests.test_common import ROOT, assert_one_sentence, run
+from tests.test_common import ROOT, assert_one_sentence, run_here
 from tokenizer import SetTokenizer
 
 PUBLISHED_TOKENIZER = dict(width=768, layers=12, num_tokens=128, codebook_size=4096, code_dim=12, grid=16,
@@ -392,7 +395,7 @@ def test_sampling_and_training_go_on_from_it(imported, tmp_path):
     """Broken: a script would not take an imported checkpoint as one of ours; --resume on it would end in a
     traceback."""
     folder = imported[0]
-    finished = run("sample.py", "--ckpt", folder / "fsdd.pt", "--labels", "7,29", "--num", "4", folder=tmp_path)
+    finished = run_here(sample.main, "--ckpt", folder / "fsdd.pt", "--labels", "7,29", "--num", "4", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "prior distinct, steps 25, guidance [4.0, 50.0, 55.0], top_p 0.8" in finished.stdout
     with Image.open(tmp_path / "samples.png") as page:
@@ -402,27 +405,25 @@ def test_sampling_and_training_go_on_from_it(imported, tmp_path):
         place.mkdir(parents=True)
         for name in "ab":
             Image.fromarray(torch.randint(256, (60, 70, 3), dtype=torch.uint8).numpy()).save(place / f"{name}.png")
-    finished = run("train_fsdd.py", "--recipe=imagenet256", "--data", tmp_path / "images", "--tokenizer",
-                   folder / "tokenizer.pt",
-                   "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64", "--heads=1", "--layers=1",
-                   "--compile=false",
-                   "--prior=distinct", folder=tmp_path)
+    finished = run_here(train_fsdd.main, "--recipe=imagenet256", "--data", tmp_path / "images", "--tokenizer",
+                        folder / "tokenizer.pt", "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64",
+                        "--heads=1", "--layers=1", "--compile=false", "--prior=distinct", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     weights = InceptionV3().state_dict()
     torch.save(weights, tmp_path / "inception.pth")
-    finished = run("evaluate_fid.py", "--ckpt", folder / "tokenizer.pt", "--data", tmp_path / "images", "--json=r.json",
-                   "--inception=inception.pth", folder=tmp_path)
+    finished = run_here(evaluate_fid.main, "--ckpt", folder / "tokenizer.pt", "--data", tmp_path / "images",
+                        "--json=r.json", "--inception=inception.pth", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "r.json").read_text())["num_images"] == 4
-    assert_one_sentence(run("evaluate_fid.py", "--ckpt", folder / "fsdd.pt", folder=tmp_path), "nothing to compare",
-                        "VIRTUAL_imagenet256_labeled.npz")
-    finished = run_module("paper.reconstruct", "--ckpt", folder / "tokenizer.pt", tmp_path / "images" / "val",
-                          folder=tmp_path)
+    assert_one_sentence(run_here(evaluate_fid.main, "--ckpt", folder / "fsdd.pt", folder=tmp_path),
+                        "nothing to compare", "VIRTUAL_imagenet256_labeled.npz")
+    finished = run_here(reconstruct.main, "--ckpt", folder / "tokenizer.pt", tmp_path / "images" / "val",
+                        folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     with Image.open(tmp_path / "reconstructions.png") as page:
         assert page.size == (6 * 48, 18 + 4 * 48)
-    for script, path in (("train_tokenizer.py", "tokenizer.pt"), ("train_fsdd.py", "fsdd.pt")):
-        assert_one_sentence(run(script, "--resume", "--out", folder / path, folder=tmp_path), path, "--resume")
+    for main, path in ((train_tokenizer.main, "tokenizer.pt"), (train_fsdd.main, "fsdd.pt")):
+        assert_one_sentence(run_here(main, "--resume", "--out", folder / path, folder=tmp_path), path, "--resume")
 
 
 def test_nothing_on_disk_is_lost(imported, tmp_path, monkeypatch, capsys):

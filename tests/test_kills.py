@@ -10,13 +10,21 @@ import time
 import pytest
 
 from tests.image_folder import make_image_folder
-from tests.test_common import run
+from tests.test_common import ROOT, run
 from tests.test_files import STAGE1, STAGE2
 from tests.test_train_tokenizer import assert_same_checkpoint, kill_when, read_log
 
 KILLS = 10  # of each stage, by each number of processes
 LONG = ["--steps=300", "--save_every=3", "--picture_every=20"]
 STAGES = {"tokenizer.pt": ("train_tokenizer.py", [*STAGE1, *LONG]), "fsdd.pt": ("train_fsdd.py", [*STAGE2, *LONG])}
+# After the first step of a run DDP sorts its buckets anew, and from three ranks on a sum depends on a number's place in
+# its bucket: a resumed run's first step then rounds otherwise. DDP that looks for unused parameters doesn't sort.
+FIXED_BUCKETS = """import functools, runpy, sys
+sys.path.insert(0, {root!r})
+import common
+common.DistributedDataParallel = functools.partial(common.DistributedDataParallel, find_unused_parameters=True)
+runpy.run_path({root!r} + "/{script}", run_name="__main__")
+"""
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +61,9 @@ def seconds_claimed(out):
 def test_killed_at_random_moments(out, processes, files, tmp_path):
     """Broken: some moment of a kill would lose the checkpoint, the log or the tokens, or change what --resume gives."""
     script, options = STAGES[out]
+    if processes > 2:
+        (tmp_path / "fixed.py").write_text(FIXED_BUCKETS.format(root=ROOT, script=script))
+        script = str(tmp_path / "fixed.py")
     names = ["images"] if out == "tokenizer.pt" else ["images", "tokenizer.pt"]
     whole, killed = (place(tmp_path / name, files, *names) for name in ("whole", "killed"))
     began = time.time()
@@ -75,10 +86,6 @@ def test_killed_at_random_moments(out, processes, files, tmp_path):
     assert finished.returncode == 0, finished.stderr
     ours, theirs = (read_log(folder / out.replace(".pt", ".csv")) for folder in (whole, killed))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, len(ours) + 1))
-    if processes < 3:
-        assert ours == theirs
-        assert_same_checkpoint(whole / out, killed / out)
-    else:  # DDP may add the gradients of a resumed run's first step in another order, and the rounding grows
-        one, other = (sum(row["loss"] for row in log[-100:]) for log in (ours, theirs))
-        assert one == pytest.approx(other, rel=0.1)
+    assert ours == theirs
+    assert_same_checkpoint(whole / out, killed / out)
     assert not [name for name in os.listdir(killed) if name.endswith((".tmp", ".lock"))]

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import common
+import data.reading
 import train_fsdd
+import train_tokenizer
 from data import open_dataset, records
 from data.digits import Digits
 from fsdd import Denoiser
+from tests.conftest import few_digits
 from tests.image_folder import make_image_folder
 from tests.test_common import assert_one_sentence, run, run_here
 from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
@@ -25,7 +28,7 @@ TINY = ["--recipe=digits", "--width=16", "--heads=2", "--layers=1", "--batch_siz
 def stage1(tmp_path_factory):
     """A folder with a small tokenizer and the training set it encoded; returns its options for train_fsdd.py."""
     folder = tmp_path_factory.mktemp("stage1")
-    finished = run("train_tokenizer.py", *TINY_TOKENIZER, "--steps=3", folder=folder)
+    finished = run_here(train_tokenizer.main, *TINY_TOKENIZER, "--steps=3", folder=folder)
     assert finished.returncode == 0, finished.stderr
     return [f"--tokenizer={folder}/tokenizer.pt", f"--tokens={folder}/tokens.npy"]
 
@@ -35,31 +38,30 @@ def test_a_killed_run_resumes_exactly(stage1, tmp_path):
     test_imagenet256.py)."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
-    finished = run("train_fsdd.py", *TINY, *stage1, folder=whole)
+    finished = run_here(train_fsdd.main, *TINY, *stage1, folder=whole)
     assert finished.returncode == 0, finished.stderr
     kill_in_the_middle("train_fsdd.py", [*TINY, *stage1], killed, killed / "fsdd.csv", 1)
     assert 3 <= torch.load(killed / "fsdd.pt", weights_only=True)["step"] < 60
-    finished = run("train_fsdd.py", "--resume", folder=killed)
+    finished = run_here(train_fsdd.main, "--resume", folder=killed)
     assert finished.returncode == 0, finished.stderr
     assert read_log(whole / "fsdd.csv") == read_log(killed / "fsdd.csv")
     assert_same_checkpoint(whole / "fsdd.pt", killed / "fsdd.pt")
 
 
 def test_any_number_of_processes_trains_alike(stage1, tmp_path):
-    """Broken: the global batch, its noise and times, or the average of the gradients would depend on the number of
-    processes."""
-    logs = []
-    for processes in (1, 3):  # unequal shares of the batch
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        finished = run("train_fsdd.py", *TINY, *stage1, "--steps=4", "--optimizer=adamw", folder=folder,
-                       processes=processes)
+    """Broken: the tokens, the global batch, its noise and times, or the average of the gradients would depend on the
+    number of processes."""
+    alone, three = tmp_path / "1", tmp_path / "3"  # unequal shares of the batch
+    alone.mkdir(), three.mkdir()
+    options = [*TINY, stage1[0], "--steps=4", "--optimizer=adamw"]
+    for finished in (run_here(train_fsdd.main, *options, stage1[1], folder=alone),
+                     run("train_fsdd.py", *options, folder=three, processes=3)):
         assert finished.returncode == 0, finished.stderr
-        logs.append(read_log(folder / "fsdd.csv"))
-    assert len(logs[0]) == 4
-    for log in logs[1:]:
-        for ours, theirs in zip(logs[0], log):
-            assert ours == pytest.approx(theirs, rel=1e-4)
+    assert np.array_equal(np.load(stage1[1].split("=")[1]), np.load(three / "tokens.npy"))
+    logs = [read_log(folder / "fsdd.csv") for folder in (alone, three)]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for ours, theirs in zip(*logs):
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_accumulated_gradients_are_the_batchs(stage1, tmp_path):
@@ -71,13 +73,13 @@ def test_accumulated_gradients_are_the_batchs(stage1, tmp_path):
         assert_same_gradients(tmp_path / "7" / "fsdd.pt", tmp_path / str(size) / "fsdd.pt")
 
 
-def test_tokens_are_encoded_once(stage1, tmp_path):
+def test_tokens_are_encoded_once(stage1, tmp_path, monkeypatch):
     """Broken: the training set would be encoded again for nothing, or tokens of another tokenizer would be taken for
     these."""
     tokenizer_path, tokens_path = (option.split("=")[1] for option in stage1)
     checkpoint = torch.load(tokenizer_path, weights_only=True)
     own = ["--tokens", tmp_path / "tokens.npy", "--steps=1"]
-    first = run("train_fsdd.py", *TINY, *stage1, *own, folder=tmp_path)
+    first = run_here(train_fsdd.main, *TINY, *stage1, *own, folder=tmp_path)
     assert first.returncode == 0 and "used again" not in first.stdout, first.stderr
     tokens = np.load(tmp_path / "tokens.npy")
     assert tokens.shape == (1, 60000, 4) and tokens.dtype == np.uint16
@@ -87,19 +89,18 @@ def test_tokens_are_encoded_once(stage1, tmp_path):
     for part in (slice(0, 250), slice(59750, 60000)):  # the batches that were encoded; others round otherwise
         assert torch.equal(model.encode(images[part]), torch.from_numpy(tokens[0, part].astype(np.int64)))
 
-    again = run("train_fsdd.py", *TINY, *stage1, *own, folder=tmp_path)
+    again = run_here(train_fsdd.main, *TINY, *stage1, *own, folder=tmp_path)
     assert again.returncode == 0 and "used again" in again.stdout, again.stderr
     checkpoint["weights"]["encoder.to_code.bias"][0] += 1e-3
     torch.save(checkpoint, tmp_path / "other.pt")
-    other = run("train_fsdd.py", *TINY, f"--tokenizer={tmp_path}/other.pt", *own, "--flip=true", folder=tmp_path,
-                processes=2)
+    monkeypatch.setattr(data.reading, "open_dataset", lambda where, split, size, **training: few_digits(split, 300))
+    other = run_here(train_fsdd.main, *TINY, f"--tokenizer={tmp_path}/other.pt", *own, "--flip=true", folder=tmp_path)
     assert other.returncode == 0 and "used again" not in other.stdout, other.stderr
     flipped = np.load(tmp_path / "tokens.npy")
-    assert flipped.shape == (2, 60000, 4) and (flipped[0] != flipped[1]).any()  # and all processes did their share
+    assert flipped.shape == (2, 300, 4) and (flipped[0] != flipped[1]).any()
     model.load_state_dict(checkpoint["weights"])
-    ends = open_dataset("digits", "train", 28).images[[0, 30001, 59999]] / 127.5 - 1
-    for version, images in enumerate((ends, ends.flip(3))):
-        assert torch.equal(model.encode(images), torch.from_numpy(flipped[version, [0, 30001, 59999]].astype(np.int64)))
+    for version, of_version in enumerate((images[:250], images[:250].flip(3))):
+        assert torch.equal(model.encode(of_version), torch.from_numpy(flipped[version, :250].astype(np.int64)))
 
 
 def test_tokens_of_another_encoding_are_not_used(tmp_path, monkeypatch):
@@ -149,7 +150,7 @@ def test_every_rank_must_see_the_tokens(tmp_path, monkeypatch):
 def test_training_reads_no_image(stage1, tmp_path, monkeypatch):
     """Broken: after the encoding, stage 2 would still touch images."""
     monkeypatch.chdir(tmp_path)
-    assert run("train_fsdd.py", *TINY, *stage1, "--steps=1", folder=tmp_path).returncode == 0
+    assert run_here(train_fsdd.main, *TINY, *stage1, "--steps=1", folder=tmp_path).returncode == 0
     read = []
     monkeypatch.setattr(train_fsdd, "evaluate", lambda *args: 0.0)  # the loss on test images, after the training
     monkeypatch.setattr("data.digits.Digits.__getitems__", lambda self, items: read.append(items))
@@ -159,7 +160,7 @@ def test_training_reads_no_image(stage1, tmp_path, monkeypatch):
 
 def test_a_checkpoint_has_all_that_generation_needs(stage1, tmp_path):
     """Broken: fsdd.pt alone would not make images."""
-    finished = run("train_fsdd.py", *TINY, *stage1, "--steps=2", "--guidance=1,2,3", folder=tmp_path)
+    finished = run_here(train_fsdd.main, *TINY, *stage1, "--steps=2", "--guidance=1,2,3", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "bits an image" in finished.stdout and "on the sets of 10000 test images" in finished.stdout.splitlines()[-1]
     assert (tmp_path / "fsdd.png").stat().st_size > 1000

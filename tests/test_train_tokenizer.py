@@ -90,11 +90,11 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     test_imagenet256.py)."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
-    finished = run("train_tokenizer.py", *TINY, folder=whole)
+    finished = run_here(train_tokenizer.main, *TINY, folder=whole)
     assert finished.returncode == 0, finished.stderr
     kill_in_the_middle("train_tokenizer.py", TINY, killed, killed / "tokenizer.csv", 1)
     assert 3 <= torch.load(killed / "tokenizer.pt", weights_only=True)["step"] < 60
-    finished = run("train_tokenizer.py", "--resume", folder=killed)
+    finished = run_here(train_tokenizer.main, "--resume", folder=killed)
     assert finished.returncode == 0, finished.stderr
     assert read_log(whole / "tokenizer.csv") == read_log(killed / "tokenizer.csv")
     assert_same_checkpoint(whole / "tokenizer.pt", killed / "tokenizer.pt")
@@ -103,25 +103,23 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 def test_any_number_of_processes_trains_alike(tmp_path):
     """Broken: the global batch, its shuffle, or the average of the gradients would depend on the number of
     processes."""
-    logs = []
-    for processes in (1, 3):  # unequal shares
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        finished = run("train_tokenizer.py", *TINY, "--steps=4", "--optimizer=adamw", folder=folder,
-                       processes=processes)
+    alone, three = tmp_path / "1", tmp_path / "3"  # unequal shares of the batch
+    alone.mkdir(), three.mkdir()
+    options = [*TINY, "--steps=4", "--optimizer=adamw"]
+    for finished in (run_here(train_tokenizer.main, *options, folder=alone),
+                     run("train_tokenizer.py", *options, folder=three, processes=3)):
         assert finished.returncode == 0, finished.stderr
-        logs.append(read_log(folder / "tokenizer.csv"))
-    assert len(logs[0]) == 4
-    for log in logs[1:]:
-        for ours, theirs in zip(logs[0], log):
-            for key in ("step", "loss", "mse", "quantizer", "lr"):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    logs = [read_log(folder / "tokenizer.csv") for folder in (alone, three)]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for ours, theirs in zip(*logs):
+        for key in ("step", "loss", "mse", "quantizer", "lr"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
 def test_what_a_run_leaves(tmp_path):
     """Broken: the checkpoint could not be read safely, the picture or the last line would be missing, or the run
     before lost."""
-    finished = run("train_tokenizer.py", *TINY, "--steps=3", folder=tmp_path)
+    finished = run_here(train_tokenizer.main, *TINY, "--steps=3", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("recipe digits: as asked for")
     for words in ("mean squared error", "codes in use", "distinct codes"):
@@ -130,7 +128,7 @@ def test_what_a_run_leaves(tmp_path):
     first = (tmp_path / "tokenizer.pt").read_bytes()
     assert (tmp_path / "tokenizer.png").stat().st_size > 1000
     assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 3
-    finished = run("train_tokenizer.py", *TINY, "--steps=2", folder=tmp_path)
+    finished = run_here(train_tokenizer.main, *TINY, "--steps=2", folder=tmp_path)
     assert "kept as tokenizer.pt.previous" in finished.stdout
     assert (tmp_path / "tokenizer.pt.previous").read_bytes() == first
 
@@ -184,6 +182,7 @@ def test_uniformity():
 @pytest.mark.parametrize("arguments, words", [
     (["--width=15"], ["width 15 is not a multiple of heads 2"]),
     (["--patch_size=5"], ["image_size 28", "patch_size 5"]),
+    (["--out="], ["--out must not be empty"]),
     (["--batch_size=0"], ["--batch_size", "at least 1"]), (["--optimizer=sgd"], ["optimizer", "sgd"]),
     (["--stepz=3"], ["--stepz"]),
     (["--data=nowhere"], ["nowhere/train"]), (["--resume", "--out=none.pt"], ["no checkpoint none.pt"]),
