@@ -19,7 +19,7 @@ import common
 from data import records
 from data.pictures import decode, grid, save
 from data.reading import batch_indices, in_order, open_datasets
-from data.token_sets import encode_training_set
+from data.token_sets import check_token_file, encode_training_set
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate, refine, sample_noise, sample_times
 from tokenizer import SetTokenizer
@@ -87,7 +87,6 @@ def main(argv=None):
         torch.manual_seed(cfg.seed)
         model = Denoiser(**model_config).to(device)
         common.set_switches(model, cfg)
-        next(refine(model, torch.zeros(1, dtype=torch.int64, device=device), **generation))  # checks the settings
         claim = records.check_training(cfg, checkpoint, train_set)  # locks cfg.out until the training ends
         tokens = encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)
     except ValueError as problem:
@@ -112,27 +111,28 @@ def main(argv=None):
 
 
 def prepare(stage1, device, cfg):
-    """The tokenizer, both datasets, the denoiser's arguments and those of fsdd.refine(); ValueError where they don't
-    fit."""
+    """The tokenizer, both datasets, the denoiser's arguments and those of fsdd.refine()."""
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
-    if C > 2 ** 16:
-        raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {C} codes")
+    # ValueError from here on for settings that don't fit, before images are read
+    check_token_file(cfg.tokens, C)
+    if cfg.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
+    width, layers, heads = MODELS[cfg.model]
+    model_config = dict(codebook_size=C, num_tokens=M, width=cfg.width or width, layers=cfg.layers or layers,
+                        heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu)
+    generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
+    generation["guidance"] = common.three_numbers(generation["guidance"])
+    with torch.device("meta"):
+        model = Denoiser(**model_config)
+    next(refine(model, torch.zeros(1, dtype=torch.int64), **generation))
+    sample_times(torch.zeros(1), cfg.times)
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if train_set.channels != stage1["model_config"]["channels"]:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
                          f"{stage1['model_config']['channels']}; give the --data that it was trained on")
-    if cfg.model not in MODELS:
-        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
-    sample_noise(1, C, M, cfg.prior)  # ValueError for an unknown prior
-    sample_times(torch.zeros(1), cfg.times)  # ValueError for unknown times
-    width, layers, heads = MODELS[cfg.model]
-    model_config = {"codebook_size": C, "num_tokens": M, "num_classes": len(train_set.class_names),
-                    "width": cfg.width or width, "layers": cfg.layers or layers, "heads": cfg.heads or heads,
-                    "unused_rows": cfg.unused_rows, "gelu": cfg.gelu}
-    generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
-    generation["guidance"] = common.three_numbers(generation["guidance"])
+    model_config["num_classes"] = len(train_set.class_names)
     return tokenizer, train_set, test_set, model_config, generation
 
 

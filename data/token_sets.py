@@ -17,8 +17,6 @@ def encode_training_set(tokenizer, dataset, device, cfg):
     They are kept at cfg.tokens; a .json file beside it says which tokenizer and images they are from, and where these
     are the same the file is used again. ValueError where a rank can't see them.
     """
-    if not cfg.tokens.endswith(".npy"):  # such as a checkpoint, whose place they would take
-        raise ValueError(f"--tokens must end in .npy, got {cfg.tokens}")
     made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
     for name, weight in tokenizer.state_dict().items():
         made_from.update(name.encode() + weight.cpu().numpy().tobytes())
@@ -39,6 +37,14 @@ def encode_training_set(tokenizer, dataset, device, cfg):
         raise ValueError(f"{cfg.tokens} does not hold what rank 0 wrote: another run writes it too, or not every "
                          "machine sees it; give --tokens a path of this run's own, in a folder they share")
     return tokens
+
+
+def check_token_file(path, codebook_size):
+    """ValueError where tokens of a codebook can't be kept at a path."""
+    if not path.endswith(".npy"):  # such as a checkpoint, whose place they would take
+        raise ValueError(f"--tokens must end in .npy, got {path}")
+    if codebook_size > 2 ** 16:
+        raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {codebook_size} codes")
 
 
 def note_of(path):

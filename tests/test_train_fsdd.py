@@ -190,33 +190,37 @@ def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_too_many_codes_get_one_sentence():
-    """Broken: codes beyond 65535 would wrap around in the token file."""
-    sizes = dict(channels=1, image_size=28, num_tokens=4, code_dim=2, patch_size=7, width=16, heads=2, encoder_layers=1,
-                 decoder_layers=1, commitment=0.25)
-    cfg = SimpleNamespace(data="nowhere", out="a.pt", workers=0)
-    for C, words in ((2 ** 16, "no folder nowhere"), (2 ** 16 + 1, "up to 65535, the tokenizer has 65537")):
-        model_config = sizes | {"codebook_size": C}
-        stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
-        with pytest.raises(ValueError, match=words):
-            train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
+def prepare(model_config, *arguments):
+    """train_fsdd.prepare() for a tokenizer made here, with the digits' settings but for these arguments."""
+    cfg, _ = common.parse(train_fsdd.HYPERPARAMETERS, "", None, ["--recipe=digits", *arguments])
+    stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
+    return train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
 
 
-def test_unused_rows_need_a_large_codebook():
-    """Broken: counts would reach beyond the rows of the count embedding, and end in a traceback in the first step."""
-    Denoiser(4, 4, 3, 16, 1, 2, unused_rows=True)
-    with pytest.raises(ValueError, match="unused_rows needs num_tokens <= codebook_size, got 5 > 4"):
-        Denoiser(4, 5, 3, 16, 1, 2, unused_rows=True)
+SIZES = dict(channels=1, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16, heads=2,
+             encoder_layers=1, decoder_layers=1)
+
+
+@pytest.mark.parametrize("sizes, arguments, words", [
+    ({"codebook_size": 2 ** 16}, [], "no folder nowhere"),
+    ({"codebook_size": 2 ** 16 + 1}, [], "up to 65535, the tokenizer has 65537"),
+    ({"codebook_size": 3}, ["--unused_rows=yes"], "unused_rows needs num_tokens <= codebook_size, got 4 > 3"),
+    ({"codebook_size": 3}, ["--prior=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
+    ({}, ["--width=30", "--heads=4"], "width 30 is not a multiple of heads 4"),
+    ({}, ["--times=later"], "times must be"), ({}, ["--sampler=best"], "sampler must be"),
+    ({}, ["--tokens=fsdd.pt"], "--tokens must end in .npy"),
+])
+def test_settings_are_checked_before_images_are_read(sizes, arguments, words):
+    """Broken: codes beyond 65535 would wrap around in the token file; or what doesn't fit would be found after an hour
+    of reading images, or in the first step."""
+    with pytest.raises(ValueError, match=words):
+        prepare(SIZES | sizes, "--data=nowhere", *arguments)
 
 
 def test_a_tokenizer_of_colour_images_gets_one_sentence():
     """Broken: grey images would go into a tokenizer of colour images, and end in a traceback."""
-    model_config = dict(channels=3, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16,
-                        heads=2, encoder_layers=1, decoder_layers=1)
-    stage1 = {"model_config": model_config, "weights": SetTokenizer(**model_config).state_dict()}
-    cfg = SimpleNamespace(data="digits", out="a.pt", tokenizer="colour.pt", workers=0)
     with pytest.raises(ValueError, match="images of digits have 1 channels, those of colour.pt 3"):
-        train_fsdd.prepare(stage1, torch.device("cpu"), cfg)
+        prepare(SIZES | {"channels": 3}, "--tokenizer=colour.pt")
 
 
 def test_broken_tokenizer_gets_one_sentence(tmp_path):
