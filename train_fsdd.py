@@ -45,7 +45,7 @@ HYPERPARAMETERS = [
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            5000,           1000000,         "optimizer steps"),
+    ("steps",            4000,           1000000,         "optimizer steps"),
     ("batch_size",       64,             256,             "images per step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
@@ -63,7 +63,7 @@ HYPERPARAMETERS = [
 GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
     ("sample_steps",     20,             25,              "steps from noise to data"),
-    ("guidance",         "4.5",          "4,50,55",       "guidance weight, or three for the thirds of the steps"),
+    ("guidance",         "4",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
 ]
