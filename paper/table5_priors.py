@@ -52,7 +52,7 @@ HYPERPARAMETERS = [
     ("methods",          ",".join(METHODS), ",".join(METHODS), "which, with commas between"),
     ("seeds",            3,              1,              "trainings of every method with its best setting"),
     ("search_lr",        True,           False,          "search the learning rate; else it is --lr"),
-    ("search_steps",     940,            1000000,        "steps of the trainings that search the learning rate"),
+    ("search_steps",     470,            1000000,        "steps of the trainings that search the learning rate"),
     ("num_search",       500,            10000,          "samples that measure a setting in the search"),
     ("num_images",       1000,           50000,          "samples of the table"),
     ("batch",            250,            100,            "samples at once"),
