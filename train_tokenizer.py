@@ -62,12 +62,12 @@ HYPERPARAMETERS = [
     ("lecam_ema",        0.999,         0.999,            "decay of the moving averages it needs"),
     # the set's own losses
     ("commitment",       0.25,          0.25,             "weight of the commitment loss"),
-    ("uniformity",       0.15,          0.0,              "weight of uniformity() (not in the paper)"),
+    ("uniformity",       0.2,           0.0,              "weight of uniformity() (not in the paper)"),
     ("unquantized",      0.5,           0.0,              "share of images that skip the quantizer (not in the paper)"),
     ("revive_after",     20,            0,                "steps without use after which a code is reset, 0 = never"),
     ("revive_until",     0.8,           0.8,              "share of the training after which no code is reset"),
     # optimization
-    ("steps",            3600,          1000000,          "optimizer steps, of both phases"),
+    ("steps",            3000,          1000000,          "optimizer steps, of both phases"),
     ("batch_size",       32,            256,              "images per step, over all processes"),
     ("device_batch",     32,            32,               "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",        "adamw",          "adamw, or muon (blocks' matrices) and adamw (the rest)"),

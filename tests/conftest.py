@@ -82,12 +82,17 @@ def small_digits(monkeypatch):
 
 
 @pytest.fixture
-def cache(digits, small_digits, tmp_path, monkeypatch):
+def few_to_train_on(monkeypatch):
+    """Both trainings see 300 training and 300 test digits."""
+    monkeypatch.setattr(data.reading, "open_dataset", lambda where, split, size, **training: few_digits(split, 300))
+
+
+@pytest.fixture
+def cache(digits, small_digits, few_to_train_on, tmp_path, monkeypatch):
     """An empty folder of variants, which the tests work above; they train on 300 digits and are measured on 400."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(variants, "FOLDER", "cache")
     monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
-    monkeypatch.setattr(data.reading, "open_dataset", lambda where, split, size, **training: few_digits(split, 300))
     return tmp_path / "cache"
 
 

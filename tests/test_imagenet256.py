@@ -1,6 +1,7 @@
 """The recipe imagenet256 from end to end, narrow, on a folder of small image files: both phases of stage 1, stage 2,
 samples."""
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,17 +92,25 @@ def test_stopped_in_every_phase_and_resumed(files, whole, tmp_path):
     """Broken: after a signal in the proxy phase, a kill in the pixel phase or a signal in stage 2, --resume would not
     give the very numbers of the unbroken run; or a signal would lose steps; or the loss of one process would leave the
     other one hanging. (Kills at many moments: test_kills.py.)"""
-    folder = place(files, tmp_path / "stopped")
+    folder, second = place(files, tmp_path / "stopped"), place(files, tmp_path / "second")
+    (second / "tokenizer.pt").symlink_to(whole / "tokenizer.pt")
+    with ThreadPoolExecutor() as at_once:  # most of the time a process waits for its imports
+        list(at_once.map(lambda stop, where: stop(where), (stop_stage1, stop_stage2), (folder, second)))
+    for done, out in ((folder, "tokenizer"), (second, "fsdd")):
+        assert read_log(whole / f"{out}.csv") == read_log(done / f"{out}.csv")
+        assert_same_checkpoint(whole / f"{out}.pt", done / f"{out}.pt")
+
+
+def stop_stage1(folder):
     stop_in_the_middle("train_tokenizer.py", STAGE1, folder, "tokenizer.csv", 4, signal.SIGTERM, False, range(4, 32))
     stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 25, signal.SIGKILL, True,
                        range(18, 32))
     assert run("train_tokenizer.py", "--resume", folder=folder, processes=2).returncode == 0
-    assert read_log(whole / "tokenizer.csv") == read_log(folder / "tokenizer.csv")
-    assert_same_checkpoint(whole / "tokenizer.pt", folder / "tokenizer.pt")
+
+
+def stop_stage2(folder):
     stop_in_the_middle("train_fsdd.py", STAGE2, folder, "fsdd.csv", 4, signal.SIGINT, True, range(4, 20))
     assert run("train_fsdd.py", "--resume", folder=folder, processes=2).returncode == 0
-    assert read_log(whole / "fsdd.csv") == read_log(folder / "fsdd.csv")
-    assert_same_checkpoint(whole / "fsdd.pt", folder / "fsdd.pt")
 
 
 def test_any_number_of_processes_trains_alike(files, tmp_path):

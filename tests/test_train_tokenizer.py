@@ -116,7 +116,7 @@ def test_any_number_of_processes_trains_alike(tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
-def test_what_a_run_leaves(tmp_path):
+def test_what_a_run_leaves(few_to_train_on, tmp_path):
     """Broken: the checkpoint could not be read safely, the picture or the last line would be missing, or the run
     before lost."""
     finished = run_here(train_tokenizer.main, *TINY, "--steps=3", folder=tmp_path)
