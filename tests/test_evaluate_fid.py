@@ -26,7 +26,7 @@ from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distan
 from published import inception
 from published.inception import resize
 from tests.conftest import few_digits, pictures
-from tests.test_common import assert_one_sentence, run, run_here
+from tests.test_common import assert_one_sentence, run, run_here, run_ranks
 from tokenizer import SetTokenizer
 
 
@@ -171,7 +171,7 @@ def test_same_numbers_for_any_number_of_processes(arguments, numbers, digits):
     for processes in numbers:
         options = [*arguments, "--batch=50", "--bf16=off", f"--json={processes}.json", f"--save_stats={processes}.npz"]
         finished = run_here(evaluate_fid.main, *options, folder=digits) if processes == 1 else \
-            run("evaluate_fid.py", *options, folder=digits, processes=processes)
+            run_ranks("evaluate_fid.py", *options, folder=digits, processes=processes)
         assert finished.returncode == 0, finished.stderr
         with open(digits / f"{processes}.json") as file, np.load(digits / f"{processes}.npz") as statistics:
             results.append((json.load(file), statistics["mu"], statistics["sigma"]))

@@ -12,7 +12,7 @@ import train_tokenizer
 from published.convnext import ConvNeXt
 from published.maskgit_vqgan import VQGAN
 from tests.image_folder import make_image_folder
-from tests.test_common import assert_one_sentence, run, run_here
+from tests.test_common import assert_one_sentence, run, run_here, run_ranks
 from tests.test_train_tokenizer import assert_same_checkpoint, assert_same_gradients, kill_in_the_middle, read_log
 
 STAGE1 = ["--recipe=imagenet256", "--data=images", "--image_size=32", "--num_tokens=4", "--codebook_size=16",
@@ -105,12 +105,12 @@ def stop_stage1(folder):
     stop_in_the_middle("train_tokenizer.py", STAGE1, folder, "tokenizer.csv", 4, signal.SIGTERM, False, range(4, 32))
     stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 25, signal.SIGKILL, True,
                        range(18, 32))
-    assert run("train_tokenizer.py", "--resume", folder=folder, processes=2).returncode == 0
+    assert run_ranks("train_tokenizer.py", "--resume", folder=folder, processes=2).returncode == 0
 
 
 def stop_stage2(folder):
     stop_in_the_middle("train_fsdd.py", STAGE2, folder, "fsdd.csv", 4, signal.SIGINT, True, range(4, 20))
-    assert run("train_fsdd.py", "--resume", folder=folder, processes=2).returncode == 0
+    assert run_ranks("train_fsdd.py", "--resume", folder=folder, processes=2).returncode == 0
 
 
 def test_any_number_of_processes_trains_alike(files, tmp_path):
@@ -119,7 +119,7 @@ def test_any_number_of_processes_trains_alike(files, tmp_path):
     logs, states = [], []
     alone, three = place(files, tmp_path / "1"), place(files, tmp_path / "3")  # unequal shares
     for folder, finished in ((alone, run_here(train_tokenizer.main, *STAGE1, *short, folder=alone)),
-                             (three, run("train_tokenizer.py", *STAGE1, *short, folder=three, processes=3))):
+                             (three, run_ranks("train_tokenizer.py", *STAGE1, *short, folder=three, processes=3))):
         assert finished.returncode == 0, finished.stderr
         logs.append(read_log(folder / "tokenizer.csv"))
         states.append(torch.load(folder / "tokenizer.pt", weights_only=True)["training"])

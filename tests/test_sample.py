@@ -12,7 +12,7 @@ import sample
 from data.samples import SampleFile
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, sample_noise
-from tests.test_common import assert_one_sentence, run, run_here
+from tests.test_common import assert_one_sentence, run, run_here, run_ranks
 from tokenizer import SetTokenizer
 
 
@@ -51,9 +51,9 @@ def test_same_images_for_any_number_of_processes(checkpoint, tmp_path):
     results = []
     for processes in (1, 3):  # unequal shares
         out = tmp_path / f"{processes}.npz"
-        finished = run("sample.py", "--ckpt", checkpoint, "--num_images=23", "--batch=5", "--bf16=off", "--out", out,
-                       folder=tmp_path,
-                       processes=processes)
+        options = ["--ckpt", checkpoint, "--num_images=23", "--batch=5", "--bf16=off", "--out", out]
+        finished = run_here(sample.main, *options, folder=tmp_path) if processes == 1 else \
+            run_ranks("sample.py", *options, folder=tmp_path, processes=processes)
         assert finished.returncode == 0, finished.stderr
         results.append(arrays(out))
     images, labels = results[0]

@@ -11,7 +11,7 @@ from data import records
 from dual_transform import counts_to_tokens
 from fsdd import sample_noise
 from paper import table5_priors
-from tests.test_common import ROOT, assert_one_sentence, run, run_here
+from tests.test_common import ROOT, assert_one_sentence, run_here, run_ranks
 from tests.test_train_tokenizer import assert_same_checkpoint
 
 SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40",
@@ -151,8 +151,8 @@ evaluate_fid.open_dataset = data.digits_classifier.open_dataset = open_few
 common.run(table5_priors.main)
 """)
     options = ["--methods=AR-random,Continuous Diffusion", "--search_lr=no", "--bf16=off", "--batch=15"]
-    finished = run(tmp_path / "few.py", f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=3", "--seeds=1", *options,
-                   folder=tmp_path, processes=2)
+    finished = run_ranks(tmp_path / "few.py", f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=3", "--seeds=1",
+                         *options, folder=tmp_path, processes=2)
     assert finished.returncode == 0, finished.stderr
     rows = rows_of(finished.stdout)
     assert len(rows) == 2 and rows == table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)

@@ -14,7 +14,7 @@ from data.digits import Digits
 from fsdd import Denoiser
 from tests.conftest import few_digits
 from tests.image_folder import make_image_folder
-from tests.test_common import assert_one_sentence, run, run_here
+from tests.test_common import assert_one_sentence, run_here, run_ranks
 from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
 from tests.test_train_tokenizer import assert_same_checkpoint, assert_same_gradients, kill_in_the_middle, read_log
 from tokenizer import SetTokenizer
@@ -54,7 +54,7 @@ def test_any_number_of_processes_trains_alike(stage1, tmp_path):
     alone.mkdir(), three.mkdir()
     options = [*TINY, stage1[0], "--steps=4", "--optimizer=adamw"]
     for finished in (run_here(train_fsdd.main, *options, stage1[1], folder=alone),
-                     run("train_fsdd.py", *options, folder=three, processes=3)):
+                     run_ranks("train_fsdd.py", *options, folder=three, processes=3)):
         assert finished.returncode == 0, finished.stderr
     assert np.array_equal(np.load(stage1[1].split("=")[1]), np.load(three / "tokens.npy"))
     logs = [read_log(folder / "fsdd.csv") for folder in (alone, three)]

@@ -15,7 +15,7 @@ import common
 import train_tokenizer
 from published.critics import Critics, discriminator_loss
 from published.discriminator import Discriminator
-from tests.test_common import ROOT, assert_one_sentence, run, run_here
+from tests.test_common import ROOT, assert_one_sentence, run_here, run_ranks
 from tests.test_convnext import random_convnext
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
@@ -107,7 +107,7 @@ def test_any_number_of_processes_trains_alike(tmp_path):
     alone.mkdir(), three.mkdir()
     options = [*TINY, "--steps=4", "--optimizer=adamw"]
     for finished in (run_here(train_tokenizer.main, *options, folder=alone),
-                     run("train_tokenizer.py", *options, folder=three, processes=3)):
+                     run_ranks("train_tokenizer.py", *options, folder=three, processes=3)):
         assert finished.returncode == 0, finished.stderr
     logs = [read_log(folder / "tokenizer.csv") for folder in (alone, three)]
     assert len(logs[0]) == len(logs[1]) == 4
