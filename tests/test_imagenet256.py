@@ -12,7 +12,7 @@ import train_tokenizer
 from published.convnext import ConvNeXt
 from published.maskgit_vqgan import VQGAN
 from tests.image_folder import make_image_folder
-from tests.test_common import assert_one_sentence, run, run_here, run_ranks
+from tests.test_common import assert_one_sentence, run_here, run_ranks
 from tests.test_train_tokenizer import assert_same_checkpoint, assert_same_gradients, kill_in_the_middle, read_log
 
 STAGE1 = ["--recipe=imagenet256", "--data=images", "--image_size=32", "--num_tokens=4", "--codebook_size=16",
@@ -56,7 +56,7 @@ def whole(files):
     """A folder where both stages were trained without a break, by two processes."""
     folder = place(files, files / "whole")
     for script, arguments in (("train_tokenizer.py", STAGE1), ("train_fsdd.py", STAGE2)):
-        finished = run(script, *arguments, folder=folder, processes=2)
+        finished = run_ranks(script, *arguments, folder=folder, processes=2)
         assert finished.returncode == 0, finished.stderr
     return folder
 
