@@ -71,7 +71,7 @@ def test_killed_at_random_moments(out, processes, files, tmp_path):
     lasts = time.time() - began
     moments, reached = random.Random(f"{out} {processes}"), 0
     for _ in range(3 * KILLS):  # a run that had little left to do may end before its moment
-        moment, seconds = moments.uniform(0, lasts / 4), seconds_claimed(killed / out)
+        moment, seconds = moments.uniform(0, lasts / 8), seconds_claimed(killed / out)
         if os.path.exists(killed / f"{out}.lock"):  # the last kill left it
             os.remove(killed / f"{out}.lock")
         more = ["--resume"] if os.path.exists(killed / out) else options
