@@ -81,7 +81,6 @@ def main(argv=None):
         cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
     device, rank, _ = common.init_distributed(cfg.device, cfg.tf32)
     began = time.time()
-    common.check_output(cfg.tokens)
     try:
         tokenizer, train_set, test_set, model_config, generation = prepare(stage1, device, cfg)
         torch.manual_seed(cfg.seed)
@@ -111,11 +110,11 @@ def main(argv=None):
 
 
 def prepare(stage1, device, cfg):
-    """The tokenizer, both datasets, the denoiser's arguments and those of fsdd.refine()."""
+    """The tokenizer, both datasets, the denoiser's arguments and those of fsdd.refine(). ValueError where settings
+    don't fit, all but the number of channels before images are read."""
     tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
-    # ValueError from here on for settings that don't fit, before images are read
     check_token_file(cfg.tokens, C)
     if cfg.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
@@ -124,9 +123,8 @@ def prepare(stage1, device, cfg):
                         heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu)
     generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
     generation["guidance"] = common.three_numbers(generation["guidance"])
-    with torch.device("meta"):
-        model = Denoiser(**model_config)
-    next(refine(model, torch.zeros(1, dtype=torch.int64), **generation))
+    with torch.device("meta"):  # without memory for its weights: only the arguments are checked
+        next(refine(Denoiser(**model_config), torch.zeros(1, dtype=torch.int64, device="cpu"), **generation))
     sample_times(torch.zeros(1), cfg.times)
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if train_set.channels != stage1["model_config"]["channels"]:

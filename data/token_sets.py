@@ -41,6 +41,7 @@ def encode_training_set(tokenizer, dataset, device, cfg):
 
 def check_token_file(path, codebook_size):
     """ValueError where tokens of a codebook can't be kept at a path."""
+    files.check_output(path)
     if not path.endswith(".npy"):  # such as a checkpoint, whose place they would take
         raise ValueError(f"--tokens must end in .npy, got {path}")
     if codebook_size > 2 ** 16:

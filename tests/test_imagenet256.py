@@ -88,29 +88,34 @@ def stop_in_the_middle(script, arguments, folder, log, rows, sent, to_one, steps
         assert f"stopped by {sent.name}" in errors and read_log(folder / log)[-1]["step"] == step, errors
 
 
-def test_stopped_in_every_phase_and_resumed(files, whole, tmp_path):
-    """Broken: after a signal in the proxy phase, a kill in the pixel phase or a signal in stage 2, --resume would not
-    give the very numbers of the unbroken run; or a signal would lose steps; or the loss of one process would leave the
-    other one hanging. (Kills at many moments: test_kills.py.)"""
+# Rows of the log, the signal, whether to one process only, the steps that the checkpoint may hold
+PROXY, PIXELS = (4, signal.SIGTERM, False, range(4, 32)), (25, signal.SIGKILL, True, range(18, 32))
+KILL = (4, signal.SIGKILL, False, range(3, 20))
+MORE = ([KILL, (9, signal.SIGTERM, False, range(9, 32)), PIXELS], [KILL, (9, signal.SIGINT, True, range(9, 20))])
+
+
+@pytest.mark.parametrize("stage1, stage2", [([PROXY, PIXELS], [(4, signal.SIGINT, True, range(4, 20))]),
+                                            pytest.param(*MORE, marks=pytest.mark.slow)])
+def test_stopped_in_every_phase_and_resumed(stage1, stage2, files, whole, tmp_path):
+    """Broken: after a signal or a kill in the proxy phase, the pixel phase or stage 2, --resume would not give the very
+    numbers of the unbroken run; or a signal would lose steps; or the loss of one process would leave the other one
+    hanging."""
     folder, second = place(files, tmp_path / "stopped"), place(files, tmp_path / "second")
     (second / "tokenizer.pt").symlink_to(whole / "tokenizer.pt")
     with ThreadPoolExecutor() as at_once:  # most of the time a process waits for its imports
-        list(at_once.map(lambda stop, where: stop(where), (stop_stage1, stop_stage2), (folder, second)))
+        list(at_once.map(stop_and_resume, ("train_tokenizer.py", "train_fsdd.py"), (STAGE1, STAGE2), (folder, second),
+                         ("tokenizer.csv", "fsdd.csv"), (stage1, stage2)))
     for done, out in ((folder, "tokenizer"), (second, "fsdd")):
         assert read_log(whole / f"{out}.csv") == read_log(done / f"{out}.csv")
         assert_same_checkpoint(whole / f"{out}.pt", done / f"{out}.pt")
 
 
-def stop_stage1(folder):
-    stop_in_the_middle("train_tokenizer.py", STAGE1, folder, "tokenizer.csv", 4, signal.SIGTERM, False, range(4, 32))
-    stop_in_the_middle("train_tokenizer.py", ["--resume"], folder, "tokenizer.csv", 25, signal.SIGKILL, True,
-                       range(18, 32))
-    assert run_ranks("train_tokenizer.py", "--resume", folder=folder, processes=2).returncode == 0
-
-
-def stop_stage2(folder):
-    stop_in_the_middle("train_fsdd.py", STAGE2, folder, "fsdd.csv", 4, signal.SIGINT, True, range(4, 20))
-    assert run_ranks("train_fsdd.py", "--resume", folder=folder, processes=2).returncode == 0
+def stop_and_resume(script, arguments, folder, log, stops):
+    """Stop a training, resume and stop it again, at last resume it to its end."""
+    for stop in stops:
+        stop_in_the_middle(script, arguments, folder, log, *stop)
+        arguments = ["--resume"]
+    assert run_ranks(script, "--resume", folder=folder, processes=2).returncode == 0
 
 
 def test_any_number_of_processes_trains_alike(files, tmp_path):
