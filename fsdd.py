@@ -266,6 +266,18 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.modulation_out[1].weight)
         nn.init.zeros_(self.to_logits.weight)  # and all counts are equally likely: the loss starts at log(M + 1)
 
+    @torch.no_grad()
+    def start_from_codebook(self, codes):
+        """Start the code embedding from the tokenizer's codes (C, code_dim) of length 1, so that codes which decode
+        alike are embedded alike; from zeros, as in DiT, the denoiser has to find that out. Not in the paper.
+
+        These are random Fourier features: the products of the embeddings of e and e' are close to exp(-2 |e - e'|^2),
+        but for a factor.
+        """
+        width = self.code_embedding.shape[2]
+        frequencies, phases = 2 * torch.randn(codes.shape[1], width), 2 * math.pi * torch.rand(width)
+        self.code_embedding[0] = 0.3 * torch.cos(codes @ frequencies + phases)
+
     def forward(self, x_t, t, labels):
         """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1).
 

@@ -41,15 +41,16 @@ HYPERPARAMETERS = [
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
     ("unused_rows",      False,          True,            "C + 1 rows in the count embedding (authors' release)"),
+    ("code_start",       "codebook",     "zeros",         "start of the code embedding: zeros (DiT) or codebook"),
     ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            5000,           1000000,         "optimizer steps"),
+    ("steps",            2700,           1000000,         "optimizer steps"),
     ("batch_size",       64,             256,             "images per step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
-    ("lr",               2e-3,           1e-4,            "peak learning rate of adamw"),
+    ("lr",               8e-3,           1e-4,            "peak learning rate of adamw"),
     ("muon_lr",          5e-3,           1e-3,            "peak learning rate of muon"),
     ("lr_end",           0.01,           1.0,             "final learning rate / peak (cosine); 1 = constant"),
     ("warmup",           50,             0,               "steps of linear warm-up"),
@@ -63,7 +64,7 @@ HYPERPARAMETERS = [
 GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
     ("sample_steps",     20,             25,              "steps from noise to data"),
-    ("guidance",         "4",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
+    ("guidance",         "0.5,4,6",      "4,50,55",       "guidance weight, or three for the thirds of the steps"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
 ]
@@ -84,7 +85,10 @@ def main(argv=None):
     try:
         tokenizer, train_set, test_set, model_config, generation = prepare(stage1, device, cfg)
         torch.manual_seed(cfg.seed)
-        model = Denoiser(**model_config).to(device)
+        model = Denoiser(**model_config)
+        if cfg.code_start == "codebook":
+            model.start_from_codebook(tokenizer.quantizer.codes().cpu())
+        model = model.to(device)
         common.set_switches(model, cfg)
         claim = records.check_training(cfg, checkpoint, train_set)  # locks cfg.out until the training ends
         tokens = encode_training_set(tokenizer, train_set, device, cfg)  # (1 or 2, N, M)

@@ -37,7 +37,7 @@ HYPERPARAMETERS = [
     ("image_size",       28,            256,              "side of an image, pixels"),
     # the set
     ("num_tokens",       32,            128,              "M, tokens in a set"),
-    ("codebook_size",    96,            4096,             "C, codes in the codebook"),
+    ("codebook_size",    128,           4096,             "C, codes in the codebook"),
     ("code_dim",         3,             12,               "dimensions of a code"),
     # the two transformers
     ("patch_size",       7,             16,               "side of a patch, pixels"),
@@ -62,12 +62,12 @@ HYPERPARAMETERS = [
     ("lecam_ema",        0.999,         0.999,            "decay of the moving averages it needs"),
     # the set's own losses
     ("commitment",       0.25,          0.25,             "weight of the commitment loss"),
-    ("uniformity",       0.2,           0.0,              "weight of uniformity() (not in the paper)"),
+    ("uniformity",       0.25,          0.0,              "weight of uniformity() (not in the paper)"),
     ("unquantized",      0.5,           0.0,              "share of images that skip the quantizer (not in the paper)"),
     ("revive_after",     20,            0,                "steps without use after which a code is reset, 0 = never"),
     ("revive_until",     0.8,           0.8,              "share of the training after which no code is reset"),
     # optimization
-    ("steps",            3000,          1000000,          "optimizer steps, of both phases"),
+    ("steps",            3200,          1000000,          "optimizer steps, of both phases"),
     ("batch_size",       32,            256,              "images per step, over all processes"),
     ("device_batch",     32,            32,               "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",        "adamw",          "adamw, or muon (blocks' matrices) and adamw (the rest)"),

@@ -32,8 +32,8 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
 
-LEARNING_RATES = (0.5, 1.0, 2.0)        # times --lr and --muon_lr; compared by FIRST's samples
-GUIDANCE = ("1", "2", "4", "4,30,30")   # weight, or weights in the thirds of the steps
+LEARNING_RATES = (0.25, 0.5, 1.0)       # times --lr and --muon_lr; compared by FIRST's samples
+GUIDANCE = ("2", "4", "4,30,30", "0.5,4,6")  # weight, or weights in the thirds of the steps
 CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 FIRST = {"guidance": "4", **CUTS[0]}
 METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
@@ -60,7 +60,7 @@ HYPERPARAMETERS = [
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
     *[(name, CHANGED.get(name, digits), *rest) for name, digits, *rest in train_fsdd.HYPERPARAMETERS
       if name not in ("tokenizer", "tokens", "out", "seed", "times", "sampler", "guidance", "top_p", "top_k",
-                      "picture_every")],
+                      "code_start", "picture_every")],
     ("out",              "table5.png",   "table5.png",   "a picture, samples of each method"),
 ]
 

@@ -300,6 +300,19 @@ def test_denoiser_uses_all_it_is_told():
     assert changed[0].all() and not changed[1:].any()  # attention reaches every code of that vector and of no other
 
 
+@pytest.mark.parametrize("C, code_dim", [(96, 3), (40, 12), (7, 2)])
+def test_start_from_codebook(C, code_dim):
+    """Broken: codes that are alike would not start with embeddings that are alike."""
+    torch.manual_seed(21)
+    denoiser = Denoiser(C, 4, 3, width=4096, layers=1, heads=1)
+    codes = torch.nn.functional.normalize(torch.randn(C, code_dim), dim=1)
+    denoiser.start_from_codebook(codes)
+    embedding = denoiser.code_embedding[0].double()
+    products = embedding @ embedding.t() / (4096 / 2 * 0.3 ** 2)
+    expected = (-2 * torch.cdist(codes, codes) ** 2).exp()
+    assert (products - expected).abs().max() < 0.1 and denoiser.code_embedding.requires_grad
+
+
 def test_time_features():
     """Broken: the denoiser is told s = 1 - t by cosines first, then sines, at frequencies from 1 down to 1 / 10000."""
     features = fsdd.time_features(torch.tensor([0.0, 1.0]))

@@ -171,6 +171,21 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
     assert checkpoint["class_names"] == list("0123456789")
 
 
+def test_code_embedding_starts_from_the_codebook(stage1, few_to_train_on, tmp_path):
+    """Broken: --code_start would not be what training starts with. (After one step of learning rate 1e-9.)"""
+    tokenizer = torch.load(stage1[0].split("=")[1], weights_only=True)
+    start = {}
+    for name in ("zeros", "codebook"):
+        options = ["--steps=1", "--lr=1e-9", "--warmup=0", f"--code_start={name}", f"--out={name}.pt"]
+        finished = run_here(train_fsdd.main, *TINY, stage1[0], *options, folder=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        start[name] = torch.load(tmp_path / f"{name}.pt", weights_only=True)["weights"]["code_embedding"][0]
+    assert start["zeros"].abs().max() < 1e-6
+    codes = torch.nn.functional.normalize(tokenizer["weights"]["quantizer.codebook"], dim=1)
+    closeness, products = codes @ codes.t(), start["codebook"] @ start["codebook"].t()
+    assert torch.corrcoef(torch.stack([closeness.flatten(), products.flatten()]))[0, 1] > 0.5
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--tokenizer=none.pt"], ["no checkpoint none.pt", "python train_tokenizer.py"]),
     (["--prior=uniform"], ["prior", "'uniform'"]),
@@ -180,6 +195,7 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
     (["--tokens=no/t.npy"], ["no folder no"]),
     (["--heads=3"], ["width 16", "heads 3"]),
     (["--model=L"], ["--model", "digits, S, B"]),
+    (["--code_start=ones"], ["--code_start", "zeros, codebook"]),
     (["--batch_size=70000"], ["batch_size 70000"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
