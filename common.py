@@ -22,8 +22,7 @@ RECIPES = ("digits", "imagenet256")  # columns of the tables HYPERPARAMETERS; an
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
-BEFORE = {"code_start": "zeros", "times": "uniform", "sampler": "paper", "gelu": "tanh",
-          "unquantized": 0.0}  # of checkpoints without these
+BEFORE = dict(code_start="zeros", times="uniform", sampler="paper", gelu="tanh", unquantized=0.0)  # in old checkpoints
 MACHINE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
     # name               digits          imagenet256      meaning
     ("seed",             0,              0,               "all random numbers depend on it"),
@@ -99,9 +98,8 @@ def check_settings(parser, table, settings, checkpoint):
         parser.error(f"--optimizer must be adamw, or muon with a --muon_lr, got {optimizer} with {muon_lr}")
     if checkpoint and settings["steps"] < (step := checkpoint["step"]):
         parser.error(f"--steps must be at least {step}, the step of {settings['out']}, got {settings['steps']}")
-    switch = ("auto", "on", "off")
-    for name, choices in (("bf16", switch), ("fused_attention", switch), ("gelu", ("tanh", "none")),
-                          ("code_start", ("zeros", "codebook"))):
+    switch, start = ("auto", "on", "off"), ("zeros", "codebook")
+    for name, choices in dict(bf16=switch, fused_attention=switch, gelu=("tanh", "none"), code_start=start).items():
         if settings.get(name, choices[0]) not in choices:
             parser.error(f"--{name} must be one of {', '.join(choices)}, got {settings[name]}")
     check_output(settings["out"], *(os.path.splitext(settings["out"])[0] + suffix for suffix in (".csv", ".png")))

@@ -269,14 +269,13 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def start_from_codebook(self, codes):
         """Start the code embedding from the tokenizer's codes (C, code_dim) of length 1, so that codes which decode
-        alike are embedded alike; from zeros, as in DiT, the denoiser has to find that out. Not in the paper.
+        alike are embedded alike. From zeros, as in the authors' release, the denoiser has to find out which those are.
 
         These are random Fourier features: the products of the embeddings of e and e' are close to exp(-2 |e - e'|^2),
-        but for a factor.
+        but for a factor. Not in the paper.
         """
-        width = self.code_embedding.shape[2]
-        frequencies, phases = 2 * torch.randn(codes.shape[1], width), 2 * math.pi * torch.rand(width)
-        self.code_embedding[0] = 0.3 * torch.cos(codes @ frequencies + phases)
+        w = 2 * torch.randn(codes.shape[1], self.code_embedding.shape[2])  # (code_dim, width)
+        self.code_embedding[0] = 0.3 * torch.cos(codes.cpu() @ w + 2 * math.pi * torch.rand(w.shape[1]))
 
     def forward(self, x_t, t, labels):
         """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1).
@@ -353,9 +352,7 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
 
 def generate(denoiser, labels, **settings):
     """Generate counts X_0 (B, C) int64, every row sums to M, for labels (B,). The settings are those of refine()."""
-    for x in refine(denoiser, labels, **settings):
-        pass
-    return x
+    return list(refine(denoiser, labels, **settings))[-1]
 
 
 def paper_step(x, p, t, s, top_p, top_k, generator):
@@ -389,8 +386,7 @@ def exchange_step(x, p, t, s, prior, top_p, top_k, generator):
     """
     C, M = p.shape[1], p.shape[2] - 1
     b, p_b = noise_of_a_code(C, M, prior)
-    possible = (p.amax((0, 1)) > 1e-5).nonzero().max()
-    K = int(max(possible, b.max(), x.max()))  # the largest count that matters, far below M
+    K = int(max((p.amax((0, 1)) > 1e-5).nonzero().max(), b.max(), x.max()))  # the largest count that matters
     p, order = cut(p[:, :, :K + 1], top_p, top_k)
     if order is not None:
         p = torch.zeros_like(p).scatter(2, order, p)
@@ -481,7 +477,6 @@ def guided_probabilities(denoiser, x_t, t, labels, weight):
     if weight == 1:
         return denoiser(x_t, t, labels).float().softmax(-1)
     null = torch.full_like(labels, denoiser.num_classes)
-    p = denoiser(x_t.repeat(2, 1), t.repeat(2), torch.cat([labels, null])).float().softmax(-1)
-    p_class, p_null = p.chunk(2)
+    p_class, p_null = denoiser(x_t.repeat(2, 1), t.repeat(2), torch.cat([labels, null])).float().softmax(-1).chunk(2)
     p = (p_null + weight * (p_class - p_null)).clamp(min=0)
     return p / p.sum(-1, keepdim=True)
