@@ -64,7 +64,7 @@ HYPERPARAMETERS = [
 GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
     ("sample_steps",     15,             25,              "steps from noise to data"),
-    ("guidance",         "0.5,4,6",      "4,50,55",       "guidance weight, or three for the thirds of the steps"),
+    ("guidance",         "3",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
 ]

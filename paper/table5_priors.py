@@ -33,7 +33,7 @@ from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
 
 LEARNING_RATES = (0.25, 0.5, 1.0)       # times --lr and --muon_lr; compared by FIRST's samples
-GUIDANCE = ("2", "4", "4,30,30", "0.5,4,6")  # weight, or weights in the thirds of the steps
+GUIDANCE = ("2", "3", "4", "4,30,30")  # weight, or weights in the thirds of the steps
 CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 FIRST = {"guidance": "4", **CUTS[0]}
 METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
