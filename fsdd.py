@@ -209,7 +209,7 @@ def take_steps(x, score, number, step):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: shift, scale and gate of both halves come from the condition c.
 
-    x (B, C, width), c (B, width) -> (B, C, width)
+    x (B, C, width), c (B, width), places (B, N), see Attention -> (B, C, width)
     """
 
     def __init__(self, width, heads, gelu):
@@ -220,9 +220,9 @@ class DiTBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate=gelu), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c):
+    def forward(self, x, c, places=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=2)  # each (B, 1, width)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, places)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -234,15 +234,19 @@ class Denoiser(nn.Module):
     unused_rows: give the count embedding C + 1 rows, of which counts read the first M + 1: the release has them, and
     its 36.0 and 136.7 million parameters count them.
     gelu: "tanh" (DiT) or "none", the exact function, which differs by less than 0.001 and is faster on CPUs.
+    sparse: every code attends to the M tokens of X_t, a code present as often as it occurs, and not to all C codes: the
+    absent ones tell it nothing that these don't. Attention costs C M in place of C^2. Same weights; not in the paper.
     """
 
     recompute = False  # see tokenizer.through()
 
-    def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False, gelu="tanh"):
+    def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False, gelu="tanh",
+                 sparse=False):
         super().__init__()
         if unused_rows and num_tokens > codebook_size:
             raise ValueError(f"unused_rows needs num_tokens <= codebook_size, got {num_tokens} > {codebook_size}")
         self.codebook_size, self.num_tokens, self.num_classes = codebook_size, num_tokens, num_classes
+        self.sparse = sparse
         self.count_embedding = nn.Embedding((codebook_size if unused_rows else num_tokens) + 1, width)
         self.code_embedding = nn.Parameter(torch.zeros(1, codebook_size, width))
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -277,16 +281,26 @@ class Denoiser(nn.Module):
         w = 2 * torch.randn(codes.shape[1], self.code_embedding.shape[2])  # (code_dim, width)
         self.code_embedding[0] = 0.3 * torch.cos(codes.cpu() @ w + 2 * math.pi * torch.rand(w.shape[1]))
 
-    def forward(self, x_t, t, labels):
+    def forward(self, x_t, t, labels, codes=None):
         """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1).
 
+        codes (B, L) int64: compute the logits of these codes alone, (B, L, M + 1). Only where sparse, as no code then
+        attends to an absent one; all codes present must be among them.
         Fewer than C positions are taken for the first ones, which only a causal model can use (paper/baselines.py).
         """
         c = self.time_mlp(time_features(1 - t))
         c = c + self.class_embedding(labels).to(c.dtype)  # (B, width)
-        x = self.count_embedding(x_t) + self.code_embedding[:, :x_t.shape[1]]  # (B, C, width)
+        embedding, tokens = self.code_embedding[:, :x_t.shape[1]], None
+        if self.sparse:  # token m is the first code up to which there are more than m; as counts_to_tokens(x_t), (B, M)
+            m = torch.arange(self.num_tokens, device=x_t.device).expand(len(x_t), -1).contiguous()
+            tokens = torch.searchsorted(x_t.cumsum(1), m, right=True)
+        if codes is not None:  # from here on C stands for L
+            place = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
+            tokens = torch.zeros_like(x_t).scatter(1, codes, place).gather(1, tokens)
+            embedding, x_t = self.code_embedding[0][codes], x_t.gather(1, codes)
+        x = self.count_embedding(x_t) + embedding  # (B, C, width)
         x = x.to(c.dtype)  # bfloat16 in autocast
-        x = through(self.blocks, x, c, recompute=self.recompute)
+        x = through(self.blocks, x, c, tokens, recompute=self.recompute)
         shift, scale = self.modulation_out(c)[:, None].chunk(2, dim=2)
         return self.to_logits(self.norm_out(x) * (1 + scale) + shift)
 
@@ -299,15 +313,27 @@ def time_features(time, size=256, max_period=10000):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def fsdd_loss(denoiser, x0, labels, t, x1, uniform=None):
+def fsdd_loss(denoiser, x0, labels, t, x1, uniform=None, num_codes=0, order=None):
     """Cross-entropy of the denoiser's logits at X_t against X_0, mean over codes and vectors.
 
     x0, x1: (B, C) int64.  labels: (B,), the null class where the label is dropped.  t: (B,) in (0, 1].
     uniform: (B, C), see forward_process.
+    num_codes: 0, or estimate this mean from L = num_codes >= 2 M codes, with a sparse denoiser: all that X_t or X_0
+               holds, and of the others those with the largest order (B, C), random in [0, 1). A step then costs as
+               much as its M tokens, whatever C.
     """
     x_t = forward_process(x0, x1, t, uniform)
-    logits = denoiser(x_t, t, labels)  # (B, C, M + 1)
-    return F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
+    if not num_codes or num_codes >= x0.shape[1]:
+        logits = denoiser(x_t, t, labels)  # (B, C, M + 1)
+        return F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
+    held = x_t + x0 > 0  # (B, C)
+    codes = (order + held).topk(num_codes, dim=1).indices  # (B, L)
+    number = held.sum(1, keepdim=True)  # (B, 1)
+    stands_for = (x0.shape[1] - number) / (num_codes - number).clamp(min=1)  # so many codes, each of the others
+    weight = torch.where(held.gather(1, codes), 1, stands_for)
+    logits = denoiser(x_t, t, labels, codes)  # (B, L, M + 1)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), x0.gather(1, codes).flatten(), reduction="none")
+    return (loss * weight.flatten()).sum() / x0.numel()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,15 +34,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, places=None):
+        """places (B, N) int64: attend to these positions alone (fsdd.py); left out, to all of them."""
         B, L, width = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, L, width / heads)
+        if places is None:
+            q, k, v = self.qkv(x).chunk(3, 2)  # each (B, L, width)
+        else:
+            attended = x.gather(1, places[:, :, None].expand(-1, -1, width))  # (B, N, width)
+            weight, bias = (parameter.split([width, 2 * width]) for parameter in (self.qkv.weight, self.qkv.bias))
+            q, (k, v) = F.linear(x, weight[0], bias[0]), F.linear(attended, weight[1], bias[1]).chunk(2, 2)
+        q, k, v = (y.view(B, y.shape[1], self.heads, -1).transpose(1, 2) for y in (q, k, v))  # (B, heads, ., d)
         fused = self.fused_attention == "on" or self.fused_attention == "auto" and (x.is_cuda or L > 256)
         x = self.attend(q, k, v, fused)
         return self.proj(x.transpose(1, 2).reshape(B, L, width))
 
     def attend(self, q, k, v, fused):
-        """softmax(q k' / sqrt(d)) v, all (B, heads, L, d)."""
+        """softmax(q k' / sqrt(d)) v, of q (B, heads, L, d) and k, v (B, heads, N, d)."""
         if fused:
             return F.scaled_dot_product_attention(q, k, v)
         # written out: for short sequences in bfloat16 on a CPU this is several times faster than the fused kernel

@@ -40,6 +40,8 @@ HYPERPARAMETERS = [
     ("width",            0,              0,               "its width, 0 = the model's"),
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
+    ("denoiser",         "sparse",       "dense",         "dense (paper); sparse: codes attend to the tokens alone"),
+    ("loss_codes",       64,             0,               "codes a set the loss is of, >= 2 M; 0 = all (dense: 0)"),
     ("unused_rows",      False,          True,            "C + 1 rows in the count embedding (authors' release)"),
     ("code_start",       "codebook",     "zeros",         "start of the code embedding: zeros (release), codebook"),
     ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
@@ -122,8 +124,14 @@ def prepare(stage1, device, cfg):
     if cfg.model not in MODELS:
         raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {cfg.model!r}")
     width, layers, heads = MODELS[cfg.model]
+    if cfg.denoiser not in ("dense", "sparse"):
+        raise ValueError(f"--denoiser must be dense or sparse, got {cfg.denoiser!r}")
+    if cfg.loss_codes and (cfg.denoiser == "dense" or cfg.loss_codes < 2 * M):
+        raise ValueError("--loss_codes must be 0, or with --denoiser sparse at least 2 M = "
+                         f"{2 * M}, got {cfg.loss_codes}")
     model_config = dict(codebook_size=C, num_tokens=M, width=cfg.width or width, layers=cfg.layers or layers,
-                        heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu)
+                        heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu,
+                        sparse=cfg.denoiser == "sparse")
     generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
     generation["guidance"] = common.three_numbers(generation["guidance"])
     with torch.device("meta"):  # without memory for its weights: only the arguments are checked
@@ -149,16 +157,17 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     log = records.open_log(records.beside(cfg.out, ".csv"), COLUMNS, start)
     progress = records.progress_bar(start, cfg.steps, B)
     for step in progress:
-        # the batch: sets, labels, times, noise, and what the draw of X_t depends on
+        # the batch: sets, labels, times, noise, and what the draws of X_t and of the loss's codes depend on
         random = common.generator(device, "step", cfg.seed, step)
-        x, y, t, x1, uniform = get_batch(tokens, labels, rows, header["model_config"], random, step, cfg)
+        x, y, t, x1, uniform, order = get_batch(tokens, labels, rows, header["model_config"], random, step, cfg)
         x0 = tokens_to_counts(x, C)  # (rows, C), every row sums to M
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         mean = torch.zeros((), device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
             with common.autocast(device, cfg.bf16):
-                loss = fsdd_loss(ddp, x0[part], y[part], t[part], x1[part], uniform[part]) * (len(x0[part]) / B)
+                loss = fsdd_loss(ddp, x0[part], y[part], t[part], x1[part], uniform[part], cfg.loss_codes, order[part])
+            loss = loss * (len(x0[part]) / B)
             (loss * world_size).backward()  # DDP divides by the world size
             mean += loss.detach()
         # clip, step, learning rate, moving average
@@ -184,7 +193,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
 
 def get_batch(tokens, labels, rows, model_config, random, step, cfg):
     """This rank's rows of the global batch of a step: tokens x (rows, M) int64, labels y (rows,), some of them dropped
-    for the null class, times t (rows,) in (0, 1], noise x1 (rows, C) (Eq. 4), and uniform (rows, C) in [0, 1).
+    for the null class, times t (rows,) in (0, 1], noise x1 (rows, C) (Eq. 4), uniform and order (rows, C) in [0, 1).
 
     Every rank draws all random numbers of the global batch, so that they are the same for any number of ranks.
     """
@@ -195,8 +204,8 @@ def get_batch(tokens, labels, rows, model_config, random, step, cfg):
     x = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)
     y = torch.where(dropped < cfg.label_drop, null, labels[indices].to(device))
     x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
-    uniform = torch.rand(B, C, generator=random, device=device)[rows]
-    return x, y, sample_times(t, cfg.times), x1, uniform
+    uniform, order = torch.rand(2, B, C, generator=random, device=device)[:, rows]
+    return x, y, sample_times(t, cfg.times), x1, uniform, order
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ HYPERPARAMETERS = [
     ("inception",        "",             "",             "file of Inception's weights (downloaded to torch's cache)"),
     *[(name, CHANGED.get(name, digits), *rest) for name, digits, *rest in train_fsdd.HYPERPARAMETERS
       if name not in ("tokenizer", "tokens", "out", "seed", "times", "sampler", "guidance", "top_p", "top_k",
-                      "code_start", "picture_every")],
+                      "denoiser", "loss_codes", "code_start", "picture_every")],
     ("out",              "table5.png",   "table5.png",   "a picture, samples of each method"),
 ]
 
@@ -99,7 +99,7 @@ def prepare(stage1, device, rank, processes, cfg):
     variants.make_folder()
     cfg.tokenizer, cfg.tokens, cfg.seed, cfg.picture_every = cfg.ckpt, variants.tokens_of(cfg.ckpt), 0, cfg.steps
     cfg.guidance, cfg.top_p, cfg.top_k = FIRST.values()  # the search finds each method's
-    cfg.times, cfg.sampler = "uniform", "paper"
+    cfg.times, cfg.sampler, cfg.denoiser, cfg.loss_codes = "uniform", "paper", "dense", 0
     tokenizer, train_set, _, model_config, _ = train_fsdd.prepare(stage1, device, cfg)
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
                             M=tokenizer.num_tokens, C=tokenizer.codebook_size)
@@ -293,7 +293,7 @@ def train(method, model, checkpoint, world, cfg, signals):
     log = records.open_log(records.beside(cfg.out, ".csv"), train_fsdd.COLUMNS, start)
     for step in records.progress_bar(start, cfg.steps, B):
         random = common.generator(device, "step", cfg.seed, step)
-        x, y, t, x1, uniform = train_fsdd.get_batch(world.tokens, labels, rows, sizes, random, step, cfg)
+        x, y, t, x1, uniform, _ = train_fsdd.get_batch(world.tokens, labels, rows, sizes, random, step, cfg)
         order = torch.rand(B, M, generator=random, device=device)[rows].argsort(1)
         order = order if method == "AR-random" else fixed.expand_as(order)
         mean = torch.zeros((), device=device)

@@ -258,10 +258,10 @@ def test_top_p_and_top_k(top_p, top_k, kept):
 # --- denoiser and loss -----------------------------------------------------------------------------------------------
 
 
-def small_denoiser(C=12, M=6, random=True, seed=16):
+def small_denoiser(C=12, M=6, random=True, seed=16, **options):
     """A denoiser of 12 codes, 6 tokens, 3 classes; with random weights, as fresh ones answer the same to everything."""
     torch.manual_seed(seed)
-    denoiser = Denoiser(C, M, 3, width=32, layers=2, heads=2)
+    denoiser = Denoiser(C, M, 3, width=32, layers=2, heads=2, **options)
     if random:
         for parameter in denoiser.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -298,6 +298,49 @@ def test_denoiser_uses_all_it_is_told():
     one[0, 0] += 1
     changed = (denoiser(one, t, labels) - base).abs().amax(2) > 1e-6
     assert changed[0].all() and not changed[1:].any()  # attention reaches every code of that vector and of no other
+
+
+@pytest.mark.parametrize("C, M", [(12, 6), (5, 40), (300, 32), (1, 3)])
+def test_sparse_attends_to_the_tokens(C, M):
+    """Broken: a code would not attend to the tokens of X_t, each as often as it occurs, with the dense one's weights.
+    Attending to all codes with log X_t added to their scores is the same, as exp(score + log k) = k exp(score)."""
+    sparse, dense = (small_denoiser(C, M, sparse=kind).double() for kind in (True, False))
+    x, t, labels = skewed_counts(9, C, M, 40), torch.rand(9), torch.randint(3, (9,))
+    for block in dense.blocks:
+        block.attention.attend = lambda q, k, v, fused: (
+            q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]) + x.double().log()[:, None, None]).softmax(-1) @ v
+    dense.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
+    sparse.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
+    torch.testing.assert_close(sparse(x, t, labels), dense(x, t, labels), rtol=1e-9, atol=1e-9)
+    if C > 1:  # what stands at an absent code reaches no other
+        base, absent = sparse(x, t, labels), int((x[0] == 0).nonzero()[0])
+        with torch.no_grad():
+            sparse.code_embedding[0, absent, 0] += 1
+        changed = (sparse(x, t, labels) - base).abs().amax(2)[0] > 1e-9
+        assert changed.nonzero().flatten().tolist() == [absent]
+
+
+def test_sparse_computes_any_codes():
+    """Broken: training would see other logits than sampling, when it computes those of some codes alone."""
+    denoiser = small_denoiser(30, 6, sparse=True)
+    x, t, labels = skewed_counts(9, 30, 6, 41), torch.rand(9), torch.randint(3, (9,))
+    codes = (torch.rand(x.shape, generator=generator(42)) + (x > 0)).topk(12, dim=1).indices
+    expected = denoiser(x, t, labels).gather(1, codes[:, :, None].expand(-1, -1, 7))
+    torch.testing.assert_close(denoiser(x, t, labels, codes), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_of_some_codes_estimates_that_of_all():
+    """Broken: training on some of the codes would minimize something else than the mean over all."""
+    denoiser = small_denoiser(40, 6, sparse=True)
+    x0, x1, t = skewed_counts(8, 40, 6, 43), sample_noise(8, 40, 6, "multinomial"), torch.rand(8)
+    uniform, labels = torch.rand(8, 40), torch.randint(4, (8,))
+    with torch.no_grad():
+        full = fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform)
+        some = torch.stack([fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform, 14,
+                                           torch.rand(8, 40, generator=generator(i))) for i in range(400)])
+        every = fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform, 40, torch.rand(8, 40))
+    assert every.item() == pytest.approx(full.item(), rel=1e-5)
+    assert some.std() > 0.001 and abs(some.mean() - full) < 5 * some.std() / 20
 
 
 @pytest.mark.parametrize("C, code_dim", [(96, 3), (40, 12), (7, 2)])
