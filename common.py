@@ -105,17 +105,17 @@ def check_settings(parser, table, settings, checkpoint):
     check_output(settings["out"], *(os.path.splitext(settings["out"])[0] + suffix for suffix in (".csv", ".png")))
 
 
-def three_numbers(text):
-    """ "4,50,55" -> [4.0, 50.0, 55.0], and "4" -> [4.0, 4.0, 4.0]; ValueError for anything else."""
+def guidance_weights(text):
+    """ "4" -> [4.0], "2,6" -> [2.0, 6.0], "4,50,55" -> [4.0, 50.0, 55.0]; ValueError for anything else."""
     if isinstance(text, list):
         return text
     try:
         numbers = [float(number) for number in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (1, 3) or not all(0 <= number <= 1e6 for number in numbers):
-        raise ValueError(f"guidance must be one number or three from 0 to 1e6, such as 4 or 4,50,55; got {text!r}")
-    return numbers * (3 // len(numbers))
+    if len(numbers) not in (1, 2, 3) or not all(0 <= number <= 1e6 for number in numbers):
+        raise ValueError(f"guidance must be one to three numbers from 0 to 1e6, such as 4 or 4,50,55; got {text!r}")
+    return numbers
 
 
 def stop(sentence):

@@ -350,7 +350,7 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     prior: the noise the denoiser was trained with.
     sampler: "paper" (Eq. 9-10, the authors' release), see paper_step(), or
              "exchange" (Eq. 8 with its exact posterior), see exchange_step().
-    guidance: one weight, or one each for the first, second and last third of the steps; 1 is the plain model.
+    guidance: see guidance_weight(); 1 is the plain model.
     top_p, top_k: keep only the likeliest counts of p(x_0 | X_t), see cut(). In the paper's sampler top_k also cuts
                   the draw of X_s.
     The defaults are the authors' for the best FID; top_k=2, top_p=1 is their sharper, less diverse setting.
@@ -362,13 +362,11 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     if top_k < 0:
         raise ValueError(f"top_k must be 0 or more, got {top_k}")
     B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
-    weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
     x = sample_noise(B, C, M, prior, generator, device)
     yield x
     for step in range(steps):
         t, s = 1 - step / steps, 1 - (step + 1) / steps
-        weight = weights[len(weights) * step // steps]
-        p = guided_probabilities(denoiser, x, t, labels, weight)  # p(x_0 | X_t), (B, C, M + 1)
+        p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, step, steps))  # p(x_0 | X_t), (B, C, M + 1)
         if sampler == "paper":
             x = paper_step(x, p, t, s, top_p, top_k, generator)
         else:
@@ -493,6 +491,16 @@ def exchange(x, q, generator=None):
     y = take_steps(y, score.masked_fill(~surplus, -math.inf), back, -delta.sign())
     y = take_steps(y, score.masked_fill(surplus, -math.inf), delta.abs() - back, -delta.sign())
     return greedy_adjust(y, q.log(), M)  # in case too few codes could step
+
+
+def guidance_weight(guidance, step, steps):
+    """The weight of classifier-free guidance in a step. guidance: one weight; three, for the thirds of the steps (the
+    release); or two, at noise and at data, and in between in proportion to the flips that have happened by then."""
+    weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
+    if len(weights) == 2:
+        left = 1 / (1 + math.exp(-8 * (1 - 2 * step / steps)))  # sigmoid(8 (2t - 1)), see sample_times()
+        return left * weights[0] + (1 - left) * weights[1]
+    return weights[len(weights) * step // steps]
 
 
 @torch.no_grad()

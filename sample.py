@@ -23,7 +23,7 @@ from train_fsdd import GENERATION
 
 SAMPLERS = {  # settings of a sampler that is not the checkpoint's own
     "paper": {"guidance": [4.0, 50.0, 55.0], "top_p": 0.8, "top_k": 0},  # the authors', for the best FID
-    "exchange": {"guidance": [3.0, 3.0, 3.0], "top_p": 1.0, "top_k": 0},  # the digits'
+    "exchange": {"guidance": [2.0, 6.0], "top_p": 1.0, "top_k": 0},  # the digits'
 }
 
 
@@ -124,14 +124,14 @@ def choose_labels(text, num, class_names, at_most):
 
 def generation_settings(defaults, args):
     """The settings of fsdd.refine(): the checkpoint's, and over them those of the command line. ValueError as
-    three_numbers()."""
+    guidance_weights()."""
     settings = {"sampler": "paper"} | defaults  # checkpoints from before there were two samplers
     settings.pop("adjust_from", None)           # and from when this could be set
     if args.sampler and args.sampler != settings["sampler"]:
         settings |= SAMPLERS.get(args.sampler, {})
     names = [name.removeprefix("sample_") for name, *_ in GENERATION]
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings["guidance"] = common.three_numbers(settings["guidance"])
+    settings["guidance"] = common.guidance_weights(settings["guidance"])
     return settings
 
 

@@ -48,7 +48,7 @@ HYPERPARAMETERS = [
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            2300,           1000000,         "optimizer steps"),
+    ("steps",            4000,           1000000,         "optimizer steps"),
     ("batch_size",       64,             256,             "images per step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
@@ -65,8 +65,8 @@ HYPERPARAMETERS = [
 # A new knob of the sampler is a parameter of refine() and a row here.
 GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
-    ("sample_steps",     15,             25,              "steps from noise to data"),
-    ("guidance",         "3",            "4,50,55",       "guidance weight, or three for the thirds of the steps"),
+    ("sample_steps",     10,             25,              "steps from noise to data"),
+    ("guidance",         "2,6",          "4,50,55",       "weight, two at noise and data, or three for the thirds"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
 ]
@@ -133,7 +133,7 @@ def prepare(stage1, device, cfg):
                         heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu,
                         sparse=cfg.denoiser == "sparse")
     generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
-    generation["guidance"] = common.three_numbers(generation["guidance"])
+    generation["guidance"] = common.guidance_weights(generation["guidance"])
     with torch.device("meta"):  # without memory for its weights: only the arguments are checked
         next(refine(Denoiser(**model_config), torch.zeros(1, dtype=torch.int64, device="cpu"), **generation))
     sample_times(torch.zeros(1), cfg.times)

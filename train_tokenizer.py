@@ -37,7 +37,7 @@ HYPERPARAMETERS = [
     ("image_size",       28,            256,              "side of an image, pixels"),
     # the set
     ("num_tokens",       32,            128,              "M, tokens in a set"),
-    ("codebook_size",    128,           4096,             "C, codes in the codebook"),
+    ("codebook_size",    256,           4096,             "C, codes in the codebook"),
     ("code_dim",         3,             12,               "dimensions of a code"),
     # the two transformers
     ("patch_size",       7,             16,               "side of a patch, pixels"),

@@ -6,14 +6,14 @@
     Discrete Diffusion     discrete flow matching of the counts (Gat et al., arXiv 2407.15595)         flow_*
     Continuous Diffusion   flow matching of the counts as real numbers, then quantized                 continuous_*
 
-Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). guidance: weight of
-classifier-free guidance in the first, second and last third of the steps. top_p, top_k: see fsdd.draw().
+Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). guidance: see
+fsdd.guidance_weight(). top_p, top_k: see fsdd.draw().
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsdd import Denoiser, draw, greedy_adjust, guided_probabilities, sample_noise
+from fsdd import Denoiser, draw, greedy_adjust, guidance_weight, guided_probabilities, sample_noise
 from tokenizer import Attention
 
 
@@ -68,12 +68,12 @@ def autoregressive_loss(model, x, labels, symbols):
 
 
 @torch.no_grad()
-def autoregressive_generate(model, labels, guidance=(1.0, 1.0, 1.0), top_p=1.0, top_k=0, generator=None):
+def autoregressive_generate(model, labels, guidance=1.0, top_p=1.0, top_k=0, generator=None):
     """Sequences (B, L) int64 for labels (B,), symbol by symbol."""
     length, symbols = model.codebook_size, model.num_tokens
     x = labels.new_full((len(labels), 1), symbols)
     for i in range(length):
-        p = guided_probabilities(model, x, 0.0, labels, guidance[3 * i // length])[:, -1]  # (B, symbols)
+        p = guided_probabilities(model, x, 0.0, labels, guidance_weight(guidance, i, length))[:, -1]  # (B, symbols)
         u = torch.rand(len(x), generator=generator, device=x.device)
         x = torch.cat([x, draw(p, u, top_p, top_k)[:, None]], dim=1)
     return x[:, 1:]
@@ -97,7 +97,7 @@ def flow_loss(denoiser, x0, labels, t, x1, uniform):
     return F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
 
 
-def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=(1.0, 1.0, 1.0), top_p=1.0, top_k=0,
+def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=1.0, top_p=1.0, top_k=0,
                   generator=None):
     """Counts (B, C) int64 for labels (B,), of any sum.
 
@@ -107,7 +107,8 @@ def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=(1.0
     x = sample_noise(B, C, M, prior, generator, device)
     for step in range(steps):
         u0, u = torch.rand(2, B, C, generator=generator, device=device)
-        p = guided_probabilities(denoiser, x, 1 - step / steps, labels, guidance[3 * step // steps])  # (B, C, M + 1)
+        weight = guidance_weight(guidance, step, steps)
+        p = guided_probabilities(denoiser, x, 1 - step / steps, labels, weight)  # (B, C, M + 1)
         jumps = u * (steps - step) < 1  # in the last step all do
         x = torch.where(jumps, draw(p, u0, top_p, top_k), x)
     return x
@@ -163,13 +164,13 @@ def continuous_loss(model, x0, labels, t, normal, num_tokens):
 
 
 @torch.no_grad()
-def continuous_generate(model, labels, steps=25, guidance=(1.0, 1.0, 1.0), generator=None):
+def continuous_generate(model, labels, steps=25, guidance=1.0, generator=None):
     """Counts (B, C) int64 for labels (B,), every row sums to M: Euler's steps from noise to data, then quantized."""
     B, C, device = len(labels), model.codebook_size, labels.device
     x = continuous_noise(torch.randn(B, C, generator=generator, device=device))
     null = torch.full_like(labels, model.num_classes)
     for step in range(steps):
-        t, weight = torch.full((2 * B,), 1 - step / steps, device=device), guidance[3 * step // steps]
+        t, weight = torch.full((2 * B,), 1 - step / steps, device=device), guidance_weight(guidance, step, steps)
         v, v_null = velocity(model, x.repeat(2, 1), t, torch.cat([labels, null])).chunk(2)
         x = x - (v_null + weight * (v - v_null)) / steps
     return quantize(x, model.num_tokens)

@@ -33,7 +33,7 @@ from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
 
 LEARNING_RATES = (0.5, 1.0, 2.0)        # times --lr and --muon_lr; compared by FIRST's samples
-GUIDANCE = ("1", "2", "4", "4,30,30")   # weight, or weights in the thirds of the steps
+GUIDANCE = ("1", "2", "4", "4,30,30")   # see fsdd.guidance_weight()
 CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 FIRST = {"guidance": "4", **CUTS[0]}
 METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
@@ -216,7 +216,7 @@ def generated(method, model, labels, setting, key, world, cfg):
     """Counts (B, C) for labels (B,), of sum M or not. setting: guidance, top_p, top_k.  key: what the noise depends on,
     a word and numbers."""
     labels, random = labels.to(world.device), common.generator(world.device, *key)
-    setting = setting | {"guidance": common.three_numbers(setting["guidance"]), "generator": random}
+    setting = setting | {"guidance": common.guidance_weights(setting["guidance"]), "generator": random}
     with common.autocast(world.device, cfg.bf16):
         if method.startswith("AR-"):
             return tokens_to_counts(baselines.autoregressive_generate(model, labels, **setting), world.C)

@@ -189,7 +189,7 @@ def test_code_embedding_starts_from_the_codebook(stage1, few_to_train_on, tmp_pa
 @pytest.mark.parametrize("arguments, words", [
     (["--tokenizer=none.pt"], ["no checkpoint none.pt", "python train_tokenizer.py"]),
     (["--prior=uniform"], ["prior", "'uniform'"]),
-    (["--guidance=1,2"], ["guidance"]),
+    (["--guidance=1,2,3,4"], ["guidance"]),
     (["--top_k=-1"], ["top_k"]),
     (["--top_p=2"], ["top_p"]),
     (["--tokens=no/t.npy"], ["no folder no"]),
