@@ -366,7 +366,8 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     yield x
     for step in range(steps):
         t, s = 1 - step / steps, 1 - (step + 1) / steps
-        p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, step, steps))  # p(x_0 | X_t), (B, C, M + 1)
+        weight = guidance_weight(guidance, step, steps)
+        p = guided_probabilities(denoiser, x, t, labels, weight)  # p(x_0 | X_t), (B, C, M + 1)
         if sampler == "paper":
             x = paper_step(x, p, t, s, top_p, top_k, generator)
         else:

@@ -41,7 +41,7 @@ HYPERPARAMETERS = [
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
     ("denoiser",         "sparse",       "dense",         "dense (paper); sparse: codes attend to the tokens alone"),
-    ("loss_codes",       64,             0,               "codes a set the loss is of, >= 2 M; 0 = all (dense: 0)"),
+    ("loss_codes",       2,              0,               "codes a set is trained on, in M, 2 or more (dense: 0, all)"),
     ("unused_rows",      False,          True,            "C + 1 rows in the count embedding (authors' release)"),
     ("code_start",       "codebook",     "zeros",         "start of the code embedding: zeros (release), codebook"),
     ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
@@ -126,9 +126,8 @@ def prepare(stage1, device, cfg):
     width, layers, heads = MODELS[cfg.model]
     if cfg.denoiser not in ("dense", "sparse"):
         raise ValueError(f"--denoiser must be dense or sparse, got {cfg.denoiser!r}")
-    if cfg.loss_codes and (cfg.denoiser == "dense" or cfg.loss_codes < 2 * M):
-        raise ValueError("--loss_codes must be 0, or with --denoiser sparse at least 2 M = "
-                         f"{2 * M}, got {cfg.loss_codes}")
+    if cfg.loss_codes and (cfg.denoiser == "dense" or cfg.loss_codes < 2):
+        raise ValueError(f"--loss_codes must be 0, or with --denoiser sparse at least 2, got {cfg.loss_codes}")
     model_config = dict(codebook_size=C, num_tokens=M, width=cfg.width or width, layers=cfg.layers or layers,
                         heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu,
                         sparse=cfg.denoiser == "sparse")
@@ -149,6 +148,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     """The training loop. Returns the model with averaged weights. tokens (1 or 2, N, M), labels (N,): the training
     set."""
     B, C, device = cfg.batch_size, model.codebook_size, model.code_embedding.device
+    num_codes = cfg.loss_codes * model.num_tokens
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
     start = records.restore_training(checkpoint, model, ema, optimizers)
@@ -166,7 +166,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
             with common.autocast(device, cfg.bf16):
-                loss = fsdd_loss(ddp, x0[part], y[part], t[part], x1[part], uniform[part], cfg.loss_codes, order[part])
+                loss = fsdd_loss(ddp, x0[part], y[part], t[part], x1[part], uniform[part], num_codes, order[part])
             loss = loss * (len(x0[part]) / B)
             (loss * world_size).backward()  # DDP divides by the world size
             mean += loss.detach()

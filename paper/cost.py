@@ -7,8 +7,11 @@ takes seconds and little memory; a multiplication and an addition are two. Memor
 of them, AdamW's two moments and the moving average in float32, and what the backward pass keeps, without torch.compile,
 which keeps less. Hours follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was
 timed on a GPU.
+
+A second table times training steps of stage 2 on this machine, beside the FLOP/s of a large matrix product.
 """
 import functools
+import time
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import train_fsdd
 import train_tokenizer
-from fsdd import Denoiser
+from fsdd import Denoiser, fsdd_loss, sample_noise
 from published.convnext import ConvNeXt
 from published.critics import Critics, discriminator_loss
 from published.discriminator import Discriminator
@@ -33,6 +36,11 @@ BF16, TF32 = 989e12, 495e12  # dense peak of one, FLOP/s: the models run in bflo
 UTILIZATION = 0.35        # assumed share of that peak
 STAGE1_IMAGES = 500_000 * 256    # that each of its phases sees
 STAGE2_IMAGES = 200 * 1_281_167  # 200 epochs of ImageNet
+LOSS_CODES = 384          # of the sparse denoiser: those that X_t and X_0 hold, 256 at most, and as many others as M
+TIMED = [                 # C, M and images a step of the training steps that are timed here
+    ("digits", 256, 32, 64),
+    ("S", 4096, 128, 2),
+]
 
 
 def main():
@@ -42,6 +50,15 @@ def main():
     row("stage 1, pixels", *tokenizer_cost(proxy=False), STAGE1_IMAGES)
     for name in ("S", "B"):
         row(f"stage 2, {name}", *denoiser_cost(name), STAGE2_IMAGES)
+        row(f"stage 2, {name}, sparse, {LOSS_CODES} codes", *denoiser_cost(name, LOSS_CODES), STAGE2_IMAGES)
+    threads, peak = torch.get_num_threads(), matrix_product()
+    print(f"\nOn this machine, {threads} threads: a product of matrices {peak / 1e9:.0f} GFLOP/s\n\n| training step "
+          "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s |\n|---|---|---|---|---|---|")
+    for name, C, M, B in TIMED:
+        for kind, num_codes in (("dense", 0), ("sparse, all codes", C), (f"sparse, {3 * M} codes" , 3 * M)):
+            seconds, operations = timed_step(name, C, M, B, kind != "dense", num_codes)
+            print(f"| {name}, C = {C}, {kind} | {B} | {seconds * 1e3:.1f} | {B / seconds:.1f} | {operations / 1e9:.1f} "
+                  f"| {operations / seconds / peak:.0%} |", flush=True)
 
 
 def row(name, trained, state_bytes, forward, training, step, fixed_bytes, image_bytes, images):
@@ -87,17 +104,20 @@ def kept_bytes(model, step):
     return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
 
 
-def cost(model, cfg, forward, step, criticize=lambda number: None):
-    """(FLOPs of forward(), of it and its backward pass, of a whole step on an image; bytes kept at all, and an image).
+def cost(model, cfg, forward, step, criticize=lambda number: None, train=None):
+    """(FLOPs of forward(), of train() and its backward pass, of a whole step on an image; bytes kept at all, and an
+    image).
 
-    forward: the model on one image -> a tensor.  step: number of images -> losses and their backward pass.
+    forward: the model on one image -> a tensor.  train: the same in training, where that differs.
+    step: number of images -> losses and their backward pass.
     criticize: the same of the discriminator, which comes when what step() keeps is gone, and keeps less.
     """
+    train = train or forward
     cfg.fused_attention = "off"
     common.set_switches(model, cfg)
     with torch.no_grad():
         one_way = flops(forward)
-    numbers = one_way, flops(lambda: forward().sum().backward()), flops(lambda: (step(1), criticize(1)))
+    numbers = one_way, flops(lambda: train().sum().backward()), flops(lambda: (step(1), criticize(1)))
     cfg.fused_attention = "on"
     common.set_switches(model, cfg)
     for module in model.modules():  # autocast leaves norms in float32 on a GPU, not on a CPU
@@ -151,25 +171,63 @@ def tokenizer_cost(proxy):
     return *sizes(model, vqgan or convnext, discriminator), *numbers
 
 
-def denoiser_cost(name):
-    """The arguments of row() for a model of stage 2."""
+def denoiser_cost(name, num_codes=0):
+    """The arguments of row() for a model of stage 2; with num_codes a sparse one, trained on so many codes."""
     cfg = settings(train_fsdd.HYPERPARAMETERS)
     width, layers, heads = train_fsdd.MODELS[name]
-    model = Denoiser(4096, 128, 1000, width, layers, heads, unused_rows=cfg.unused_rows)
+    model = Denoiser(4096, 128, 1000, width, layers, heads, unused_rows=cfg.unused_rows, sparse=num_codes > 0)
     with FakeTensorMode():
         drop_data(model)
 
-        def logits(number):
+        def logits(number, num_codes):
+            integers = functools.partial(torch.zeros, dtype=torch.int64)
+            codes = integers(number, num_codes) if num_codes else None
             with common.autocast(torch.device("cpu"), cfg.bf16):
-                counts, labels = torch.zeros(number, 4096, dtype=torch.int64), torch.zeros(number, dtype=torch.int64)
-                return model(counts, torch.zeros(number), labels)
+                return model(integers(number, 4096), torch.zeros(number), integers(number), codes)
 
         def step(number):
-            x0 = torch.zeros(number * 4096, dtype=torch.int64)
-            F.cross_entropy(logits(number).float().flatten(0, 1), x0).backward()
+            of_codes = logits(number, num_codes).float().flatten(0, 1)
+            F.cross_entropy(of_codes, torch.zeros(len(of_codes), dtype=torch.int64)).backward()
 
-        numbers = cost(model, cfg, lambda: logits(1), step)
+        numbers = cost(model, cfg, lambda: logits(1, 0), step, train=lambda: logits(1, num_codes))
     return *sizes(model), *numbers
+
+
+def matrix_product(size=4096):
+    """FLOP/s of a product of two matrices, in bfloat16 where autocast uses it: the most that a step could reach."""
+    a, b = torch.randn(2, size, size)
+    with common.autocast(torch.device("cpu"), "auto"):
+        a, b = (torch.mm(x, torch.eye(size)) for x in (a, b))  # of the type that autocast gives them
+        return 2 * size ** 3 / best_time(lambda: torch.mm(a, b), 5)
+
+
+def timed_step(name, C, M, B, sparse, num_codes):
+    """(seconds, FLOPs) of forward and backward pass of a training step of B images on the CPU."""
+    width, layers, heads = train_fsdd.MODELS[name]
+    model = Denoiser(C, M, 10, width, layers, heads, gelu="none" if name == "digits" else "tanh", sparse=sparse)
+    x0, x1 = (sample_noise(B, C, M, "multinomial") for _ in range(2))
+    labels, t, (uniform, order) = torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.rand(2, B, C)
+
+    def step():
+        with common.autocast(torch.device("cpu"), "auto"):
+            fsdd_loss(model, x0, labels, t, x1, uniform, num_codes, order).backward()
+
+    cfg = SimpleNamespace(compile=False, recompute=False, fused_attention="off")
+    common.set_switches(model, cfg)
+    operations = flops(step)
+    cfg.fused_attention = "auto"
+    common.set_switches(model, cfg)
+    return best_time(step, 2 if C > 1024 else 30), operations
+
+
+def best_time(function, times):
+    """Seconds that a function takes, the best of some times after one to warm up."""
+    seconds = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 def sizes(model, *others):

@@ -288,7 +288,8 @@ def test_pixels_to_bytes():
     assert torch.equal(pictures.to_uint8(everything / 127.5 - 1).long(), everything)
 
 
-@pytest.mark.parametrize("text, numbers", [("4,50,55", [4, 50, 55]), ("2", [2]), ("2,6", [2, 6]), ("1.5, 2, 3", [1.5, 2, 3])])
+@pytest.mark.parametrize("text, numbers", [("4,50,55", [4, 50, 55]), ("2", [2]), ("2,6", [2, 6]),
+                                           ("1.5, 2, 3", [1.5, 2, 3])])
 def test_guidance_weights(text, numbers):
     """Broken: --guidance would be read wrongly."""
     assert common.guidance_weights(text) == numbers

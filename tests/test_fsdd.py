@@ -463,6 +463,18 @@ def test_guidance_by_thirds(monkeypatch):
     assert all((s < 1 / 3) == (w == 4) and (s >= 2 / 3) == (w == 55) for s, w in seen)
 
 
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_guidance_by_flips(steps):
+    """Broken: of two weights, the first would not hold at noise, or the second not where all flips have happened; or
+    another number of steps would give another weight at the same time."""
+    weights = [fsdd.guidance_weight((2, 6), step, steps) for step in range(steps)]
+    assert weights == sorted(weights) and weights[0] == pytest.approx(2, abs=0.01)
+    for step, weight in enumerate(weights):
+        t = 1 - step / steps
+        assert weight == pytest.approx(6 - 4 / (1 + math.exp(-8 * (2 * t - 1))))
+    assert fsdd.guidance_weight((2, 6), 5, 10) == pytest.approx(4)  # t = 1/2: half of them have
+
+
 def test_generation_depends_on_the_generator_alone():
     """Broken: the same seed would not give the same images."""
     denoiser, labels = small_denoiser(), torch.arange(9) % 3

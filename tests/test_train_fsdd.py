@@ -222,7 +222,7 @@ SIZES = dict(channels=1, image_size=28, num_tokens=4, codebook_size=16, code_dim
     ({"codebook_size": 3}, ["--prior=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
     ({}, ["--width=30", "--heads=4"], "width 30 is not a multiple of heads 4"),
     ({}, ["--denoiser=thin"], "--denoiser must be dense or sparse, got 'thin'"),
-    ({}, ["--loss_codes=7"], "at least 2 M = 8, got 7"), ({}, ["--denoiser=dense", "--loss_codes=12"], "must be 0"),
+    ({}, ["--loss_codes=1"], "at least 2, got 1"), ({}, ["--denoiser=dense", "--loss_codes=2"], "must be 0"),
     ({}, ["--times=later"], "times must be"), ({}, ["--sampler=best"], "sampler must be"),
     ({}, ["--tokens=fsdd.pt"], "--tokens must end in .npy"),
 ])
