@@ -22,7 +22,8 @@ RECIPES = ("digits", "imagenet256")  # columns of the tables HYPERPARAMETERS; an
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
-BEFORE = dict(code_start="zeros", times="uniform", sampler="paper", gelu="tanh", unquantized=0.0)  # in old checkpoints
+BEFORE = dict(denoiser="dense", loss_codes=0, code_start="zeros", times="uniform", sampler="paper", gelu="tanh",
+              unquantized=0.0)  # in old checkpoints
 MACHINE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
     # name               digits          imagenet256      meaning
     ("seed",             0,              0,               "all random numbers depend on it"),
@@ -42,8 +43,7 @@ MACHINE = [  # rows of HYPERPARAMETERS that both trainings have: what they run o
 
 def parse(table, description, kind, argv=None, prog=None):
     """(Settings from a table HYPERPARAMETERS and the command line, a namespace; the checkpoint to resume or None).
-    A row (name, a value for each recipe, meaning) gives an option --name of its values' type.
-    kind: of the checkpoint that --resume reads, "tokenizer" or "fsdd"; None where there is no --resume."""
+    A row (name, a value for each recipe, meaning) gives an option --name. kind: the checkpoint's; None: no --resume."""
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--recipe", choices=RECIPES, help="which column of the table")
     if kind:

@@ -204,7 +204,7 @@ def get_batch(tokens, labels, rows, model_config, random, step, cfg):
     x = torch.from_numpy(tokens[versions.numpy(), indices.numpy()].astype(np.int64)).to(device)
     y = torch.where(dropped < cfg.label_drop, null, labels[indices].to(device))
     x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
-    uniform, order = torch.rand(2, B, C, generator=random, device=device)[:, rows]
+    uniform, order = (torch.rand(B, C, generator=random, device=device)[rows] for _ in range(2))
     return x, y, sample_times(t, cfg.times), x1, uniform, order
 
 

@@ -18,6 +18,23 @@ def test_flops_of_the_denoiser():
     assert layers * C * width * 2 < each < layers * C * width * 200
 
 
+def test_flops_of_the_sparse_denoiser():
+    """Broken: the table would not show that a training step costs what the set costs; generation needs all codes."""
+    _, _, forward, training, step, _, _ = cost.denoiser_cost("S", 384)
+    width, layers, C, M = 384, 12, 4096, 128
+    by_rows = [layers * (2 * width ** 2 * (10 * L + 2 * M) + 4 * L * M * width + 12 * width ** 2) + 2 * L * width * 129
+               for L in (C, 384)]
+    assert forward == pytest.approx(by_rows[0], rel=0.01) and training == pytest.approx(3 * by_rows[1], rel=0.01)
+    assert step == pytest.approx(training, rel=0.01)
+
+
+def test_timed_steps():
+    """Broken: a time would be that of another step, so that the sparse one would seem as slow as the dense one."""
+    seconds = {num_codes: cost.timed_step("digits", 512, 16, 8, num_codes) for num_codes in (0, 48)}
+    assert 0 < 2 * seconds[48] < seconds[0]
+    assert cost.matrix_product(256) > 1e8
+
+
 def test_kept_bytes():
     """Broken: the table's memory would count weights as activations, or the same tensor twice."""
     model = nn.Linear(10, 20)
