@@ -114,7 +114,7 @@ def guidance_weights(text):
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2, 3) or not all(0 <= number <= 1e6 for number in numbers):
-        raise ValueError(f"guidance must be one to three numbers from 0 to 1e6, such as 4 or 4,50,55; got {text!r}")
+        raise ValueError(f"guidance must be one to three numbers from 0 to 1e6, such as 4; 2,6; 4,50,55; got {text!r}")
     return numbers
 
 

@@ -283,6 +283,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t, t, labels, codes=None):
         """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1).
+        Where sparse, every row of x_t sums to M.
 
         codes (B, L) int64: compute the logits of these codes alone, (B, L, M + 1). Only where sparse, as no code then
         attends to an absent one; all codes present must be among them.
@@ -291,7 +292,7 @@ class Denoiser(nn.Module):
         c = self.time_mlp(time_features(1 - t))
         c = c + self.class_embedding(labels).to(c.dtype)  # (B, width)
         embedding, tokens = self.code_embedding[:, :x_t.shape[1]], None
-        if self.sparse:  # token m is the first code up to which there are more than m; as counts_to_tokens(x_t), (B, M)
+        if self.sparse:  # as counts_to_tokens(x_t), (B, M): token m is the first code whose cumulative count exceeds m
             m = torch.arange(self.num_tokens, device=x_t.device).expand(len(x_t), -1).contiguous()
             tokens = torch.searchsorted(x_t.cumsum(1), m, right=True)
         if codes is not None:  # from here on C stands for L
@@ -318,18 +319,20 @@ def fsdd_loss(denoiser, x0, labels, t, x1, uniform=None, num_codes=0, order=None
 
     x0, x1: (B, C) int64.  labels: (B,), the null class where the label is dropped.  t: (B,) in (0, 1].
     uniform: (B, C), see forward_process.
-    num_codes: 0, or estimate this mean from L = num_codes >= 2 M codes, with a sparse denoiser: all that X_t or X_0
-               holds, and of the others those with the largest order (B, C), random in [0, 1). A step then costs as
-               much as its M tokens, whatever C.
+    num_codes: 0, or estimate this mean from L = num_codes > 2 M codes, with a sparse denoiser: all that X_t or X_0
+               holds, and of the others those with the largest order (B, C), random in [0, 1). The denoiser's part of
+               a step then costs as much as its M tokens, whatever C.
     """
     x_t = forward_process(x0, x1, t, uniform)
+    if 0 < num_codes <= 2 * x0[0].sum():
+        raise ValueError(f"num_codes must be 0 or more than 2 M = {2 * int(x0[0].sum())}, got {num_codes}")
     if not num_codes or num_codes >= x0.shape[1]:
         logits = denoiser(x_t, t, labels)  # (B, C, M + 1)
         return F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
     held = x_t + x0 > 0  # (B, C)
     codes = (order + held).topk(num_codes, dim=1).indices  # (B, L)
     number = held.sum(1, keepdim=True)  # (B, 1)
-    stands_for = (x0.shape[1] - number) / (num_codes - number).clamp(min=1)  # so many codes, each of the others
+    stands_for = (x0.shape[1] - number) / (num_codes - number)  # so many codes, each of the others
     weight = torch.where(held.gather(1, codes), 1, stands_for)
     logits = denoiser(x_t, t, labels, codes)  # (B, L, M + 1)
     loss = F.cross_entropy(logits.float().flatten(0, 1), x0.gather(1, codes).flatten(), reduction="none")

@@ -41,14 +41,14 @@ HYPERPARAMETERS = [
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
     ("denoiser",         "sparse",       "dense",         "dense (paper); sparse: codes attend to the tokens alone"),
-    ("loss_codes",       2,              0,               "codes a set is trained on, in M, 2 or more (dense: 0, all)"),
+    ("loss_codes",       3,              3,               "sparse: train on M times so many codes a set; 0 = all"),
     ("unused_rows",      False,          True,            "C + 1 rows in the count embedding (authors' release)"),
     ("code_start",       "codebook",     "zeros",         "start of the code embedding: zeros (release), codebook"),
     ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            4000,           1000000,         "optimizer steps"),
+    ("steps",            3400,           1000000,         "optimizer steps"),
     ("batch_size",       64,             256,             "images per step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
@@ -126,8 +126,8 @@ def prepare(stage1, device, cfg):
     width, layers, heads = MODELS[cfg.model]
     if cfg.denoiser not in ("dense", "sparse"):
         raise ValueError(f"--denoiser must be dense or sparse, got {cfg.denoiser!r}")
-    if cfg.loss_codes and (cfg.denoiser == "dense" or cfg.loss_codes < 2):
-        raise ValueError(f"--loss_codes must be 0, or with --denoiser sparse at least 2, got {cfg.loss_codes}")
+    if 0 < cfg.loss_codes < 3:
+        raise ValueError(f"--loss_codes must be 0 or at least 3, as X_t and X_0 hold up to 2 M, got {cfg.loss_codes}")
     model_config = dict(codebook_size=C, num_tokens=M, width=cfg.width or width, layers=cfg.layers or layers,
                         heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu,
                         sparse=cfg.denoiser == "sparse")
@@ -148,7 +148,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     """The training loop. Returns the model with averaged weights. tokens (1 or 2, N, M), labels (N,): the training
     set."""
     B, C, device = cfg.batch_size, model.codebook_size, model.code_embedding.device
-    num_codes = cfg.loss_codes * model.num_tokens
+    num_codes = cfg.loss_codes * model.num_tokens if model.sparse else 0
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = common.make_optimizers(model, cfg, cfg.steps, cfg.warmup, cfg.beta2, decay_all=True)
     start = records.restore_training(checkpoint, model, ema, optimizers)

@@ -8,7 +8,8 @@ of them, AdamW's two moments and the moving average in float32, and what the bac
 which keeps less. Hours follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was
 timed on a GPU.
 
-A second table times training steps of stage 2 on this machine, beside the FLOP/s of a large matrix product.
+A second table times training steps of stage 2 on this machine, beside the FLOP/s of a large matrix product; this takes
+some minutes and the memory of a real S.
 """
 import functools
 import time
@@ -55,7 +56,7 @@ def main():
     print(f"\nOn this machine, {threads} threads: a product of matrices {peak / 1e9:.0f} GFLOP/s\n\n| training step "
           "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s |\n|---|---|---|---|---|---|")
     for name, C, M, B in TIMED:
-        for kind, num_codes in (("dense", 0), ("sparse, all codes", C), (f"sparse, {3 * M} codes" , 3 * M)):
+        for kind, num_codes in (("dense", 0), ("sparse, all codes", C), (f"sparse, {3 * M} codes", 3 * M)):
             seconds, operations = timed_step(name, C, M, B, num_codes), B * denoiser_cost(name, num_codes, C, M)[3]
             print(f"| {name}, C = {C}, {kind} | {B} | {seconds * 1e3:.1f} | {B / seconds:.1f} | {operations / 1e9:.1f} "
                   f"| {operations / seconds / peak:.0%} |", flush=True)

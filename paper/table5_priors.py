@@ -1,6 +1,6 @@
 """Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and
 parameters that differ by less than 5 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and
-with the paper's.
+with the paper's, both with the dense denoiser.
 
     python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
     torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own
@@ -251,7 +251,7 @@ def path_of(method, factor, seed, cfg):
     """Where a training's checkpoint stands: a name that all its settings are in."""
     no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "search_steps", "num_search",
                                       "num_images", "batch", "ref", "inception", "times", "sampler", "sample_steps",
-                                      "guidance", "top_p", "top_k"}
+                                      "guidance", "top_p", "top_k", "denoiser", "loss_codes"}
     settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
     mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
     return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{factor:g}-seed{seed}-{mark}.pt"

@@ -50,7 +50,7 @@ def two_sizes(args):
     CKPT, and CKPT. ValueError where CKPT is not of the digits or of TOKENIZER."""
     checkpoint = common.load_checkpoint(CKPT, "python train_fsdd.py", "fsdd")
     tokenizer = common.load_checkpoint(TOKENIZER, "python train_tokenizer.py", "tokenizer")
-    settings = checkpoint.get("config", {})
+    settings = common.BEFORE | checkpoint.get("config", {})
     if settings.get("data") != "digits":
         raise ValueError(f"{CKPT} was not trained on the digits; give two or more denoisers of other images by --ckpt")
     weights, its = tokenizer["weights"], checkpoint["tokenizer"]["weights"]

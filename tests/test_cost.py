@@ -28,11 +28,18 @@ def test_flops_of_the_sparse_denoiser():
     assert step == pytest.approx(training, rel=0.01)
 
 
-def test_timed_steps():
+def test_timed_steps(monkeypatch, capsys):
     """Broken: a time would be that of another step, so that the sparse one would seem as slow as the dense one."""
     seconds = {num_codes: cost.timed_step("digits", 512, 16, 8, num_codes) for num_codes in (0, 48)}
     assert 0 < 2 * seconds[48] < seconds[0]
-    assert cost.matrix_product(256) > 1e8
+    product = cost.matrix_product(256)
+    assert product > 1e8
+    monkeypatch.setattr(cost, "TIMED", [("digits", 64, 8, 4)])
+    monkeypatch.setattr(cost, "matrix_product", lambda: product)
+    cost.main()
+    table = capsys.readouterr().out.split("On this machine")[1].strip().splitlines()
+    assert [line.split("|")[1].strip() for line in table[4:]] == [
+        "digits, C = 64, dense", "digits, C = 64, sparse, all codes", "digits, C = 64, sparse, 24 codes"]
 
 
 def test_kept_bytes():

@@ -334,6 +334,7 @@ def test_loss_of_some_codes_estimates_that_of_all():
     denoiser = small_denoiser(40, 6, sparse=True)
     x0, x1, t = skewed_counts(8, 40, 6, 43), sample_noise(8, 40, 6, "multinomial"), torch.rand(8)
     uniform, labels = torch.rand(8, 40), torch.randint(4, (8,))
+    x0[0], x1[0], t[0] = torch.arange(40) < 6, torch.arange(40) >= 34, 1.0  # X_t and X_0 hold 2 M codes
     with torch.no_grad():
         full = fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform)
         some = torch.stack([fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform, 14,
@@ -341,6 +342,24 @@ def test_loss_of_some_codes_estimates_that_of_all():
         every = fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform, 40, torch.rand(8, 40))
     assert every.item() == pytest.approx(full.item(), rel=1e-5)
     assert some.std() > 0.001 and abs(some.mean() - full) < 5 * some.std() / 20
+    with pytest.raises(ValueError, match="more than 2 M = 12, got 12"):  # then no other code would be among them
+        fsdd.fsdd_loss(denoiser, x0, labels, t, x1, uniform, 12, torch.rand(8, 40))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sparse_compiled_or_recomputed_is_the_same(recompute):
+    """Broken: torch.compile or activation checkpointing would train another sparse denoiser."""
+    x0, x1, t = skewed_counts(8, 40, 6, 44), sample_noise(8, 40, 6, "multinomial"), torch.rand(8)
+    uniform, order, labels = torch.rand(8, 40), torch.rand(8, 40), torch.randint(4, (8,))
+    gradients = []
+    for changed in (False, True):
+        denoiser = small_denoiser(40, 6, sparse=True)
+        denoiser.recompute = changed and recompute
+        model = torch.compile(denoiser, backend="aot_eager") if changed else denoiser
+        fsdd.fsdd_loss(model, x0, labels, t, x1, uniform, 18, order).backward()
+        gradients.append([parameter.grad for parameter in denoiser.parameters()])
+    for plain, other in zip(*gradients):
+        torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("C, code_dim", [(96, 3), (40, 12), (7, 2)])

@@ -171,6 +171,24 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
     assert checkpoint["class_names"] == list("0123456789")
 
 
+@pytest.mark.parametrize("arguments, expected", [([], (True, 12)), (["--loss_codes=5"], (True, 20)),
+                                                 (["--loss_codes=0"], (True, 0)), (["--denoiser=dense"], (False, 0))])
+def test_codes_that_are_trained_on(arguments, expected, stage1, few_to_train_on, tmp_path, monkeypatch):
+    """Broken: training would compute the loss of other codes than it says, or a dense denoiser of some only."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    loss = train_fsdd.fsdd_loss
+
+    def spy(model, x0, labels, t, x1, uniform, num_codes=0, order=None):
+        if torch.is_grad_enabled():
+            seen.append((model.sparse, num_codes))
+        return loss(model, x0, labels, t, x1, uniform, num_codes, order)
+
+    monkeypatch.setattr(train_fsdd, "fsdd_loss", spy)
+    train_fsdd.main([*TINY, stage1[0], "--steps=1", *arguments])
+    assert set(seen) == {expected}
+
+
 def test_code_embedding_starts_from_the_codebook(stage1, few_to_train_on, tmp_path):
     """Broken: --code_start would not be what training starts with. (After one step of learning rate 1e-9.)"""
     tokenizer = torch.load(stage1[0].split("=")[1], weights_only=True)
@@ -222,7 +240,7 @@ SIZES = dict(channels=1, image_size=28, num_tokens=4, codebook_size=16, code_dim
     ({"codebook_size": 3}, ["--prior=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
     ({}, ["--width=30", "--heads=4"], "width 30 is not a multiple of heads 4"),
     ({}, ["--denoiser=thin"], "--denoiser must be dense or sparse, got 'thin'"),
-    ({}, ["--loss_codes=1"], "at least 2, got 1"), ({}, ["--denoiser=dense", "--loss_codes=2"], "must be 0"),
+    ({}, ["--loss_codes=2"], "at least 3, as X_t and X_0 hold up to 2 M, got 2"),
     ({}, ["--times=later"], "times must be"), ({}, ["--sampler=best"], "sampler must be"),
     ({}, ["--tokens=fsdd.pt"], "--tokens must end in .npy"),
 ])
