@@ -22,7 +22,7 @@ RECIPES = ("digits", "imagenet256")  # columns of the tables HYPERPARAMETERS; an
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
-BEFORE = dict(denoiser="dense", loss_codes=0, code_start="zeros", times="uniform", sampler="paper", gelu="tanh",
+BEFORE = dict(denoiser="dense", loss_codes=3, code_start="zeros", times="uniform", sampler="paper", gelu="tanh",
               unquantized=0.0)  # in old checkpoints
 MACHINE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
     # name               digits          imagenet256      meaning

@@ -41,7 +41,7 @@ HYPERPARAMETERS = [
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
     ("denoiser",         "sparse",       "dense",         "dense (paper); sparse: codes attend to the tokens alone"),
-    ("loss_codes",       3,              3,               "sparse: train on M times so many codes a set; 0 = all"),
+    ("loss_codes",       3,              3,               "sparse: train on M times so many codes a set, or all C"),
     ("unused_rows",      False,          True,            "C + 1 rows in the count embedding (authors' release)"),
     ("code_start",       "codebook",     "zeros",         "start of the code embedding: zeros (release), codebook"),
     ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
@@ -126,8 +126,8 @@ def prepare(stage1, device, cfg):
     width, layers, heads = MODELS[cfg.model]
     if cfg.denoiser not in ("dense", "sparse"):
         raise ValueError(f"--denoiser must be dense or sparse, got {cfg.denoiser!r}")
-    if 0 < cfg.loss_codes < 3:
-        raise ValueError(f"--loss_codes must be 0 or at least 3, as X_t and X_0 hold up to 2 M, got {cfg.loss_codes}")
+    if cfg.loss_codes < 3:
+        raise ValueError(f"--loss_codes must be at least 3, as X_t and X_0 hold up to 2 M codes, got {cfg.loss_codes}")
     model_config = dict(codebook_size=C, num_tokens=M, width=cfg.width or width, layers=cfg.layers or layers,
                         heads=cfg.heads or heads, num_classes=1, unused_rows=cfg.unused_rows, gelu=cfg.gelu,
                         sparse=cfg.denoiser == "sparse")

@@ -99,7 +99,7 @@ def prepare(stage1, device, rank, processes, cfg):
     variants.make_folder()
     cfg.tokenizer, cfg.tokens, cfg.seed, cfg.picture_every = cfg.ckpt, variants.tokens_of(cfg.ckpt), 0, cfg.steps
     cfg.guidance, cfg.top_p, cfg.top_k = FIRST.values()  # the search finds each method's
-    cfg.times, cfg.sampler, cfg.denoiser, cfg.loss_codes = "uniform", "paper", "dense", 0
+    cfg.times, cfg.sampler, cfg.denoiser, cfg.loss_codes = "uniform", "paper", "dense", 3
     tokenizer, train_set, _, model_config, _ = train_fsdd.prepare(stage1, device, cfg)
     world = SimpleNamespace(device=device, rank=rank, processes=processes, tokenizer=tokenizer, train_set=train_set,
                             M=tokenizer.num_tokens, C=tokenizer.codebook_size)
