@@ -66,7 +66,7 @@ HYPERPARAMETERS = [
 GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
     ("sample_steps",     12,             25,              "steps from noise to data"),
-    ("guidance",         "1,7",          "4,50,55",       "weight, two at noise and data, or three for the thirds"),
+    ("guidance",         "1.2,7",        "4,50,55",       "weight, two at noise and data, or three for the thirds"),
     ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
     ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
 ]

@@ -41,6 +41,7 @@ LOSS_CODES = 384          # of the sparse denoiser: those that X_t and X_0 hold,
 TIMED = [                 # C, M and images a step of the training steps that are timed here
     ("digits", 256, 32, 64),
     ("S", 4096, 128, 2),
+    ("B", 4096, 128, 1),
 ]
 
 
@@ -54,12 +55,14 @@ def main():
         row(f"stage 2, {name}, sparse, {LOSS_CODES} codes", *denoiser_cost(name, LOSS_CODES), STAGE2_IMAGES)
     threads, peak = torch.get_num_threads(), matrix_product()
     print(f"\nOn this machine, {threads} threads: a product of matrices {peak / 1e9:.0f} GFLOP/s\n\n| training step "
-          "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s |\n|---|---|---|---|---|---|")
+          "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s | forward pass of all codes, ms |\n|"
+          + "---|" * 7)
     for name, C, M, B in TIMED:
         for kind, num_codes in (("dense", 0), ("sparse, all codes", C), (f"sparse, {3 * M} codes", 3 * M)):
-            seconds, operations = timed_step(name, C, M, B, num_codes), B * denoiser_cost(name, num_codes, C, M)[3]
+            seconds, forward = timed_step(name, C, M, B, num_codes)
+            operations = B * denoiser_cost(name, num_codes, C, M)[3]
             print(f"| {name}, C = {C}, {kind} | {B} | {seconds * 1e3:.1f} | {B / seconds:.1f} | {operations / 1e9:.1f} "
-                  f"| {operations / seconds / peak:.0%} |", flush=True)
+                  f"| {operations / seconds / peak:.0%} | {forward * 1e3:.1f} |", flush=True)
 
 
 def row(name, trained, state_bytes, forward, training, step, fixed_bytes, image_bytes, images):
@@ -203,7 +206,8 @@ def matrix_product(size=4096):
 
 
 def timed_step(name, C, M, B, num_codes):
-    """Seconds of the forward and backward pass of a training step of B images on the CPU; num_codes as above."""
+    """Seconds of the forward and backward pass of a training step of B images on the CPU, and of a step of generation
+    without guidance; num_codes as above."""
     width, layers, heads = train_fsdd.MODELS[name]
     model = Denoiser(C, M, 10, width, layers, heads, gelu="none" if name == "digits" else "tanh", sparse=num_codes > 0)
     x0, x1 = (sample_noise(B, C, M, "multinomial") for _ in range(2))
@@ -213,7 +217,13 @@ def timed_step(name, C, M, B, num_codes):
         with common.autocast(torch.device("cpu"), "auto"):
             fsdd_loss(model, x0, labels, t, x1, uniform, num_codes, order).backward()
 
-    return best_time(step, 2 if C > 1024 else 30)
+    @torch.no_grad()
+    def forward():
+        with common.autocast(torch.device("cpu"), "auto"):
+            model(x0, t, labels)
+
+    times = 2 if C > 1024 else 30
+    return best_time(step, times), best_time(forward, times)
 
 
 def best_time(function, times):
