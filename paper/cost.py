@@ -53,6 +53,11 @@ def main():
     for name in ("S", "B"):
         row(f"stage 2, {name}", *denoiser_cost(name), STAGE2_IMAGES)
         row(f"stage 2, {name}, sparse, {LOSS_CODES} codes", *denoiser_cost(name, LOSS_CODES), STAGE2_IMAGES)
+    print_timed_steps()
+
+
+def print_timed_steps():
+    """The second table: how long training steps of stage 2 take on this machine."""
     threads, peak = torch.get_num_threads(), matrix_product()
     print(f"\nOn this machine, {threads} threads: a product of matrices {peak / 1e9:.0f} GFLOP/s\n\n| training step "
           "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s | forward pass of all codes, ms |\n|"

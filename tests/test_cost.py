@@ -36,7 +36,7 @@ def test_timed_steps(monkeypatch, capsys):
     assert product > 1e8
     monkeypatch.setattr(cost, "TIMED", [("digits", 64, 8, 4)])
     monkeypatch.setattr(cost, "matrix_product", lambda: product)
-    cost.main()
+    cost.print_timed_steps()
     table = capsys.readouterr().out.split("On this machine")[1].strip().splitlines()
     assert [line.split("|")[1].strip() for line in table[4:]] == [
         "digits, C = 64, dense", "digits, C = 64, sparse, all codes", "digits, C = 64, sparse, 24 codes"]
