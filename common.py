@@ -32,7 +32,7 @@ MACHINE = [  # rows of HYPERPARAMETERS that both trainings have: what they run o
     ("tf32",             True,           True,            "float32 products in TF32, on GPUs that have it"),
     ("compile",          False,          True,            "torch.compile"),
     ("fused_adamw",      True,           True,            "PyTorch's fused AdamW"),
-    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on GPUs, long sequences"),
+    ("fused_attention",  "auto",         "auto",          "flash attention: on, off, auto = on GPUs, many keys"),
     ("recompute",        False,          False,           "activation checkpointing: less memory, a third more time"),
     ("workers",          0,              8,               "processes that read images, for each training process"),
     ("log_every",        20,             100,             "steps between lines of the log"),

@@ -24,7 +24,7 @@ from published.maskgit_vqgan import VQGANDecoder
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, width) -> (B, L, width)."""
 
-    fused_attention = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for long sequences
+    fused_attention = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for many keys
 
     def __init__(self, width, heads):
         super().__init__()
@@ -44,7 +44,7 @@ class Attention(nn.Module):
             weight, bias = (parameter.split([width, 2 * width]) for parameter in (self.qkv.weight, self.qkv.bias))
             q, (k, v) = F.linear(x, weight[0], bias[0]), F.linear(attended, weight[1], bias[1]).chunk(2, 2)
         q, k, v = (y.view(B, y.shape[1], self.heads, -1).transpose(1, 2) for y in (q, k, v))  # (B, heads, ., d)
-        fused = self.fused_attention == "on" or self.fused_attention == "auto" and (x.is_cuda or L > 256)
+        fused = self.fused_attention == "on" or self.fused_attention == "auto" and (x.is_cuda or k.shape[2] > 256)
         x = self.attend(q, k, v, fused)
         return self.proj(x.transpose(1, 2).reshape(B, L, width))
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         """softmax(q k' / sqrt(d)) v, of q (B, heads, L, d) and k, v (B, heads, N, d)."""
         if fused:
             return F.scaled_dot_product_attention(q, k, v)
-        # written out: for short sequences in bfloat16 on a CPU this is several times faster than the fused kernel
+        # written out: with few keys in bfloat16 on a CPU this is up to several times faster than the fused kernel
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
 

@@ -33,7 +33,7 @@ from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
 
 LEARNING_RATES = (0.5, 1.0, 2.0)        # times --lr and --muon_lr; compared by FIRST's samples
-GUIDANCE = ("1", "2", "4", "4,30,30")   # see fsdd.guidance_weight()
+GUIDANCE = ("1", "2", "4", "4,30,30", "1.2,7")  # see fsdd.guidance_weight()
 CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 FIRST = {"guidance": "4", **CUTS[0]}
 METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
