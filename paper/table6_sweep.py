@@ -15,10 +15,10 @@ from paper import variants
 NUM_TOKENS = (8, 16, 32, 64)              # M, with the C of BOTH
 CODEBOOK_SIZES = (32, 64, 128, 256, 512)  # C, with the M of BOTH
 BOTH = (32, 128)                          # (M, C) that both columns share
-TOKENIZER = {"steps": 3600}               # of every tokenizer, else as the digits'
+TOKENIZER = {"steps": 1600}               # of every tokenizer, else as the digits': half of theirs
 DENOISER = {"steps": 2400}                # of every denoiser, likewise: 2.6 passes over the data
 NUM = 1000       # images to generate
-STEPS = 20       # steps from noise to data
+STEPS = 12       # steps from noise to data
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ def main(argv=None):
     device, rank, processes = common.init_distributed(args.device, tf32=False)
     options = {name: getattr(args, name) for name in ("data", "ref", "inception", "num", "steps")}
     try:
-        rows = [(*size(path), variants.fid(path, device, rank, processes, **options)) 
+        rows = [(*size(path), variants.fid(path, device, rank, processes, **options))
                 for path in args.ckpt or two_sizes(args)]
     except ValueError as problem:
         common.stop(str(problem))
