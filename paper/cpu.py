@@ -1,0 +1,127 @@
+"""What a training step spends its time on, on a CPU, and what changes it.
+
+    python -m paper.cpu                some minutes
+
+Prints two Markdown tables. The first: where the time of a step goes in both stages of the digits' recipe. The second:
+forward and backward pass of stage 2 as it is, and how much longer it takes (a factor) in float32, with the other
+kind of attention, compiled (this needs a C++ compiler; left empty without), and on one thread. What is compared is
+measured in turn, so that other work on the machine slows all of it.
+"""
+import shutil
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import common
+import train_fsdd
+import train_tokenizer
+from fsdd import Denoiser, fsdd_loss, sample_noise
+from tokenizer import SetTokenizer
+
+KINDS = {  # operations of PyTorch that count as one kind, "other" is the rest
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data"),
+    "GELU": ("aten::gelu", "aten::gelu_backward"),
+    "norms": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
+    "sums, products": ("aten::add", "aten::add_", "aten::sum", "aten::mul"),
+    "copies, casts": ("aten::copy_", "aten::cat"),
+}
+STEPS = {  # C, M, sets, codes of the loss (0: dense) and repetitions of the steps in the second table
+    "digits, C = 256, dense": ("digits", 256, 32, 64, 0, 20),
+    "digits, C = 256, sparse, 3 M codes": ("digits", 256, 32, 64, 96, 60),
+    "S, C = 4096, sparse, all codes": ("S", 4096, 128, 2, 4096, 2),
+    "S, C = 4096, sparse, 3 M codes": ("S", 4096, 128, 2, 384, 5),
+}
+VARIATIONS = {  # arguments of stage2()
+    "float32": {"bf16": "off"},
+    "fused attention": {"fused_attention": "on"},
+    "written-out attention": {"fused_attention": "off"},
+    "torch.compile": {"compile": True},
+    "one thread": {"threads": 1},
+}
+
+
+def main():
+    print(f"{torch.get_num_threads()} threads; where the time of a step of the digits' recipe goes\n\n"
+          f"| | ms | {' | '.join(KINDS)} | other | Muon | AdamW |\n|---|---|" + "---|" * (3 + len(KINDS)))
+    for name, (model, step, cfg) in {"stage 1": stage1(), "stage 2": stage2("digits", 256, 32, 64, 96)}.items():
+        print(f"| {name} | {' | '.join(where_it_goes(model, step, cfg))} |", flush=True)
+    print(f"\n| | as it is, ms | {' | '.join(VARIATIONS)} |\n|---|---|" + "---|" * len(VARIATIONS))
+    for name, (*sizes, times) in STEPS.items():
+        compiler = shutil.which("g++") or shutil.which("clang++")
+        steps = {variation: stage2(*sizes, **options)[1] for variation, options in [("", {}), *VARIATIONS.items()]
+                 if compiler or not options.get("compile")}
+        seconds = in_turn(steps, times)
+        factors = [f"× {seconds[variation] / seconds['']:.2f}" if variation in seconds else ""
+                   for variation in VARIATIONS]
+        print(f"| {name} | {seconds[''] * 1e3:.1f} | {' | '.join(factors)} |", flush=True)
+
+
+def stage1():
+    """(The digits' tokenizer, a function that computes a training step's gradients, its settings)."""
+    cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_tokenizer.HYPERPARAMETERS})
+    model = SetTokenizer(channels=1, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
+    common.set_switches(model, cfg)
+    images = torch.rand(cfg.batch_size, 1, cfg.image_size, cfg.image_size) * 2 - 1
+    shuffle = torch.rand(cfg.batch_size, cfg.num_tokens)
+    skips = torch.rand(cfg.batch_size) < cfg.unquantized
+
+    def step():
+        with common.autocast(torch.device("cpu"), cfg.bf16):
+            recon, _, latents, loss = model(images, shuffle, False, skips)
+        (F.mse_loss(recon.float(), images) + loss + cfg.uniformity * train_tokenizer.uniformity(latents)).backward()
+
+    return model, step, cfg
+
+
+def stage2(name, C, M, B, num_codes, threads=0, **switches):
+    """The same of a denoiser, of B sets. num_codes: see fsdd_loss(), 0 for a dense one. switches: changed settings."""
+    cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_fsdd.HYPERPARAMETERS} | switches)
+    width, layers, heads = train_fsdd.MODELS[name]
+    model = Denoiser(C, M, 10, width, layers, heads, gelu="none" if name == "digits" else "tanh", sparse=num_codes > 0)
+    common.set_switches(model, cfg)
+    called = common.parallel(model, torch.device("cpu"), cfg)
+    x0, x1 = (sample_noise(B, C, M, "multinomial") for _ in range(2))
+    labels, t, (uniform, order) = torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.rand(2, B, C)
+    threads = threads or torch.get_num_threads()
+
+    def step():
+        torch.set_num_threads(threads)
+        with common.autocast(torch.device("cpu"), cfg.bf16):
+            loss = fsdd_loss(called, x0, labels, t, x1, uniform, num_codes, order)
+        loss.backward()
+
+    return model, step, cfg
+
+
+def where_it_goes(model, step, cfg, times=40):
+    """Cells of the first table: ms of a step, optimizers included, and the shares of KINDS, the rest, Muon, AdamW."""
+    optimizers = common.make_optimizers(model, cfg, 1000, cfg.warmup, cfg.beta2)
+    seconds = in_turn({"step": step} | {type(optimizer).__name__: optimizer.step for optimizer, _ in optimizers}, times)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(times):
+            step()
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    shares = [sum(spent.get(operation, 0) for operation in kind) / sum(spent.values()) for kind in KINDS.values()]
+    total = sum(seconds.values())
+    shares = [share * seconds["step"] for share in (*shares, 1 - sum(shares))] + [seconds["Muon"], seconds["AdamW"]]
+    return [f"{total * 1e3:.1f}", *(f"{share / total:.0%}" for share in shares)]
+
+
+def in_turn(functions, times):
+    """{name: seconds that a function takes}, the best of some times after one to warm up, one after the other."""
+    best, threads = dict.fromkeys(functions, float("inf")), torch.get_num_threads()
+    for i in range(times + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if i:
+                best[name] = min(best[name], time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return best
+
+
+if __name__ == "__main__":
+    main()
