@@ -8,8 +8,7 @@
 
 Features are those of Inception-v3 of 2015-12-05 (published/inception.py), as in all published FIDs; its weights are
 downloaded, or given by --inception. The embedded digits need no download: their distance is taken in the features of a
-small classifier (data/digits_classifier.py), and called "digits FID". The two are not comparable. README.md says which
-files a paper's numbers need.
+small classifier (data/digits_classifier.py), and called "digits FID". The two are not comparable.
 """
 import os
 import sys

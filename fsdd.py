@@ -234,7 +234,7 @@ class Denoiser(nn.Module):
     unused_rows: give the count embedding C + 1 rows, of which counts read the first M + 1: the release has them, and
     its 36.0 and 136.7 million parameters count them.
     gelu: "tanh" (DiT) or "none", the exact function, which differs by less than 0.001 and is faster on CPUs.
-    sparse: every code attends to the M tokens of X_t, a code present as often as it occurs, and not to all C codes: the
+    sparse: every code attends to the M tokens of X_t (k times to a code that occurs k times), not to all C codes: the
     absent ones tell it nothing that these don't. Attention costs C M in place of C^2. Same weights; not in the paper.
     """
 
@@ -319,9 +319,9 @@ def fsdd_loss(denoiser, x0, labels, t, x1, uniform=None, num_codes=0, order=None
 
     x0, x1: (B, C) int64.  labels: (B,), the null class where the label is dropped.  t: (B,) in (0, 1].
     uniform: (B, C), see forward_process.
-    num_codes: 0, or estimate this mean from L = num_codes > 2 M codes, with a sparse denoiser: all that X_t or X_0
-               holds, and of the others those with the largest order (B, C), random in [0, 1). The denoiser's part of
-               a step then costs as much as its M tokens, whatever C.
+    num_codes: 0 or at least C: all codes. Else this mean is estimated from L = num_codes > 2 M codes (sparse denoiser):
+               all that X_t or X_0 holds, and a random few of the others, those with the largest order (B, C), uniform
+               in [0, 1), weighted to stand for the rest. A step then costs what M costs, whatever C.
     """
     x_t = forward_process(x0, x1, t, uniform)
     if 0 < num_codes <= 2 * x0[0].sum():
@@ -352,11 +352,12 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     denoiser: called as Denoiser.forward(); it needs codebook_size, num_tokens and num_classes.  labels: (B,) int64.
     prior: the noise the denoiser was trained with.
     sampler: "paper" (Eq. 9-10, the authors' release), see paper_step(), or
-             "exchange" (Eq. 8 with its exact posterior), see exchange_step().
+             "exchange" (Eq. 8 with the posterior of Eq. 5-6), see exchange_step().
     guidance: see guidance_weight(); 1 is the plain model.
     top_p, top_k: keep only the likeliest counts of p(x_0 | X_t), see cut(). In the paper's sampler top_k also cuts
                   the draw of X_s.
-    The defaults are the authors' for the best FID; top_k=2, top_p=1 is their sharper, less diverse setting.
+    The defaults, but for the prior (theirs is distinct), are the authors' for the best FID; top_k=2, top_p=1 is their
+    sharper, less diverse setting.
     """
     if sampler not in ("paper", "exchange"):
         raise ValueError(f"sampler must be 'paper' or 'exchange', got {sampler!r}")
@@ -408,7 +409,7 @@ def exchange_step(x, p, t, s, prior, top_p, top_k, generator):
 
         p(X_s | X_t) = sum over a of q(X_s | X_t, x_0 = a) p(x_0 = a | X_t)
 
-    with the exact posterior q of Eq. 5-6. exchange() then draws all codes so that the sum stays M.
+    with the posterior q of one code, see posterior(). exchange() then draws all codes so that the sum stays M.
 
     x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).  Returns (B, C), every row sums to M.
     """
@@ -468,7 +469,7 @@ def noise_of_a_code(C, M, prior):
     b = torch.arange(M + 1)
     p = [math.comb(M, i) * (1 / C) ** i * (1 - 1 / C) ** (M - i) for i in range(M + 1)]  # binomial
     p = torch.tensor(p, dtype=torch.float64)
-    return b[p > 1e-12], p[p > 1e-12]  # for M = 128 and C = 4096 these are 0 to 5
+    return b[p > 1e-12], p[p > 1e-12]  # for M = 128 and C = 4096 these are 0 to 6
 
 
 def exchange(x, q, generator=None):
@@ -477,8 +478,8 @@ def exchange(x, q, generator=None):
     x: X_t (B, C).  q: p(X_s | X_t) of every code by itself (B, C, K + 1).  Returns (B, C).
 
     Independent draws sum to M + delta. Algorithm 1 would undo the likeliest steps, which are the ones just made: of the
-    steps up and down only min(up, down) survive, so that a fine chain stands still until its last step. With an exact
-    denoiser it ends 0.100, 0.163, 0.218 off the data in 5, 25, 100 steps, this function 0.088, 0.044, 0.044 (total
+    steps up and down only min(up, down) survive, so that a fine chain stands still until its last step. With the true
+    p(x_0 | X_t) it ends 0.100, 0.163, 0.218 off the data in 5, 25, 100 steps, this function 0.088, 0.044, 0.044 (total
     variation; tests/test_fsdd.py). Here half of the surplus is undone, and the other half is made up for by opposite
     steps of other codes. In the limit of small steps this exchanges tokens as often as independent codes would move.
     """

@@ -123,8 +123,8 @@ def choose_labels(text, num, class_names, at_most):
 
 
 def generation_settings(defaults, args):
-    """The settings of fsdd.refine(): the checkpoint's, and over them those of the command line. ValueError as
-    guidance_weights()."""
+    """The settings of fsdd.refine(): the checkpoint's; where the sampler is not the checkpoint's, guidance and cuts of
+    SAMPLERS; over them those of the command line. ValueError as guidance_weights()."""
     settings = {"sampler": "paper"} | defaults  # checkpoints from before there were two samplers
     settings.pop("adjust_from", None)           # and from when this could be set
     if args.sampler and args.sampler != settings["sampler"]:

@@ -5,8 +5,8 @@
     python train_fsdd.py --resume                 resume a run that was interrupted
 
 Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images); from then
-on no image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
-need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 3 minutes on two CPU cores (README.md).
+on no training image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and
+--resume need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 3 minutes on two CPU cores (README.md).
 """
 import math
 import time
@@ -41,7 +41,7 @@ HYPERPARAMETERS = [
     ("layers",           0,              0,               "its blocks, 0 = the model's"),
     ("heads",            0,              0,               "its attention heads, 0 = the model's"),
     ("denoiser",         "sparse",       "dense",         "dense (paper); sparse: codes attend to the tokens alone"),
-    ("loss_codes",       3,              3,               "sparse: train on M times so many codes a set, or all C"),
+    ("loss_codes",       3,              3,               "sparse: M times so many codes a set are trained on"),
     ("unused_rows",      False,          True,            "C + 1 rows in the count embedding (authors' release)"),
     ("code_start",       "codebook",     "zeros",         "start of the code embedding: zeros (release), codebook"),
     ("times",            "flips",        "uniform",       "uniform (the paper) or flips, see fsdd.sample_times()"),
@@ -64,11 +64,11 @@ HYPERPARAMETERS = [
 # Settings of fsdd.refine(), for the pictures during training and as options of all scripts that generate.
 # A new knob of the sampler is a parameter of refine() and a row here.
 GENERATION = [
-    ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, exact posterior)"),
+    ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, fsdd.posterior)"),
     ("sample_steps",     12,             25,              "steps from noise to data"),
-    ("guidance",         "1.2,7",        "4,50,55",       "weight, two at noise and data, or three for the thirds"),
-    ("top_p",            1.0,            0.8,             "draw x_0 from the likeliest counts of this probability"),
-    ("top_k",            0,              0,               "draw from the k likeliest counts, 0 = all"),
+    ("guidance",         "1.2,7",        "4,50,55",       "weight; two: at noise, at data; three: for the thirds"),
+    ("top_p",            1.0,            0.8,             "keep p(x_0 | X_t)'s likeliest counts of this total"),
+    ("top_k",            0,              0,               "keep its k likeliest counts, 0 = all"),
 ]
 HYPERPARAMETERS += GENERATION + [
     # what is written
@@ -210,7 +210,8 @@ def get_batch(tokens, labels, rows, model_config, random, step, cfg):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, dataset, device, cfg):
-    """The loss on a dataset, one time t and one noise vector an image, the same at every call."""
+    """The loss on a dataset, of all codes and at uniform times whatever cfg.times is, so that runs can be compared; one
+    time t and one noise vector an image, the same at every call."""
     (rank, world_size), C, M = common.rank_and_world_size(), model.codebook_size, model.num_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
     parts = common.chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::world_size]

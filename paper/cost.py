@@ -60,8 +60,8 @@ def print_timed_steps():
     """The second table: how long training steps of stage 2 take on this machine."""
     threads, peak = torch.get_num_threads(), matrix_product()
     print(f"\nOn this machine, {threads} threads: a product of matrices {peak / 1e9:.0f} GFLOP/s\n\n| training step "
-          "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s | forward pass of all codes, ms |\n|"
-          + "---|" * 7)
+          "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s | forward pass of all codes, ms |\n"
+          "|" + "---|" * 7)
     for name, C, M, B in TIMED:
         for kind, num_codes in (("dense", 0), ("sparse, all codes", C), (f"sparse, {3 * M} codes", 3 * M)):
             seconds, forward = timed_step(name, C, M, B, num_codes)

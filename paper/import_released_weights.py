@@ -4,7 +4,7 @@
 
 tokenizer.pt stands beside fsdd.pt, or where --tokenizer_out says; without --fsdd it is all that is written. What stood
 at either path is kept as .previous. The sizes are read off the tensors: small and base go the same way. Where to get
-the files: README.md.
+the files: paper/details.md.
 
 The release's ways, and what becomes of them:
     M latents of length width are read as width rows of M    the flag reshaped_latents of SetTokenizer
@@ -153,7 +153,7 @@ def import_fsdd(path):
 def read(path):
     """The dict in a file of PyTorch's. argparse.Namespace is the only class of Python's let in: no code can run."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path}; README.md says where the published weights are")
+        raise ValueError(f"there is no file {path}; paper/details.md says where the published weights are")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)

@@ -7,7 +7,7 @@ Prints a Markdown table, a row for each tokenizer: which share of the validation
 trained on the training images, reads right off the counts (the set itself, C numbers) and off the latents (the mean
 over the M latents of the encoder, as many numbers as it is wide); below it, off the raw pixels, and by chance. The
 paper does not say what it probed. We take the latents as the encoder's last norm leaves them, which is where a ViT is
-probed, and not behind the linear map to code_dim: a mean over 12 numbers, of the digits 4, would leave a linear layer
+probed, and not behind the linear map to code_dim: a mean over 12 numbers, of the digits 3, would leave a linear layer
 too few. The paper: 43 to 66 %, more with a larger codebook, less with more tokens.
 """
 import time

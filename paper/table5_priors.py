@@ -322,7 +322,7 @@ def train(method, model, checkpoint, world, cfg, signals):
 def print_table(found, cfg):
     """The table in Markdown."""
     fid = "gFID" if cfg.data != "digits" or cfg.inception else "digits FID"
-    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | read as asked for | break the sum "
+    print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | classified as requested | break the sum "
           "| by, tokens | parameters | learning rate, guidance, top-p, top-k |\n|" + "---|" * 11)
     for method, row in found.items():
         *priors, paper = METHODS[method]

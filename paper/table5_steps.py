@@ -35,7 +35,7 @@ def main(argv=None):
         common.stop(str(problem))
     if rank > 0:
         return
-    print("| sampler | steps | FID | precision | recall | read as asked for |\n|---|---|---|---|---|---|")
+    print("| sampler | steps | FID | precision | recall | classified as requested |\n|---|---|---|---|---|---|")
     for (sampler, steps), row in found.items():
         read = f"{row['read']:.1%}" if row["read"] is not None else ""
         print(f"| {sampler} | {steps} | {row['fid']:.1f} | {row['precision']:.2f} | {row['recall']:.3f} | {read} |")
