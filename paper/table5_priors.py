@@ -5,14 +5,14 @@ with the paper's, both with the dense denoiser.
     python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
     torchrun --nproc_per_node=8 -m paper.table5_priors --recipe imagenet256 --ckpt tokenizer.pt     the paper's own
 
-Every method is tuned in the same way, on its first seed: a learning rate out of LEARNING_RATES, each trained for
+Every method is tuned in the same way, on its first seed: learning rates out of LEARNING_RATES, each trained for
 --search_steps, then guidance out of GUIDANCE and a cut of the distributions out of CUTS, by the FID of --num_search
 samples. The best setting is trained with every seed and measured with --num_images other samples. Trainings and
 measurements are kept in paper/cache: an interrupted run resumes.
 Prints a Markdown table: FID (on the digits digits FID), mean and spread over seeds, and how many samples break the
 fixed sum and by how many tokens. The set decoder takes any number of tokens, so these are decoded as they are.
 
-On ImageNet the learning rate is the recipe's, without a search. SetAR then draws C = 4096 counts one after the other,
+On ImageNet the learning rates are the recipe's, without a search. SetAR then draws C = 4096 counts one after the other,
 without a cache of keys and values: its samples cost far more than all others.
 """
 import math
@@ -32,7 +32,8 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss, generate
 from paper import baselines, variants
 
-LEARNING_RATES = (0.5, 1.0, 2.0)        # times --lr and --muon_lr; compared by FIRST's samples
+# What --lr and --muon_lr are multiplied by; compared by FIRST's samples. The last is the digits' recipe's own.
+LEARNING_RATES = ((0.5, 0.5), (1.0, 1.0), (2.0, 2.0), (4.0, 1.0))
 GUIDANCE = ("1", "2", "4", "4,30,30", "1.2,7")  # see fsdd.guidance_weight()
 CUTS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 FIRST = {"guidance": "4", **CUTS[0]}
@@ -46,8 +47,7 @@ METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
     "FSDD (paper)": ("x", "x", "x", 5.56),  # uniform times, the paper's sampler
     "FSDD": ("x", "x", "x", ""),            # times uniform in flips, the exchange sampler
 }
-# Rows of train_fsdd.py that are others here on the digits: 3 passes over the data; no row of the table starts from the
-# codebook, and from zeros a learning rate of 8e-3 was not measured
+# Rows of train_fsdd.py that are others here on the digits: 3 passes over the data; the search tries the recipe's lr too
 CHANGED = {"steps": 2820, "lr": 2e-3, "sample_steps": 25}
 HYPERPARAMETERS = [
     ("ckpt",             "tokenizer.pt", "tokenizer.pt", "checkpoint of train_tokenizer.py"),
@@ -128,36 +128,38 @@ def tune_and_measure(method, world, cfg):
     """The result of one row of the table: the setting that was chosen, and what its trainings were measured to be."""
     shorter = SimpleNamespace(**vars(cfg) | {"steps": cfg.search_steps})
 
-    def search_fid(factor, setting, cfg):
-        return measure(method, factor, 0, setting, "search", cfg.num_search, world, cfg)["fid"]
+    def search_fid(factors, setting, cfg):
+        return measure(method, factors, 0, setting, "search", cfg.num_search, world, cfg)["fid"]
 
-    factors = LEARNING_RATES if cfg.search_lr else (1.0,)
-    factor = min(factors, key=lambda factor: search_fid(factor, FIRST, shorter)) if len(factors) > 1 else factors[0]
+    factors = (1.0, 1.0)
+    if cfg.search_lr:
+        factors = min(LEARNING_RATES, key=lambda factors: search_fid(factors, FIRST, shorter))
     cuts = CUTS if method != "Continuous Diffusion" else CUTS[:1]  # there is no distribution to cut
     setting = min(({"guidance": guidance, **cut} for guidance in GUIDANCE for cut in cuts),
-                  key=lambda setting: search_fid(factor, setting, cfg))
-    results = [measure(method, factor, seed, setting, "table", cfg.num_images, world, cfg) for seed in range(cfg.seeds)]
-    model = trained(method, factor, 0, world, cfg)
+                  key=lambda setting: search_fid(factors, setting, cfg))
+    results = [measure(method, factors, seed, setting, "table", cfg.num_images, world, cfg)
+               for seed in range(cfg.seeds)]
+    model = trained(method, factors, 0, world, cfg)
     labels = sample.choose_labels(None, 20, world.train_set.class_names, 10)
     images = decode(world.tokenizer, generated(method, model, labels, setting, ("picture",), world, cfg))
-    return SimpleNamespace(factor=factor, setting=setting, results=results, images=images,
+    return SimpleNamespace(factors=factors, setting=setting, results=results, images=images,
                            parameters=sum(parameter.numel() for parameter in model.parameters()))
 
 
-def measure(method, factor, seed, setting, purpose, num, world, cfg):
+def measure(method, factors, seed, setting, purpose, num, world, cfg):
     """{"fid", "broken": the share of samples whose sum is not M, "by": how many tokens those are off, on average,
     "read": the share that the digits' classifier reads as asked for, or None}.
 
     num samples of the training with a seed and learning rate, drawn from noise that depends on seed and purpose, a
     word. What was measured before is kept.
     """
-    path = path_of(method, factor, seed, cfg)
+    path = path_of(method, factors, seed, cfg)
     kept = path + ".json"
     key = str([purpose, num, setting, cfg.sample_steps, cfg.batch, cfg.ref, world.net.name])
     result = common.all_gather(records.read_json(kept).get(key))[0]
     if result:
         return result
-    model = trained(method, factor, seed, world, cfg)
+    model = trained(method, factors, seed, world, cfg)
     common.set_tf32(False)
     names, sums = world.train_set.class_names, [torch.zeros(0, dtype=torch.int64)]
     labels = sample.choose_labels(None, num, names, len(names))
@@ -247,20 +249,26 @@ def decode(tokenizer, counts):
 # Training, by the loop of train_fsdd.py
 
 
-def path_of(method, factor, seed, cfg):
+def path_of(method, factors, seed, cfg):
     """Where a training's checkpoint stands: a name that all its settings are in."""
     no_matter = variants.NO_MATTER | {"ckpt", "methods", "seeds", "search_lr", "search_steps", "num_search",
                                       "num_images", "batch", "ref", "inception", "times", "sampler", "sample_steps",
                                       "guidance", "top_p", "top_k", "denoiser", "loss_codes"}
     settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
     mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
-    return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{factor:g}-seed{seed}-{mark}.pt"
+    return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{times(factors, '-')}-seed{seed}-{mark}.pt"
 
 
-def trained(method, factor, seed, world, cfg):
+def times(factors, between):
+    """Factors of the two learning rates as text; one number where they are the same."""
+    return between.join(f"{factor:g}" for factor in dict.fromkeys(factors))
+
+
+def trained(method, factors, seed, world, cfg):
     """The model of a method with its averaged weights, trained now as far as it is not."""
-    run = SimpleNamespace(**vars(cfg) | {"lr": factor * cfg.lr, "muon_lr": factor * cfg.muon_lr, "seed": seed,
-                                         "out": path_of(method, factor, seed, cfg)})
+    lr, muon_lr = factors[0] * cfg.lr, factors[1] * cfg.muon_lr
+    run = SimpleNamespace(**vars(cfg) | {"lr": lr, "muon_lr": muon_lr, "seed": seed,
+                                         "out": path_of(method, factors, seed, cfg)})
     run.times = "flips" if method == "FSDD" else "uniform"
     torch.manual_seed(seed)
     model = build(method, world, cfg).to(world.device)
@@ -272,7 +280,7 @@ def trained(method, factor, seed, world, cfg):
         model.load_state_dict(checkpoint["weights"])
         return model.eval()
     if world.rank == 0:
-        print(f"training {method}, learning rate x {factor:g}, seed {seed}", flush=True)
+        print(f"training {method}, learning rates {lr:g} and {muon_lr:g}, seed {seed}", flush=True)
     common.set_tf32(cfg.tf32)
     with claim, common.Signals() as signals:
         return train(method, model, checkpoint, world, run, signals).eval()
@@ -332,7 +340,7 @@ def print_table(found, cfg):
                             for name in ("broken", "by", "read"))
         cells = [method, *priors, paper, f"{fids.mean():.1f}{spread}", f"{read:.1%}" if read else "", f"{broken:.1%}",
                  f"{by:.1f}" if broken else "", f"{row.parameters / 1e6:.3f} M",
-                 f"x {row.factor:g}, {row.setting['guidance']}, {row.setting['top_p']}, {row.setting['top_k']}"]
+                 f"x {times(row.factors, ' and ')}, " + ", ".join(map(str, row.setting.values()))]
         print(f"| {' | '.join(map(str, cells))} |")
 
 

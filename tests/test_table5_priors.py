@@ -33,7 +33,7 @@ def rows_of(said):
 def test_the_table(digits, cache, capsys, monkeypatch):
     """Broken: a method would be left out, be given other models or searches than the rest, or break the sum
     unnoticed."""
-    monkeypatch.setattr(table5_priors, "LEARNING_RATES", (1.0, 2.0))
+    monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((1.0, 1.0), (2.0, 1.0)))
     monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
     monkeypatch.setattr(table5_priors, "CUTS", table5_priors.CUTS[1:])
     rows = table(capsys, f"{digits}/tokenizer.pt")
@@ -131,10 +131,11 @@ def test_what_is_measured_depends_on_all_its_settings(digits, cache, capsys):
     assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first
     kept, = cache.glob("*.pt.json")
     before = len(records.read_json(kept))
-    assert before == 12 + 2
+    settings = len(table5_priors.GUIDANCE) * len(table5_priors.CUTS)
+    assert before == settings + 2
     for more in ("--sample_steps=3", "--batch=30"):
         table(capsys, f"{digits}/tokenizer.pt", *options, more, seeds=1)
-    assert len(records.read_json(kept)) == before + 2 * 13
+    assert len(records.read_json(kept)) == before + 2 * (settings + 1)
 
 
 def test_the_same_table_from_two_processes(digits, cache, capsys, tmp_path):
