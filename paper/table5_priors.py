@@ -1,5 +1,5 @@
 """Table 5 (Sec. 4.3.1): seven ways to model the token sets of one tokenizer, with the same data and steps, and
-parameters that differ by less than 5 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and
+parameters that differ by less than 6 %. FSDD has two rows: with the times and the sampler of the digits' recipe, and
 with the paper's, both with the dense denoiser.
 
     python -m paper.table5_priors --recipe digits                      the digits, tokenizer.pt
@@ -331,7 +331,7 @@ def print_table(found, cfg):
     """The table in Markdown."""
     fid = "gFID" if cfg.data != "digits" or cfg.inception else "digits FID"
     print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | classified as requested | break the sum "
-          "| by, tokens | parameters | learning rate, guidance, top-p, top-k |\n|" + "---|" * 11)
+          "| by, tokens | parameters | learning rates; guidance; top-p; top-k |\n|" + "---|" * 11)
     for method, row in found.items():
         *priors, paper = METHODS[method]
         fids = torch.tensor([result["fid"] for result in row.results])
@@ -340,7 +340,7 @@ def print_table(found, cfg):
                             for name in ("broken", "by", "read"))
         cells = [method, *priors, paper, f"{fids.mean():.1f}{spread}", f"{read:.1%}" if read else "", f"{broken:.1%}",
                  f"{by:.1f}" if broken else "", f"{row.parameters / 1e6:.3f} M",
-                 f"x {times(row.factors, ' and ')}, " + ", ".join(map(str, row.setting.values()))]
+                 f"x {times(row.factors, ' and ')}; " + "; ".join(map(str, row.setting.values()))]
         print(f"| {' | '.join(map(str, cells))} |")
 
 

@@ -40,7 +40,7 @@ def test_the_table(digits, cache, capsys, monkeypatch):
     assert list(rows) == list(table5_priors.METHODS)
     for method, (*priors, paper, fid, read, broken, by, parameters, setting) in rows.items():
         assert "±" in fid and float(fid.split("±")[0]) > 0 and parameters.endswith(" M")
-        assert setting.startswith(("x 1, ", "x 2, "))
+        assert setting.startswith(("x 1; ", "x 2 and 1; "))
         keeps = method.startswith("AR-") or priors[2] == "x"  # M tokens one by one, or a sum that the model knows
         assert (broken == "0.0%") == keeps and bool(by) != keeps
         # two learning rates, the best for longer
