@@ -505,7 +505,7 @@ def test_mistakes_get_one_sentence(imported, tmp_path, monkeypatch, capsys):
 
     torch.save({"ema": Program()}, tmp_path / "program.pth")
     for arguments, words in [
-        (["--tokenizer", "none.pth"], ["no file none.pth", "README"]),
+        (["--tokenizer", "none.pth"], ["no file none.pth", "paper/details.md"]),
         (["--tokenizer", "text.pth"], ["text.pth", "can't be read"]),
         (["--tokenizer", tokenizer, "--fsdd", "program.pth"], ["program.pth", "can't be read"]),
         (["--fsdd", "text.pth"], ["--tokenizer"]), (["--tokenizer", tokenizer, "--out", "nowhere/a.pt"], ["nowhere"]),
