@@ -103,13 +103,13 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 def test_any_number_of_processes_trains_alike(tmp_path):
     """Broken: the global batch, its shuffle, or the average of the gradients would depend on the number of
     processes."""
-    alone, two = tmp_path / "1", tmp_path / "2"  # unequal shares of the batch
-    alone.mkdir(), two.mkdir()
+    alone, three = tmp_path / "1", tmp_path / "3"  # unequal shares of the batch
+    alone.mkdir(), three.mkdir()
     options = [*TINY, "--steps=4", "--optimizer=adamw"]
     for finished in (run_here(train_tokenizer.main, *options, folder=alone),
-                     run_ranks("train_tokenizer.py", *options, folder=two, processes=2)):
+                     run_ranks("train_tokenizer.py", *options, folder=three, processes=3)):
         assert finished.returncode == 0, finished.stderr
-    logs = [read_log(folder / "tokenizer.csv") for folder in (alone, two)]
+    logs = [read_log(folder / "tokenizer.csv") for folder in (alone, three)]
     assert len(logs[0]) == len(logs[1]) == 4
     for ours, theirs in zip(*logs):
         for key in ("step", "loss", "mse", "quantizer", "lr"):
