@@ -12,7 +12,6 @@ A second table times training steps of stage 2 on this machine, beside the FLOP/
 some minutes and the memory of a real S.
 """
 import functools
-import time
 from types import SimpleNamespace
 
 import torch
@@ -24,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import train_fsdd
 import train_tokenizer
-from fsdd import Denoiser, fsdd_loss, sample_noise
+from fsdd import Denoiser, sample_noise
+from paper.cpu import in_turn, stage2
 from published.convnext import ConvNeXt
 from published.critics import Critics, discriminator_loss
 from published.discriminator import Discriminator
@@ -207,38 +207,21 @@ def matrix_product(size=4096):
     a, b = torch.randn(2, size, size)
     with common.autocast(torch.device("cpu"), "auto"):
         a, b = (torch.mm(x, torch.eye(size)) for x in (a, b))  # of the type that autocast gives them
-        return 2 * size ** 3 / best_time(lambda: torch.mm(a, b), 5)
+        return 2 * size ** 3 / in_turn({"product": lambda: torch.mm(a, b)}, 5)["product"]
 
 
 def timed_step(name, C, M, B, num_codes):
     """Seconds of the forward and backward pass of a training step of B images on the CPU, and of a step of generation
     without guidance; num_codes as above."""
-    width, layers, heads = train_fsdd.MODELS[name]
-    model = Denoiser(C, M, 10, width, layers, heads, gelu="none" if name == "digits" else "tanh", sparse=num_codes > 0)
-    x0, x1 = (sample_noise(B, C, M, "multinomial") for _ in range(2))
-    labels, t, (uniform, order) = torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.rand(2, B, C)
-
-    def step():
-        with common.autocast(torch.device("cpu"), "auto"):
-            fsdd_loss(model, x0, labels, t, x1, uniform, num_codes, order).backward()
+    model, step, cfg = stage2(name, C, M, B, num_codes)
+    x, t, labels = sample_noise(B, C, M, "multinomial"), torch.rand(B), torch.zeros(B, dtype=torch.int64)
 
     @torch.no_grad()
     def forward():
-        with common.autocast(torch.device("cpu"), "auto"):
-            model(x0, t, labels)
+        with common.autocast(torch.device("cpu"), cfg.bf16):
+            model(x, t, labels)
 
-    times = 2 if C > 1024 else 30
-    return best_time(step, times), best_time(forward, times)
-
-
-def best_time(function, times):
-    """Seconds that a function takes, the best of some times after one to warm up."""
-    seconds = []
-    for _ in range(times + 1):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
+    return tuple(in_turn({"step": step, "forward": forward}, 2 if C > 1024 else 30).values())
 
 
 def sizes(model, *others):

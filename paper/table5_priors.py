@@ -256,10 +256,10 @@ def path_of(method, factors, seed, cfg):
                                       "guidance", "top_p", "top_k", "denoiser", "loss_codes"}
     settings = {name: value for name, value in vars(cfg).items() if name not in no_matter}
     mark = variants.mark(settings | {"tokens": os.path.basename(cfg.tokens), "seed": seed})
-    return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{times(factors, '-')}-seed{seed}-{mark}.pt"
+    return f"{variants.FOLDER}/{method.replace(' ', '')}-lr{multiples(factors, '-')}-seed{seed}-{mark}.pt"
 
 
-def times(factors, between):
+def multiples(factors, between):
     """Factors of the two learning rates as text; one number where they are the same."""
     return between.join(f"{factor:g}" for factor in dict.fromkeys(factors))
 
@@ -340,7 +340,7 @@ def print_table(found, cfg):
                             for name in ("broken", "by", "read"))
         cells = [method, *priors, paper, f"{fids.mean():.1f}{spread}", f"{read:.1%}" if read else "", f"{broken:.1%}",
                  f"{by:.1f}" if broken else "", f"{row.parameters / 1e6:.3f} M",
-                 f"x {times(row.factors, ' and ')}; " + "; ".join(map(str, row.setting.values()))]
+                 f"x {multiples(row.factors, ' and ')}; " + "; ".join(map(str, row.setting.values()))]
         print(f"| {' | '.join(map(str, cells))} |")
 
 
