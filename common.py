@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import files
-from data.command_line import Parser, launched, yes_or_no
+from data.command_line import Parser, keep_freed_memory, launched, yes_or_no
 
 RECIPES = ("digits", "imagenet256")  # columns of the tables HYPERPARAMETERS; another one needs its name here
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
@@ -136,6 +136,7 @@ def init_distributed(device, tf32=True):
         stop(str(problem))
     on_gpu = device.type == "cuda"
     set_tf32(tf32)
+    keep_freed_memory()
     if on_gpu and (device.index or 0) >= gpus:
         stop(f"--device {device} was asked for, but PyTorch sees {gpus} GPUs; use --device cpu")
     if local_rank is not None:
@@ -294,11 +295,10 @@ def make_optimizers(model, cfg, steps, warmup, beta2, decay_all=False):
     muon = {name: w for name, w in trained.items() if "blocks." in name and w.ndim == 2 and cfg.optimizer == "muon"}
     adamw = [weight for name, weight in trained.items() if name not in muon]
     decay, rest = [w for w in adamw if w in matrices], [w for w in adamw if w not in matrices]
-    groups = [{"params": decay}, {"params": rest, "weight_decay": cfg.weight_decay * decay_all}]
-    options = {"weight_decay": cfg.weight_decay}
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=cfg.fused_adamw, **options)]
+    wd, groups = cfg.weight_decay, [{"params": decay}, {"params": rest, "weight_decay": cfg.weight_decay * decay_all}]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=cfg.fused_adamw, weight_decay=wd)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon.values(), lr=cfg.muon_lr, adjust_lr_fn="match_rms_adamw", **options))
+        optimizers.append(torch.optim.Muon(muon.values(), cfg.muon_lr, wd, adjust_lr_fn="match_rms_adamw"))
 
     def factor(step):  # the cosine counts the warm-up's steps too
         cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2

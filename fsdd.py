@@ -368,10 +368,9 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
     x = sample_noise(B, C, M, prior, generator, device)
     yield x
-    for step in range(steps):
-        t, s = 1 - step / steps, 1 - (step + 1) / steps
-        weight = guidance_weight(guidance, step, steps)
-        p = guided_probabilities(denoiser, x, t, labels, weight)  # p(x_0 | X_t), (B, C, M + 1)
+    times = sampling_times(steps, sampler)
+    for t, s in zip(times, times[1:]):
+        p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
         if sampler == "paper":
             x = paper_step(x, p, t, s, top_p, top_k, generator)
         else:
@@ -382,6 +381,17 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
 def generate(denoiser, labels, **settings):
     """Generate counts X_0 (B, C) int64, every row sums to M, for labels (B,). The settings are those of refine()."""
     return list(refine(denoiser, labels, **settings))[-1]
+
+
+def sampling_times(steps, sampler):
+    """The times 1 = t_0 > ... > t_steps = 0 of generation: uniform in the paper's sampler. In the exchange sampler each
+    is the mean of that and of the time by which as large a share of the flips is left, see sample_times(): uniform
+    times spend half of the steps where little changes, times uniform in the flips alone leave too few for counts that
+    move by 2 or more."""
+    uniform = [1 - step / steps for step in range(steps + 1)]
+    if sampler == "paper":
+        return uniform
+    return [u if u in (0, 1) else (u + 0.5 + math.log(u / (1 - u)) / 16) / 2 for u in uniform]
 
 
 def paper_step(x, p, t, s, top_p, top_k, generator):
@@ -498,14 +508,15 @@ def exchange(x, q, generator=None):
     return greedy_adjust(y, q.log(), M)  # in case too few codes could step
 
 
-def guidance_weight(guidance, step, steps):
-    """The weight of classifier-free guidance in a step. guidance: one weight; three, for the thirds of the steps (the
-    release); or two, at noise and at data, and in between in proportion to the flips that have happened by then."""
+def guidance_weight(guidance, t):
+    """The weight of classifier-free guidance at time t. guidance: one weight; three, for the thirds of the time from
+    noise to data (the release); or two, at noise and at data, and in between in proportion to the flips that have
+    happened by then."""
     weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
     if len(weights) == 2:
-        left = 1 / (1 + math.exp(-8 * (1 - 2 * step / steps)))  # sigmoid(8 (2t - 1)), see sample_times()
+        left = 1 / (1 + math.exp(-8 * (2 * t - 1)))  # see sample_times()
         return left * weights[0] + (1 - left) * weights[1]
-    return weights[len(weights) * step // steps]
+    return weights[int(len(weights) * (1 - t + 1e-9))]
 
 
 @torch.no_grad()

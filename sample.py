@@ -23,7 +23,7 @@ from train_fsdd import GENERATION
 
 SAMPLERS = {  # settings of a sampler that is not the checkpoint's own
     "paper": {"guidance": [4.0, 50.0, 55.0], "top_p": 0.8, "top_k": 0},  # the authors', for the best FID
-    "exchange": {"guidance": [1.2, 7.0], "top_p": 1.0, "top_k": 0},  # the digits'
+    "exchange": {"guidance": [0.5, 12.0], "top_p": 1.0, "top_k": 0},  # the digits'
 }
 
 

@@ -25,7 +25,7 @@ from fsdd import Denoiser, fsdd_loss, generate, refine, sample_noise, sample_tim
 from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
-    "digits": (64, 2, 2),
+    "digits": (96, 2, 3),
     "S": (384, 12, 6),   # 36.0 million parameters with the paper's C = 4096, M = 128
     "B": (768, 12, 12),  # 136.7 million
 }
@@ -48,7 +48,7 @@ HYPERPARAMETERS = [
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            3400,           1000000,         "optimizer steps"),
+    ("steps",            2700,           1000000,         "optimizer steps"),
     ("batch_size",       64,             256,             "images per step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),
@@ -66,7 +66,7 @@ HYPERPARAMETERS = [
 GENERATION = [
     ("sampler",          "exchange",     "paper",         "paper (Eq. 9-10), exchange (Eq. 8, fsdd.posterior)"),
     ("sample_steps",     12,             25,              "steps from noise to data"),
-    ("guidance",         "1.2,7",        "4,50,55",       "weight; two: at noise, at data; three: for the thirds"),
+    ("guidance",         "0.5,12",       "4,50,55",       "weight; two: at noise, at data; three: for the thirds"),
     ("top_p",            1.0,            0.8,             "keep p(x_0 | X_t)'s likeliest counts of this total"),
     ("top_k",            0,              0,               "keep its k likeliest counts, 0 = all"),
 ]

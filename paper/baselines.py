@@ -73,7 +73,8 @@ def autoregressive_generate(model, labels, guidance=1.0, top_p=1.0, top_k=0, gen
     length, symbols = model.codebook_size, model.num_tokens
     x = labels.new_full((len(labels), 1), symbols)
     for i in range(length):
-        p = guided_probabilities(model, x, 0.0, labels, guidance_weight(guidance, i, length))[:, -1]  # (B, symbols)
+        weight = guidance_weight(guidance, 1 - i / length)
+        p = guided_probabilities(model, x, 0.0, labels, weight)[:, -1]  # (B, symbols)
         u = torch.rand(len(x), generator=generator, device=x.device)
         x = torch.cat([x, draw(p, u, top_p, top_k)[:, None]], dim=1)
     return x[:, 1:]
@@ -107,8 +108,8 @@ def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=1.0,
     x = sample_noise(B, C, M, prior, generator, device)
     for step in range(steps):
         u0, u = torch.rand(2, B, C, generator=generator, device=device)
-        weight = guidance_weight(guidance, step, steps)
-        p = guided_probabilities(denoiser, x, 1 - step / steps, labels, weight)  # (B, C, M + 1)
+        t = 1 - step / steps
+        p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # (B, C, M + 1)
         jumps = u * (steps - step) < 1  # in the last step all do
         x = torch.where(jumps, draw(p, u0, top_p, top_k), x)
     return x
@@ -170,7 +171,8 @@ def continuous_generate(model, labels, steps=25, guidance=1.0, generator=None):
     x = continuous_noise(torch.randn(B, C, generator=generator, device=device))
     null = torch.full_like(labels, model.num_classes)
     for step in range(steps):
-        t, weight = torch.full((2 * B,), 1 - step / steps, device=device), guidance_weight(guidance, step, steps)
+        time = 1 - step / steps
+        t, weight = torch.full((2 * B,), time, device=device), guidance_weight(guidance, time)
         v, v_null = velocity(model, x.repeat(2, 1), t, torch.cat([labels, null])).chunk(2)
         x = x - (v_null + weight * (v - v_null)) / steps
     return quantize(x, model.num_tokens)

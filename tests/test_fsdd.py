@@ -480,18 +480,34 @@ def test_guidance_by_thirds(monkeypatch):
     fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55))
     assert [w for _, w in seen] == [4] * 9 + [50] * 8 + [55] * 8
     assert all((s < 1 / 3) == (w == 4) and (s >= 2 / 3) == (w == 55) for s, w in seen)
+    for steps in range(1, 200):  # rounding must not move a step to the third before
+        assert [fsdd.guidance_weight((0, 1, 2), 1 - step / steps) for step in range(steps)] == [
+            3 * step // steps for step in range(steps)]
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])
 def test_guidance_by_flips(steps):
     """Broken: of two weights, the first would not hold at noise, or the second not where all flips have happened; or
     another number of steps would give another weight at the same time."""
-    weights = [fsdd.guidance_weight((2, 6), step, steps) for step in range(steps)]
+    weights = [fsdd.guidance_weight((2, 6), 1 - step / steps) for step in range(steps)]
     assert weights == sorted(weights) and weights[0] == pytest.approx(2, abs=0.01)
     for step, weight in enumerate(weights):
         t = 1 - step / steps
         assert weight == pytest.approx(6 - 4 / (1 + math.exp(-8 * (2 * t - 1))))
-    assert fsdd.guidance_weight((2, 6), 5, 10) == pytest.approx(4)  # t = 1/2: half of them have
+    assert fsdd.guidance_weight((2, 6), 0.5) == pytest.approx(4)  # half of them have
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, 12, 100, 1000])
+def test_sampling_times(steps):
+    """Broken: generation would not begin at noise and end at data, or go back in time; or the paper's sampler would not
+    take uniform steps, or exchange not spend more of them where more flips are left to happen."""
+    uniform, ours = fsdd.sampling_times(steps, "paper"), fsdd.sampling_times(steps, "exchange")
+    assert uniform == [1 - step / steps for step in range(steps + 1)]
+    assert len(ours) == steps + 1 and ours[0] == 1 and ours[-1] == 0
+    assert all(s < t for t, s in zip(ours, ours[1:])) and ours == pytest.approx([1 - t for t in reversed(ours)])
+    for u, t in zip(uniform[1:-1], ours[1:-1]):  # the other half of t is the quantile of the flips
+        assert 1 / (1 + math.exp(-8 * (2 * (2 * t - u) - 1))) == pytest.approx(u)
+    assert sum(0.25 < t < 0.75 for t in ours) >= sum(0.25 < t < 0.75 for t in uniform)
 
 
 def test_generation_depends_on_the_generator_alone():
@@ -674,6 +690,7 @@ def test_exchange_samples_the_data(C, M, images, prior, monkeypatch):
     ours, papers = distances("exchange"), distances("paper")
     monkeypatch.setattr(fsdd, "exchange", lambda x, q, generator: greedy_adjust(
         draw(q, torch.rand(x.shape, generator=generator)), q.log(), M))
+    monkeypatch.setattr(fsdd, "sampling_times", lambda steps, sampler: [1 - i / steps for i in range(steps + 1)])
     frozen = distances("exchange")
     print(f"C = {C}, M = {M}, {prior}, steps {tuple(ours)}: draws of the data {noise:.3f}", *(
         f"{name} {', '.join(f'{tv:.3f}' for tv in found.values())}" for name, found in (
