@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import train_fsdd
 import train_tokenizer
+from data.command_line import keep_freed_memory
 from fsdd import Denoiser, sample_noise
 from paper.cpu import in_turn, stage2
 from published.convnext import ConvNeXt
@@ -46,6 +47,7 @@ TIMED = [                 # C, M and images a step of the training steps that ar
 
 
 def main():
+    keep_freed_memory()  # as both trainings
     print("| | parameters, trained | GFLOPs an image, forward | training "
           f"| GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n|---|---|---|---|---|---|")
     row("stage 1, proxy codes", *tokenizer_cost(proxy=True), STAGE1_IMAGES)

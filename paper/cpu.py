@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import common
 import train_fsdd
 import train_tokenizer
+from data.command_line import keep_freed_memory
 from fsdd import Denoiser, fsdd_loss, sample_noise
 from tokenizer import SetTokenizer
 
@@ -44,6 +45,7 @@ VARIATIONS = {  # arguments of stage2()
 
 
 def main():
+    keep_freed_memory()  # as both trainings
     print(f"{torch.get_num_threads()} threads; where the time of a step of the digits' recipe goes\n\n"
           f"| | ms | {' | '.join(KINDS)} | other | Muon | AdamW |\n|---|---|" + "---|" * (3 + len(KINDS)))
     for name, (model, step, cfg) in {"stage 1": stage1(), "stage 2": stage2("digits", 256, 32, 64, 96)}.items():

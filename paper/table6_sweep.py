@@ -16,7 +16,7 @@ NUM_TOKENS = (8, 16, 32, 64)              # M, with the C of BOTH
 CODEBOOK_SIZES = (32, 64, 128, 256, 512)  # C, with the M of BOTH
 BOTH = (32, 128)                          # (M, C) that both columns share
 TOKENIZER = {"steps": 1200}               # of every tokenizer, else as the digits'
-DENOISER = {"steps": 1600}                # of every denoiser, likewise: 1.7 passes over the data
+DENOISER = {"steps": 1600, "width": 64, "heads": 2}  # of every denoiser, likewise: 1.7 passes over the data
 NUM = 1000       # images to generate
 STEPS = 12       # steps from noise to data
 
