@@ -353,6 +353,7 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     prior: the noise the denoiser was trained with.
     sampler: "paper" (Eq. 9-10, the authors' release), see paper_step(), or
              "exchange" (Eq. 8 with the posterior of Eq. 5-6), see exchange_step().
+    steps: their number, at the times of time_grid().
     guidance: see guidance_weight(); 1 is the plain model.
     top_p, top_k: keep only the likeliest counts of p(x_0 | X_t), see cut(). In the paper's sampler top_k also cuts
                   the draw of X_s.
@@ -368,7 +369,7 @@ def refine(denoiser, labels, prior="multinomial", sampler="paper", steps=25, gui
     B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
     x = sample_noise(B, C, M, prior, generator, device)
     yield x
-    times = sampling_times(steps, sampler)
+    times = time_grid(steps, sampler)
     for t, s in zip(times, times[1:]):
         p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
         if sampler == "paper":
@@ -383,11 +384,10 @@ def generate(denoiser, labels, **settings):
     return list(refine(denoiser, labels, **settings))[-1]
 
 
-def sampling_times(steps, sampler):
-    """The times 1 = t_0 > ... > t_steps = 0 of generation: uniform in the paper's sampler. In the exchange sampler each
-    is the mean of that and of the time by which as large a share of the flips is left, see sample_times(): uniform
-    times spend half of the steps where little changes, times uniform in the flips alone leave too few for counts that
-    move by 2 or more."""
+def time_grid(steps, sampler):
+    """The times of generation, t_0 = 1 > ... > t_steps = 0. The paper's sampler takes uniform ones. The exchange sampler
+    takes the mean of those and of times uniform in the share of flips, see sample_times(): uniform times spend half of
+    the steps where little changes, and times uniform in flips leave too few for counts that move by 2 or more."""
     uniform = [1 - step / steps for step in range(steps + 1)]
     if sampler == "paper":
         return uniform

@@ -48,7 +48,7 @@ HYPERPARAMETERS = [
     ("gelu",             "none",         "tanh",          "GELU: tanh (DiT), none: exact, faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "share of labels replaced by the null class, for guidance"),
     # optimization
-    ("steps",            2400,           1000000,         "optimizer steps"),
+    ("steps",            2200,           1000000,         "optimizer steps"),
     ("batch_size",       64,             256,             "images per step, over all processes"),
     ("device_batch",     64,             32,              "images a process takes at once; gradients accumulate"),
     ("optimizer",        "muon",         "adamw",         "adamw, or muon (blocks' matrices) and adamw (the rest)"),

@@ -498,10 +498,10 @@ def test_guidance_by_flips(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 6, 12, 100, 1000])
-def test_sampling_times(steps):
+def test_time_grid(steps):
     """Broken: generation would not begin at noise and end at data, or go back in time; or the paper's sampler would not
     take uniform steps, or exchange not spend more of them where more flips are left to happen."""
-    uniform, ours = fsdd.sampling_times(steps, "paper"), fsdd.sampling_times(steps, "exchange")
+    uniform, ours = fsdd.time_grid(steps, "paper"), fsdd.time_grid(steps, "exchange")
     assert uniform == [1 - step / steps for step in range(steps + 1)]
     assert len(ours) == steps + 1 and ours[0] == 1 and ours[-1] == 0
     assert all(s < t for t, s in zip(ours, ours[1:])) and ours == pytest.approx([1 - t for t in reversed(ours)])
@@ -689,7 +689,7 @@ def test_exchange_samples_the_data(C, M, images, prior, monkeypatch):
     distances = lambda sampler: {steps: world.distance_of_samples(sampler, steps)  # noqa: E731
                                  for steps in (5, 25, 100)}
     ours, papers = distances("exchange"), distances("paper")
-    monkeypatch.setattr(fsdd, "sampling_times", lambda steps, sampler: [1 - i / steps for i in range(steps + 1)])
+    monkeypatch.setattr(fsdd, "time_grid", lambda steps, sampler: [1 - i / steps for i in range(steps + 1)])
     uniform = distances("exchange")
     monkeypatch.setattr(fsdd, "exchange", lambda x, q, generator: greedy_adjust(
         draw(q, torch.rand(x.shape, generator=generator)), q.log(), M))
