@@ -385,9 +385,10 @@ def generate(denoiser, labels, **settings):
 
 
 def time_grid(steps, sampler):
-    """The times of generation, t_0 = 1 > ... > t_steps = 0. The paper's sampler takes uniform ones. The exchange sampler
-    takes the mean of those and of times uniform in the share of flips, see sample_times(): uniform times spend half of
-    the steps where little changes, and times uniform in flips leave too few for counts that move by 2 or more."""
+    """The times of generation, t_0 = 1 > ... > t_steps = 0. The paper's sampler takes uniform ones. The exchange
+    sampler takes the mean of those and of times uniform in the share of flips, see sample_times(): uniform times spend
+    half of the steps where little changes, and times uniform in flips leave too few for counts that move by 2 or more.
+    """
     uniform = [1 - step / steps for step in range(steps + 1)]
     if sampler == "paper":
         return uniform
@@ -490,8 +491,9 @@ def exchange(x, q, generator=None):
     Independent draws sum to M + delta. Algorithm 1 would undo the likeliest steps, which are the ones just made: of the
     steps up and down only min(up, down) survive, so that a fine chain stands still until its last step. With the true
     p(x_0 | X_t) it ends 0.100, 0.163, 0.218 off the data in 5, 25, 100 steps, this function 0.088, 0.044, 0.043 (total
-    variation, uniform times; tests/test_fsdd.py). Here half of the surplus is undone, and the other half is made up for by opposite
-    steps of other codes. In the limit of small steps this exchanges tokens as often as independent codes would move.
+    variation, uniform times; tests/test_fsdd.py). Here half of the surplus is undone, and the other half is made up for
+    by opposite steps of other codes. In the limit of small steps this exchanges tokens as often as independent codes
+    would move.
     """
     M, K = int(x[0].sum()), q.shape[2] - 1
     u, v = torch.rand(2, *x.shape, generator=generator, device=x.device)

@@ -47,8 +47,8 @@ METHODS = {  # the priors it has: set, discrete, fixed sum; the paper's gFID
     "FSDD (paper)": ("x", "x", "x", 5.56),  # uniform times, the paper's sampler
     "FSDD": ("x", "x", "x", ""),            # times uniform in flips, the exchange sampler
 }
-# Rows of train_fsdd.py that are others here on the digits: 3 passes over the data; the search tries the recipe's lr too;
-# a denoiser less wide than the recipe's, as most of the methods have a dense one
+# Rows of train_fsdd.py that are others here on the digits: a denoiser less wide, as most of the methods have a dense
+# one; 3 passes over the data; the search tries the recipe's lr too
 CHANGED = {"width": 64, "heads": 2, "steps": 2820, "lr": 2e-3, "sample_steps": 25}
 HYPERPARAMETERS = [
     ("ckpt",             "tokenizer.pt", "tokenizer.pt", "checkpoint of train_tokenizer.py"),
