@@ -298,7 +298,7 @@ def make_optimizers(model, cfg, steps, warmup, beta2, decay_all=False):
     wd, groups = cfg.weight_decay, [{"params": decay}, {"params": rest, "weight_decay": cfg.weight_decay * decay_all}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=cfg.fused_adamw, weight_decay=wd)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon.values(), cfg.muon_lr, wd, adjust_lr_fn="match_rms_adamw"))
+        optimizers += [torch.optim.Muon(muon.values(), lr=cfg.muon_lr, weight_decay=wd, adjust_lr_fn="match_rms_adamw")]
 
     def factor(step):  # the cosine counts the warm-up's steps too
         cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2

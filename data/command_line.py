@@ -1,4 +1,4 @@
-"""What a script is told: the options of its command line, and the environment variables of torchrun. And its memory."""
+"""What a script starts with: the options of its command line, the environment variables of torchrun, its memory."""
 import argparse
 import ctypes
 import os
@@ -59,7 +59,7 @@ def listed(names, first=3):
 
 def keep_freed_memory():
     """Have glibc keep the memory that PyTorch frees. By default it returns large blocks to the system, and the page
-    faults of the next step's tensors are a tenth of the digits' training. Other C libraries are left as they are."""
+    faults of the next step's tensors take up to a tenth of the digits' training. Not for other C libraries."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: blocks of any size come from the heap
