@@ -8,7 +8,7 @@
 
 Features are those of Inception-v3 of 2015-12-05 (published/inception.py), as in all published FIDs; its weights are
 downloaded, or given by --inception. The embedded digits need no download: their distance is taken in the features of a
-small classifier (data/digits_classifier.py), and called "digits FID". The two are not comparable.
+small classifier (published/digits_classifier.py), and called "digits FID". The two are not comparable.
 """
 import os
 import sys
@@ -19,12 +19,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import common
 import sample
-from data import digits_classifier, files, open_dataset, records
-from data.reading import without_unreadable
-from data.sides import check_statistics, open_images, side
+from data import open_dataset
+from data.evaluation_inputs import Images, check_statistics, open_images
+from published import digits_classifier
 from published.inception import InceptionV3, load_inception
+from support.command_line import Parser, check_outputs, checked, stop
+from support.distributed import all_gather, all_reduce, chunks, on_every_rank
+from support.files import atomic_open, load_checkpoint, write_json
+from support.hardware import init_distributed
+from support.training import run
 from tokenizer import SetTokenizer
 
 # The defaults of --batch, --seed, --device, --bf16 and of the options of generation are those of sample.py.
@@ -41,42 +45,43 @@ NEEDS = ("this takes two files: Inception's weights, which are downloaded or giv
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, processes = common.init_distributed(args.device, tf32=False)  # the same number on every GPU
+    device, rank, world_size = init_distributed(args.device, tf32=False)  # the same number on every GPU
     began = time.time()
     try:
-        results = evaluate(args, device, rank, processes)
+        results = evaluate(args, device, rank, world_size)
     except ValueError as problem:
-        common.stop(str(problem))
+        stop(str(problem))
     if rank > 0:
         return
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     if args.json:
-        records.write_json(results, args.json)
+        write_json(results, args.json)
     print(f"measured in {(time.time() - began) / 60:.1f} min")
 
 
-def evaluate(args, device, rank=0, processes=1):
+def evaluate(args, device, rank=0, world_size=1):
     """The numbers that a command line asks for, {name: value}, on rank 0; None on the others.
 
     args: of parse(). ValueError where something is missing or does not fit.
     """
-    images, reference, data = open_sides(args, device)
+    images, reference, data = open_inputs(args, device)
     both = bool(images.read and reference and reference.read)  # precision and recall need images on both sides
     measured = bool(reference and reference.read and (both or not reference.statistics))
     net = None  # two statistics need none
     if images.read or measured:
         net = network(args, data, device, rank)
     features = check_features(images, reference, net)
-    against = measure(net, reference, args.batch, both, device, rank, processes) if measured else None
-    found = measure(net, images, args.batch, both, device, rank, processes) if images.read else None
+    against = measure(net, reference, args.batch, both, device, rank, world_size) if measured else None
+    found = measure(net, images, args.batch, both, device, rank, world_size) if images.read else None
     if rank > 0:
         return None
     if args.save_stats:
         save_statistics(args.save_stats, found, net)
     results = compare(features, images, found, reference, against, device)
-    if found and found.read_as_label is not None:
-        results |= {"read_as_label": found.read_as_label, "test_digits_read_as_label": net.accuracy.item()}
+    if found and found.classified_as_label is not None:
+        results |= {"classified_as_label": found.classified_as_label,
+                    "test_digits_classified_as_label": net.accuracy.item()}
     return results
 
 
@@ -91,24 +96,25 @@ def network(args, data, device, rank):
 def inception(path, device, rank):
     """Inception-v3 with the weights in a file, or without one the published ones, which rank 0 downloads."""
     try:
-        net = common.on_every_rank(lambda: load_inception(path, progress=True) if rank == 0 else None)
-        return common.on_every_rank(lambda: net or load_inception(path)).to(device)
+        net = on_every_rank(lambda: load_inception(path, progress=True) if rank == 0 else None)
+        return on_every_rank(lambda: net or load_inception(path)).to(device)
     except ValueError as problem:
         raise ValueError(f"{problem}; --inception names the file") from None
 
 
 def parse(argv):
-    parser = common.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--ckpt", help="fsdd.pt: generates images and measures them; tokenizer.pt: reconstructs images")
     parser.add_argument("--images", help="in place of --ckpt: a folder of images, or an .npz of them, "
                                          "arr_0 uint8 (N, H, W, 3), or of their statistics mu and sigma")
     parser.add_argument("--ref", help="what to compare with: what --images takes, or a checkpoint, .pt "
                                       "(tokenizer.pt: the images themselves; the digits' fsdd.pt: the training digits)")
     parser.add_argument("--data", help="digits, or a folder with train/ and val/ (what the checkpoint was trained on)")
-    parser.add_argument("--num", "--num_images", type=int,
+    parser.add_argument("--num", "--num_images", type=checked(int, "[1, inf)"),
                         help=f"images to generate ({NUM}, digits {NUM_DIGITS}) or to reconstruct (all); "
                              "under torchrun write --num_images")
-    parser.add_argument("--image_size", type=int, help="crop the images of folders to so many pixels, as ADM does")
+    parser.add_argument("--image_size", type=checked(int, "[1, inf)"),
+                        help="crop the images of folders to so many pixels, as ADM does")
     parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
     parser.add_argument("--classifier", help="the digits' classifier, trained where the file does not exist "
                                              f"({digits_classifier.FILE} beside the checkpoint)")
@@ -120,12 +126,9 @@ def parse(argv):
         parser.error("either --ckpt or --images must say what to measure")
     if args.num and not (args.ckpt or is_checkpoint(args.ref)):
         parser.error("--num needs a checkpoint; of --images, all are measured")
-    if args.image_size is not None and args.image_size < 1:
-        parser.error(f"--image_size must be at least 1, got {args.image_size}")
-    sample.check_generation_options(parser, args)
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save_stats must end in .npz, got {args.save_stats}")
-    common.check_output(args.save_stats, args.json)
+    check_outputs(args.save_stats, args.json)
     return args
 
 
@@ -141,11 +144,11 @@ def compare(features, images, found, reference, against, device):
     if reference:
         results["reference"] = reference.name
         statistics = []
-        for given, seen in ((images, found), (reference, against)):
-            mu, sigma = given.statistics or (seen.mu, seen.sigma)
+        for given, measured in ((images, found), (reference, against)):
+            mu, sigma = given.statistics or (measured.mu, measured.sigma)
             statistics += [mu, sigma]
-            if not given.statistics and seen.num <= len(mu):  # N images span N - 1 dimensions
-                print(f"warning: {seen.num} images are no more than the {len(mu)} features: their covariance is "
+            if not given.statistics and measured.num <= len(mu):  # N images span N - 1 dimensions
+                print(f"warning: {measured.num} images are no more than the {len(mu)} features: their covariance is "
                       "singular and the FID is too large; compare it only with one from as many images",
                       file=sys.stderr)
         results[prefix + "fid"] = frechet_distance(*statistics)
@@ -158,10 +161,10 @@ def compare(features, images, found, reference, against, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two sides of a comparison (data/sides.py), here also from checkpoints
+# What is measured and what it is compared with (data/evaluation_inputs.py), here also from checkpoints
 
 
-def open_sides(args, device):
+def open_inputs(args, device):
     """(what is measured, what it is compared with or None, the data: "digits", a folder or None)."""
     originals, data = None, args.data
     if args.ckpt:
@@ -191,7 +194,7 @@ def open_sides(args, device):
 
 def training_digits():
     digits = open_dataset("digits", "train", 28)
-    return side("the training digits", len(digits), lambda part: digits.images[part])
+    return Images("the training digits", len(digits), lambda part: digits.images[part])
 
 
 def is_checkpoint(path):
@@ -200,7 +203,7 @@ def is_checkpoint(path):
 
 def open_checkpoint(path, args, device):
     """(images that a checkpoint generates or reconstructs, originals of the latter or None, what it was trained on)."""
-    checkpoint = common.load_checkpoint(path, "python train_fsdd.py (or train_tokenizer.py)", "fsdd", "tokenizer")
+    checkpoint = load_checkpoint(path, "python train_fsdd.py (or train_tokenizer.py)", "fsdd", "tokenizer")
     data = args.data or checkpoint.get("config", {}).get("data")
     if checkpoint["kind"] == "fsdd":
         return generated(path, checkpoint, args, data, device), None, data
@@ -213,12 +216,11 @@ def generated(path, checkpoint, args, data, device):
     names = checkpoint["class_names"]
     labels = sample.choose_labels(None, args.num or (NUM_DIGITS if data == "digits" else NUM), names, len(names))
     settings = sample.generation_settings(checkpoint["generation"], args)
-    next(sample.refine(denoiser, labels[:1].to(device), **settings))  # refuses wrong settings
 
     def read(part):  # measure() reads slices of args.batch images: the chunks that sample.py generates
-        return sample.draw_chunk(denoiser, tokenizer, labels[part], settings, part.start // args.batch, args)[-1]
+        return sample.draw_images(denoiser, tokenizer, labels[part], settings, part.start // args.batch, args)[-1]
 
-    return side(f"generated by {path}", len(labels), read, labels)
+    return Images(f"generated by {path}", len(labels), read, labels)
 
 
 def reconstructed(path, checkpoint, args, data, device):
@@ -232,8 +234,8 @@ def reconstructed(path, checkpoint, args, data, device):
     def reconstruct(part):
         return sample.decode(tokenizer, tokenizer.encode(read(part).to(device) / 127.5 - 1))
 
-    return (side(f"reconstructed by {path}", len(chosen), reconstruct, dataset.labels[chosen]),
-            side(f"the validation images of {data}", len(chosen), read))
+    return (Images(f"reconstructed by {path}", len(chosen), reconstruct, dataset.labels[chosen]),
+            Images(f"the validation images of {data}", len(chosen), read))
 
 
 def open_tokenizer(path, checkpoint, data, device, model_class=SetTokenizer):
@@ -246,7 +248,7 @@ def open_tokenizer(path, checkpoint, data, device, model_class=SetTokenizer):
                          "that holds train/ and val/")
     tokenizer = model_class(**checkpoint["model_config"]).to(device).eval()
     tokenizer.load_state_dict(checkpoint["weights"])
-    dataset = without_unreadable(open_dataset(data, "test", tokenizer.image_size))
+    dataset = open_dataset(data, "test", tokenizer.image_size)
     if dataset.channels != checkpoint["model_config"]["channels"]:
         raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} "
                          f"{checkpoint['model_config']['channels']}; give by --data what it was trained on")
@@ -262,19 +264,19 @@ def evenly(total, num):
 def check_features(images, reference, net):
     """The name of the features that are compared; ValueError where statistics of different features meet."""
     given = [one for one in (images, reference) if one and one.statistics]
-    named = next((one.made_in for one in given if one.made_in), None)
-    dims, made_in = (net.dims, net.name) if net else (len(given[0].statistics[0]), named)
+    named = next((one.features for one in given if one.features), None)
+    dims, features = (net.dims, net.name) if net else (len(given[0].statistics[0]), named)
     for one in given:
-        if len(one.statistics[0]) != dims or one.made_in not in (None, made_in):
+        if len(one.statistics[0]) != dims or one.features not in (None, features):
             raise ValueError(f"{one.name} holds statistics of {len(one.statistics[0])} features "
-                             f"({one.made_in or 'it is not said which'}), which can't be compared with the {dims} of "
-                             f"{made_in or given[0].name}")
-    return made_in or f"{dims} features that no file names"
+                             f"({one.features or 'it is not said which'}), which can't be compared with the {dims} of "
+                             f"{features or given[0].name}")
+    return features or f"{dims} features that no file names"
 
 
 def save_statistics(path, found, net):
     """Write mu and sigma as ADM does, and the network that they are of; a kill leaves the old file or the new one."""
-    with files.written(path) as file:
+    with atomic_open(path) as file:
         np.savez(file, mu=found.mu.numpy(), sigma=found.sigma.numpy(), num=found.num, features=net.name)
 
 
@@ -283,21 +285,21 @@ def save_statistics(path, found, net):
 
 
 @torch.no_grad()
-def measure(net, images, batch, keep, device, rank=0, processes=1):
-    """Pass all images of a side() through net, once, in batches shared out to the processes. No image is kept.
+def measure(net, images, batch, keep, device, rank=0, world_size=1):
+    """Pass all Images through net, once, in batches divided among the ranks. No image is kept.
 
     net: images (B, ch, H, W) uint8 -> features (B, net.dims), logits.  keep: keep features for precision and recall.
     Returns on rank 0 num, mu (D,), sigma (D, D), features (n, D) or None, score (mean, deviation) or None,
-    and read_as_label, the share of images that net classifies as their label, or None; on the others None.
+    and classified_as_label, the share of images that net classifies as their label, or None; on the others None.
     """
     N = images.num
     statistics = Statistics(net.dims, device)
     score = InceptionScore(N, net.fc.out_features, device) if isinstance(net, InceptionV3) else None
     right = torch.zeros((), dtype=torch.float64, device=device)
     kept, room = [torch.zeros(0, net.dims)], min(N, NEIGHBOUR_IMAGES)
-    parts = common.chunks(slice(0, N), batch)
+    parts = chunks(slice(0, N), batch)
 
-    def see(part):
+    def measure_slice(part):
         rows = torch.arange(part.start, part.stop)
         found = [net(piece.to(device)) for piece in images.read(part).split(NETWORK_BATCH)]
         features, logits = (torch.cat(tensors) for tensors in zip(*found))
@@ -312,17 +314,17 @@ def measure(net, images, batch, keep, device, rank=0, processes=1):
         if keep:
             kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of N images, evenly
 
-    for first in tqdm(range(0, len(parts), processes), desc=images.name, disable=rank > 0, mininterval=5):
-        common.on_every_rank(lambda: [see(part) for part in parts[first + rank:first + rank + 1]])
+    for first in tqdm(range(0, len(parts), world_size), desc=images.name, disable=rank > 0, mininterval=5):
+        on_every_rank(lambda: [measure_slice(part) for part in parts[first + rank:first + rank + 1]])
     for tensor in (*statistics.sums(), *(score.sums() if score else ()), right):
-        common.all_reduce(tensor)
-    features = common.all_gather(torch.cat(kept)) if keep else []
+        all_reduce(tensor)
+    features = all_gather(torch.cat(kept)) if keep else []
     if rank > 0:
         return None
     mu, sigma = statistics.mean_and_covariance()
     return SimpleNamespace(num=N, mu=mu, sigma=sigma, features=torch.cat(features) if keep else None,
                            score=score.result() if score else None,
-                           read_as_label=right.item() / N if not score and images.labels is not None else None)
+                           classified_as_label=right.item() / N if not score and images.labels is not None else None)
 
 
 class Statistics:
@@ -437,4 +439,4 @@ def precision_recall(features, reference, k=NEIGHBOURS):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

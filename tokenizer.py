@@ -2,16 +2,14 @@
 
     images (B, ch, H, W) in [-1, 1]
       -> ViT encoder:  patches and M learned latent tokens attend to each other; the latents come out  (B, M, code_dim)
-      -> quantizer:    every latent becomes its nearest code                                           tokens (B, M)
-      -> shuffle:      the order of the tokens is thrown away (training only)
-      -> ViT decoder:  mask tokens, one for each patch position, read the set                          (B, P, width)
+      -> quantizer:    every latent is replaced by its nearest code                                    tokens (B, M)
+      -> shuffle:      the order of the tokens is discarded (training only)
+      -> ViT decoder:  mask tokens, one for each patch position, attend to the set                     (B, P, width)
       -> pixel head:   every position becomes its patch of pixels, or a code of MaskGIT-VQGAN,
-                       whose decoder makes the image from the map of codes                             (B, ch, H, W)
+                       whose decoder turns the map of codes into the image                             (B, ch, H, W)
 
-The same class serves the digits and ImageNet 256 x 256; only the sizes differ (see train_tokenizer.py).
+The digits and ImageNet 256 x 256 use the same class; only the sizes differ (see train_tokenizer.py).
 """
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -34,26 +32,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, places=None):
-        """places (B, N) int64: attend to these positions alone (fsdd.py); left out, to all of them."""
-        B, L, width = x.shape
-        if places is None:
-            q, k, v = self.qkv(x).chunk(3, 2)  # each (B, L, width)
-        else:
-            attended = x.gather(1, places[:, :, None].expand(-1, -1, width))  # (B, N, width)
-            weight, bias = (parameter.split([width, 2 * width]) for parameter in (self.qkv.weight, self.qkv.bias))
-            q, (k, v) = F.linear(x, weight[0], bias[0]), F.linear(attended, weight[1], bias[1]).chunk(2, 2)
-        q, k, v = (y.view(B, y.shape[1], self.heads, -1).transpose(1, 2) for y in (q, k, v))  # (B, heads, ., d)
-        fused = self.fused_attention == "on" or self.fused_attention == "auto" and (x.is_cuda or k.shape[2] > 256)
-        x = self.attend(q, k, v, fused)
-        return self.proj(x.transpose(1, 2).reshape(B, L, width))
+    def forward(self, x):
+        return self.attend(*self.qkv(x).chunk(3, dim=2))
 
-    def attend(self, q, k, v, fused):
-        """softmax(q k' / sqrt(d)) v, of q (B, heads, L, d) and k, v (B, heads, N, d)."""
-        if fused:
-            return F.scaled_dot_product_attention(q, k, v)
-        # written out: with few keys in bfloat16 on a CPU this is up to several times faster than the fused kernel
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+    def attend(self, q, k, v, **options):
+        """softmax(q k' / sqrt(d)) v for every head, then the output projection. q: (B, L, width); k, v: (B, N, width).
+
+        options: further arguments of F.scaled_dot_product_attention.
+        """
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L or N, d)
+        many = q.is_cuda or k.shape[2] > 256
+        if options or self.fused_attention == "on" or self.fused_attention == "auto" and many:
+            x = F.scaled_dot_product_attention(q, k, v, **options)
+        else:  # with few keys on a CPU, the plain formula is up to several times faster than the fused kernel
+            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, L, width)
 
 
 class Block(nn.Module):
@@ -71,11 +64,11 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def through(blocks, x, *condition, recompute):
-    """x through the blocks one after the other, each given the condition.
+def run_blocks(blocks, x, *condition, recompute):
+    """Apply transformer blocks in turn to x; each also receives the condition.
 
-    recompute: activation checkpointing. Only a block's input is kept for the backward pass, and the rest computed again
-    there, which takes about a third more time and a small part of the memory.
+    recompute: activation checkpointing. Only the input of each block is kept for the backward pass, which computes the
+    rest again. This takes about a third more time and a small part of the memory.
     """
     for block in blocks:
         if recompute and torch.is_grad_enabled():
@@ -85,60 +78,53 @@ def through(blocks, x, *condition, recompute):
     return x
 
 
-@dataclass
-class TokenizerConfig:
-    image_size: int         # side of the square images, pixels
-    channels: int           # 1 or 3
-    patch_size: int         # side of a patch, pixels; an image has P patches
-    num_tokens: int         # M, tokens in a set
-    codebook_size: int      # C, codes in the codebook
-    code_dim: int           # dimensions of a code
-    width: int              # of both transformers
-    heads: int
-    encoder_layers: int
-    decoder_layers: int
-    commitment: float = 0.25        # weight of the commitment loss
-    vqgan_width: int = 0            # of the MaskGIT-VQGAN decoder that makes the pixels (the paper); 0: a linear map
-    vqgan_dim: int = 256            # dimensions of that VQGAN's codes
-    reshaped_latents: bool = False  # see Encoder.project()
-
-    @property
-    def grid(self):
-        """Patches along a side of the image; P = grid ** 2."""
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        return self.image_size // self.patch_size
-
-
 class SetTokenizer(nn.Module):
-    """Encoder, quantizer and decoder. Its arguments are the fields of TokenizerConfig."""
+    """Encoder, quantizer and decoder.
 
-    def __init__(self, *sizes, **options):
+    image_size: side of the square images, pixels.  channels: 1 or 3.
+    patch_size: side of a patch, pixels; an image has P = (image_size / patch_size)^2 patches.
+    num_tokens: M, tokens in a set.  codebook_size: C, codes in the codebook.  code_dim: dimensions of a code.
+    width, heads: of both transformers.  encoder_layers, decoder_layers: their numbers of blocks.
+    commitment: weight of the commitment loss.
+    vqgan_width: first width of the MaskGIT-VQGAN decoder that makes the pixels (the paper); 0: a linear map does.
+    vqgan_dim: dimensions of that VQGAN's codes.
+    reshaped_latents: see Encoder.project().
+    """
+
+    def __init__(self, image_size, channels, patch_size, num_tokens, codebook_size, code_dim, width, heads,
+                 encoder_layers, decoder_layers, commitment=0.25, vqgan_width=0, vqgan_dim=256,
+                 reshaped_latents=False):
         super().__init__()
-        self.config = cfg = TokenizerConfig(*sizes, **options)
-        if cfg.vqgan_width and (cfg.patch_size != 16 or cfg.channels != 3):
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+        if vqgan_width and (patch_size != 16 or channels != 3):
             raise ValueError("MaskGIT-VQGAN makes patches of 16 pixels in 3 channels, "
-                             f"not of {cfg.patch_size} in {cfg.channels}; vqgan_width 0 does without it")
-        self.image_size, self.num_tokens, self.codebook_size = cfg.image_size, cfg.num_tokens, cfg.codebook_size
-        self.encoder = Encoder(cfg)
-        self.quantizer = Quantizer(cfg.codebook_size, cfg.code_dim, cfg.commitment)
-        self.decoder = Decoder(cfg)
-        if cfg.vqgan_width:
-            self.pixel_head = CodeMap(cfg.grid, cfg.width, cfg.vqgan_dim)
+                             f"not of {patch_size} in {channels}; use vqgan_width 0 to do without it")
+        self.image_size, self.channels = image_size, channels
+        self.num_tokens, self.codebook_size = num_tokens, codebook_size
+        side = image_size // patch_size  # in patches; P = side^2
+        self.encoder = Encoder(channels, patch_size, side ** 2, num_tokens, code_dim, width, heads, encoder_layers,
+                               reshaped_latents)
+        self.quantizer = Quantizer(codebook_size, code_dim, commitment)
+        self.decoder = Decoder(side ** 2, code_dim, width, heads, decoder_layers)
+        if vqgan_width:
+            self.pixel_head = CodeMap(side, width, vqgan_dim)
         else:
-            self.pixel_head = PatchPixels(cfg.grid, cfg.channels, cfg.patch_size, cfg.width)
+            self.pixel_head = PatchPixels(side, channels, patch_size, width)
         self.apply(initialize)
-        self.pixel_decoder = VQGANDecoder(cfg.vqgan_width, cfg.vqgan_dim) if cfg.vqgan_width else nn.Identity()
+        self.pixel_decoder = VQGANDecoder(vqgan_width, vqgan_dim) if vqgan_width else nn.Identity()
 
     def forward(self, images, shuffle=None, proxy=False, unquantized=None):
-        """One training pass: images (B, ch, H, W) in [-1, 1] -> reconstructions (same shape), tokens (B, M), the
-        encoder's latents (B, M, code_dim) of length 1, and the quantizer's loss.
+        """One training pass.
 
+        images: (B, ch, H, W) in [-1, 1].
         shuffle: (B, M) in [0, 1), determines the order in which tokens reach the decoder; None: the encoder's order.
-        proxy: return the map of codes (B, vqgan_dim, H / 16, W / 16) that MaskGIT-VQGAN's decoder would be given, in
+        proxy: return the map of codes (B, vqgan_dim, H / 16, W / 16) that MaskGIT-VQGAN's decoder would receive, in
         place of the reconstructions.
-        unquantized: (B,) bool, the images whose latents reach the decoder as they are; lets the decoder learn from
-        exact latents too, so that both learn sooner; not in the paper.
+        unquantized: (B,) bool, the images whose latents skip the quantizer. The decoder then also learns from exact
+        latents, which speeds up both (not in the paper).
+        Returns reconstructions (B, ch, H, W), tokens (B, M), the encoder's latents (B, M, code_dim) of length 1, and
+        the quantizer's loss.
         """
         latents = F.normalize(self.encoder(images).float(), dim=-1)
         q, tokens, loss = self.quantizer(latents)
@@ -146,7 +132,7 @@ class SetTokenizer(nn.Module):
             q = torch.where(unquantized[:, None, None], latents, q)
         if shuffle is not None:
             # The set: tokens reach the decoder in random order (Sec. 3.1, Fig. 2). As no token carries a position
-            # there, the decoder could not use the order anyway: the shuffle changes rounding only.
+            # there, the decoder could not use the order anyway: the shuffle changes nothing but rounding.
             order = shuffle.argsort(1)  # (B, M)
             q = q.gather(1, order[:, :, None].expand_as(q))
         decoded = self.pixel_head(self.decoder(q))
@@ -185,38 +171,39 @@ def initialize(module):
 class Encoder(nn.Module):
     """ViT encoder: images (B, ch, H, W) in [-1, 1] -> latents (B, M, code_dim)."""
 
-    recompute = False  # see through()
+    recompute = False  # see run_blocks()
 
-    def __init__(self, cfg):
+    def __init__(self, channels, patch_size, num_patches, num_tokens, code_dim, width, heads, layers,
+                 reshaped_latents=False):
         super().__init__()
-        self.reshaped_latents = cfg.reshaped_latents
-        width = cfg.width
-        self.patches = nn.Conv2d(cfg.channels, width, cfg.patch_size, stride=cfg.patch_size)
+        self.reshaped_latents = reshaped_latents
+        self.patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
-        self.positions = nn.Parameter(torch.randn(1 + cfg.grid ** 2, width) * width ** -0.5)
-        self.latents = nn.Parameter(torch.randn(cfg.num_tokens, width) * width ** -0.5)
+        self.positions = nn.Parameter(torch.randn(1 + num_patches, width) * width ** -0.5)
+        self.latents = nn.Parameter(torch.randn(num_tokens, width) * width ** -0.5)
         self.norm_in = nn.LayerNorm(width)
-        self.blocks = nn.Sequential(*[Block(width, cfg.heads) for _ in range(cfg.encoder_layers)])
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm_out = nn.LayerNorm(width)
-        self.to_code = nn.Linear(width, cfg.code_dim)
+        self.to_code = nn.Linear(width, code_dim)
 
     def forward(self, images):
         return self.project(self.features(images))
 
     def features(self, images):
-        """What the latents are computed from, (B, M, width)."""
+        """The last hidden states of the latent tokens, (B, M, width)."""
         B = len(images)
         x = self.patches((images + 1) / 2).flatten(2).transpose(1, 2)  # (B, P, width); pixels enter in [0, 1]
         x = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1) + self.positions.to(x.dtype)
         x = torch.cat([x, self.latents.expand(B, -1, -1).to(x.dtype)], dim=1)  # (B, 1 + P + M, width)
-        x = through(self.blocks, self.norm_in(x), recompute=self.recompute)
+        x = run_blocks(self.blocks, self.norm_in(x), recompute=self.recompute)
         return self.norm_out(x[:, -len(self.latents):])
 
     def project(self, x):
         """Features (B, M, width) -> latents (B, M, code_dim).
 
-        With reshaped_latents, as in the authors' release, the M rows of length width are read in memory order as width
-        rows of length M, which mixes many rows in every latent. Its weights need that; our own training does not.
+        With reshaped_latents, as in the authors' release, the (M, width) numbers are read in memory order as
+        (width, M), which mixes many rows into every latent. The released weights need that; our own training does not
+        do it.
         """
         if self.reshaped_latents:
             x = x.reshape(len(x), -1, x.shape[1]).transpose(1, 2)
@@ -232,7 +219,7 @@ class Quantizer(nn.Module):
         self.commitment = commitment
 
     def codes(self):
-        """The codebook with every code at length 1, (C, code_dim)."""
+        """The codebook with every code normalized to length 1, (C, code_dim)."""
         return F.normalize(self.codebook, dim=-1)
 
     def forward(self, latents):
@@ -250,21 +237,21 @@ class Quantizer(nn.Module):
 class Decoder(nn.Module):
     """ViT decoder: a set of codes (B, any number, code_dim) -> features of every patch position (B, P, width)."""
 
-    recompute = False  # see through()
+    recompute = False  # see run_blocks()
 
-    def __init__(self, cfg):
+    def __init__(self, num_patches, code_dim, width, heads, layers):
         super().__init__()
-        width = cfg.width
-        self.from_code = nn.Linear(cfg.code_dim, width)  # and no position: nothing tells the first token from the last
+        self.from_code = nn.Linear(code_dim, width)
         self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
         self.mask_token = nn.Parameter(torch.randn(width) * width ** -0.5)
-        self.positions = nn.Parameter(torch.randn(1 + cfg.grid ** 2, width) * width ** -0.5)
+        self.positions = nn.Parameter(torch.randn(1 + num_patches, width) * width ** -0.5)
         self.norm_in = nn.LayerNorm(width)
-        self.blocks = nn.Sequential(*[Block(width, cfg.heads) for _ in range(cfg.decoder_layers)])
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
         self.norm_out = nn.LayerNorm(width)
 
     def embed(self, q):
-        """Codes (B, M, code_dim) -> (B, M, width)."""
+        """Codes (B, M, code_dim) -> (B, M, width). No position is added: nothing distinguishes the first token from
+        the last."""
         return self.from_code(q)
 
     def forward(self, q):
@@ -273,32 +260,32 @@ class Decoder(nn.Module):
         masks = torch.cat([self.class_embedding[None], self.mask_token.expand(P, -1)])  # (1 + P, width)
         masks = masks + self.positions
         x = torch.cat([masks.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, 1 + P + M, width)
-        x = through(self.blocks, self.norm_in(x), recompute=self.recompute)
+        x = run_blocks(self.blocks, self.norm_in(x), recompute=self.recompute)
         return self.norm_out(x[:, 1:1 + P])
 
 
 class PatchPixels(nn.Module):
-    """Pixel head: a linear map from every patch position to its pixels, (B, P, width) -> (B, ch, H, W)."""
+    """Pixel head of the digits: a linear map from patch positions to pixels, (B, P, width) -> (B, ch, H, W)."""
 
-    def __init__(self, grid, channels, patch_size, width):
+    def __init__(self, side, channels, patch_size, width):
         super().__init__()
-        self.grid = grid
+        self.side = side
         self.to_pixels = nn.Linear(width, channels * patch_size ** 2)
         self.unpatch = nn.PixelShuffle(patch_size)
 
     def forward(self, x):
         x = self.to_pixels(x).transpose(1, 2)  # (B, ch * patch_size^2, P)
-        return self.unpatch(x.unflatten(2, (self.grid, self.grid)))
+        return self.unpatch(x.unflatten(2, (self.side, self.side)))
 
 
 class CodeMap(nn.Module):
     """Pixel head of the paper: from every patch position to a code of MaskGIT-VQGAN,
     (B, P, width) -> (B, vqgan_dim, H / 16, W / 16)."""
 
-    def __init__(self, grid, width, vqgan_dim):
+    def __init__(self, side, width, vqgan_dim):
         super().__init__()
-        self.grid = grid
+        self.side = side
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, vqgan_dim))
 
     def forward(self, x):
-        return self.mlp(x).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return self.mlp(x).transpose(1, 2).unflatten(2, (self.side, self.side))

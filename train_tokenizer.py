@@ -13,107 +13,113 @@ Two phases, as in TiTok (arXiv 2406.07550), one after the other:
 With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: the digits.
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
-(test images above their reconstructions). On the digits: 5 minutes on two CPU cores, mean squared error 0.036
-(README.md).
+(test images above their reconstructions). @TIME1@
 """
 import math
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import common
-from data import records
-from data.pictures import draw_reconstructions
-from data.reading import in_order, loader, open_datasets
+from data.loader import open_datasets, read_ahead, read_slices, training_batches
 from dual_transform import tokens_to_counts
-from published.critics import load_networks
+from published.losses import load_networks
+from support.command_line import HARDWARE, parse, stop
+from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size, shard
+from support.hardware import autocast, init_distributed, parallel, set_switches
+from support.optimizers import make_optimizers, set_lr, warmup_cosine
+from support.pictures import grid, save, to_uint8
+from support.seeds import generator
+from support.training import (Signals, check_finite, check_result, check_training, keep_previous, open_log,
+                              progress_bar, replace_suffix, restore_training, run, save_training, stop_by_signal)
 from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
-    # name               digits         imagenet256       meaning
-    ("data",             "digits",      "data/imagenet",  "digits, or a folder with train/CLASS/* and val/CLASS/*"),
-    ("image_size",       28,            256,              "side of an image, pixels"),
+    # name               digits          imagenet256      allowed
+    ("data",             "digits",       "data/imagenet", "",               "digits, or a folder with train/ and val/"),
+    ("image_size",       28,             256,             "[1, inf)",       "side of an image, pixels"),
     # the set
-    ("num_tokens",       32,            128,              "M, tokens in a set"),
-    ("codebook_size",    256,           4096,             "C, codes in the codebook"),
-    ("code_dim",         3,             12,               "dimensions of a code"),
+    ("num_tokens",       32,             128,             "[1, inf)",       "M, tokens in a set"),
+    ("codebook_size",    256,            4096,            "[1, inf)",       "C, codes in the codebook"),
+    ("code_dim",         3,              12,              "[1, inf)",       "dimensions of a code"),
     # the two transformers
-    ("patch_size",       7,             16,               "side of a patch, pixels"),
-    ("width",            128,           768,              "width of encoder and decoder"),
-    ("heads",            4,             12,               "attention heads"),
-    ("encoder_layers",   2,             12,               "blocks of the encoder"),
-    ("decoder_layers",   3,             12,               "blocks of the decoder"),
+    ("patch_size",       7,              16,              "[1, inf)",       "side of a patch, pixels"),
+    ("width",            128,            768,             "[1, inf)",       "width of encoder and decoder"),
+    ("heads",            4,              12,              "[1, inf)",       "attention heads"),
+    ("encoder_layers",   2,              12,              "[1, inf)",       "blocks of the encoder"),
+    ("decoder_layers",   3,              12,              "[1, inf)",       "blocks of the decoder"),
     # published networks, files in PyTorch's format; "" = none
-    ("vqgan",            "",            "maskgit-vqgan-imagenet-f16-256.bin", "MaskGIT-VQGAN"),
-    ("convnext",         "",            "convnext_small-0c510722.pth", "torchvision's ConvNeXt-S"),
+    ("vqgan",            "",             "maskgit-vqgan-imagenet-f16-256.bin", "", "MaskGIT-VQGAN"),
+    ("convnext",         "",             "convnext_small-0c510722.pth", "", "torchvision's ConvNeXt-S"),
     # phase 1, proxy codes: cross-entropy + quantizer
-    ("proxy_steps",      0,             500000,           "steps of this phase, 0 = pixels from the first step"),
-    ("proxy_warmup",     0,             10000,            "steps of linear warm-up"),
-    ("proxy_beta2",      0.99,          0.99,             "second beta of adamw"),
+    ("proxy_steps",      0,              500000,          "[0, inf)",       "steps of this phase, 0 = no such phase"),
+    ("proxy_warmup",     0,              10000,           "[0, inf)",       "steps of linear warm-up"),
+    ("proxy_beta2",      0.99,           0.99,            "[0, 1)",         "second beta of adamw"),
     # phase 2, pixels: squared error, perceptual, adversarial; without a phase 1 the losses of the set too
-    ("squared",          1.0,           0.25,             "weight of the squared error (pixels span 2, TiTok's 1)"),
-    ("perceptual",       0.0,           0.1,              "weight of the squared difference of ConvNeXt's logits"),
-    ("adversarial",      0.0,           0.01,             "weight of the adversarial loss"),
-    ("adversarial_from", 0,             20000,            "step of this phase at which the discriminator comes in"),
-    ("discriminator",    128,           128,              "width of the discriminator's first layer, a multiple of 32"),
-    ("lecam",            0.001,         0.001,            "weight of the LeCam regularization of the discriminator"),
-    ("lecam_ema",        0.999,         0.999,            "decay of the moving averages it needs"),
+    ("squared",          1.0,            0.25,            "[0, inf)",       "weight of the squared error of pixels"),
+    ("perceptual",       0.0,            0.1,             "[0, inf)",       "weight of the perceptual loss"),
+    ("adversarial",      0.0,            0.01,            "[0, inf)",       "weight of the adversarial loss"),
+    ("adversarial_from", 0,              20000,           "[0, inf)",       "step of this phase at which it comes in"),
+    ("discriminator",    128,            128,             "[32, inf)",      "width of the discriminator's first layer"),
+    ("lecam",            0.001,          0.001,           "[0, inf)",       "weight of the LeCam regularization"),
+    ("lecam_ema",        0.999,          0.999,           "[0, 1)",         "decay of the moving averages it needs"),
     # the set's own losses
-    ("commitment",       0.25,          0.25,             "weight of the commitment loss"),
-    ("uniformity",       0.25,          0.0,              "weight of uniformity() (not in the paper)"),
-    ("unquantized",      0.5,           0.0,              "share of images that skip the quantizer (not in the paper)"),
-    ("revive_after",     20,            0,                "steps without use after which a code is reset, 0 = never"),
-    ("revive_until",     0.8,           0.8,              "share of the training after which no code is reset"),
+    ("commitment",       0.25,           0.25,            "[0, inf)",       "weight of the commitment loss"),
+    ("uniformity",       0.25,           0.0,             "[0, inf)",       "weight of uniformity(), not in the paper"),
+    ("unquantized",      0.5,            0.0,             "[0, 1]",         "share of images that skip the quantizer"),
+    ("reset_after",      20,             0,               "[0, inf)",       "steps until an unused code is reset"),
+    ("reset_until",      0.8,            0.8,             "[0, 1]",         "share of the training with such resets"),
     # optimization
-    ("steps",            3200,          1000000,          "optimizer steps, of both phases"),
-    ("batch_size",       32,            256,              "images per step, over all processes"),
-    ("device_batch",     32,            32,               "images a process takes at once; gradients accumulate"),
-    ("optimizer",        "muon",        "adamw",          "adamw, or muon (blocks' matrices) and adamw (the rest)"),
-    ("lr",               2e-3,          1e-4,             "peak learning rate of adamw"),
-    ("muon_lr",          5e-3,          1e-3,             "peak learning rate of muon"),
-    ("lr_end",           0.01,          0.1,              "final learning rate of a phase / its peak (cosine)"),
-    ("warmup",           50,            5000,             "steps of linear warm-up (phase 2)"),
-    ("beta2",            0.99,          0.999,            "second beta of adamw (phase 2)"),
-    ("weight_decay",     1e-4,          1e-4,             "on matrices; none on norms, biases and embeddings"),
-    ("clip",             1.0,           1.0,              "largest norm of the gradient"),
-    ("ema",              0.99,          0.999,            "decay of the moving average of the weights"),
-    ("flip",             False,         True,             "mirror images at random"),
+    ("steps",            3200,           1000000,         "[1, inf)",       "optimizer steps, of both phases"),
+    ("batch_size",       32,             256,             "[1, inf)",       "images per step, over all processes"),
+    ("device_batch",     32,             32,              "[1, inf)",       "images that a process takes at once"),
+    ("optimizer",        "muon",         "adamw",         "adamw | muon",   "muon: for the blocks' matrices"),
+    ("lr",               2e-3,           1e-4,            "(0, inf)",       "peak learning rate of adamw"),
+    ("muon_lr",          5e-3,           1e-3,            "(0, inf)",       "peak learning rate of muon"),
+    ("lr_end",           0.01,           0.1,             "[0, 1]",         "final learning rate of a phase / peak"),
+    ("warmup",           50,             5000,            "[0, inf)",       "steps of linear warm-up (phase 2)"),
+    ("beta2",            0.99,           0.999,           "[0, 1)",         "second beta of adamw (phase 2)"),
+    ("weight_decay",     1e-4,           1e-4,            "[0, inf)",       "on matrices only"),
+    ("clip",             1.0,            1.0,             "[0, inf)",       "largest norm of the gradient, 0 = any"),
+    ("ema",              0.99,           0.999,           "[0, 1)",         "decay of the weights' moving average"),
+    ("flip",             False,          True,            "",               "mirror images at random"),
     # what is written
-    ("out",              "tokenizer.pt", "tokenizer.pt",  "the checkpoint; the log and the picture stand beside it"),
-] + common.MACHINE
+    ("out",              "tokenizer.pt", "tokenizer.pt",  "",               "the checkpoint"),
+    *HARDWARE,
+]
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
-         "decoder_layers", "commitment")  # what SetTokenizer is made from
+         "decoder_layers", "commitment")  # the arguments of SetTokenizer that are settings
 COLUMNS = ["step", "loss", "mse", "proxy", "perceptual", "adversarial", "discriminator", "quantizer", "psnr",
            "codes_in_use", "lr"]  # of the log; empty where a phase does not have it
 
 
 def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
-    """model_class, kind: another tokenizer, and what its checkpoints are called (paper/layouts.py)."""
-    cfg, checkpoint = common.parse(HYPERPARAMETERS, __doc__, kind, argv)
-    device, rank, _ = common.init_distributed(cfg.device, cfg.tf32)
+    """model_class, kind: another tokenizer, and the kind of its checkpoints (paper/layouts.py)."""
+    cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, kind, argv)
+    device, rank, _ = init_distributed(cfg.device, cfg.tf32)
     began, start = time.time(), checkpoint["step"] if checkpoint else 0
     try:
-        vqgan, critics = load_networks(cfg, checkpoint, device)
+        vqgan, pixel_losses = load_networks(cfg, checkpoint, device)
         train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
         model, model_config = make_model(cfg, checkpoint, train_set.channels, vqgan, device, model_class)
-        claim = records.check_training(cfg, checkpoint, train_set)  # locks cfg.out until the training ends
+        check_training(cfg, checkpoint, train_set)
     except ValueError as problem:
-        common.stop(str(problem))
+        stop(str(problem))
     header = {"kind": kind, "model_config": model_config, "class_names": train_set.class_names,
               "images": train_set.fingerprint()}
     if not checkpoint:
-        records.keep_previous(cfg.out)
-    log = records.open_log(records.beside(cfg.out, ".csv"), COLUMNS, start)
-    with claim, common.Signals() as signals:
+        keep_previous(cfg.out)
+    log = open_log(replace_suffix(cfg.out, ".csv"), COLUMNS, start)
+    with Signals() as signals:
         if start < cfg.proxy_steps:
             model = train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals)
             del vqgan
         if cfg.proxy_steps < cfg.steps:
-            model = train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, log, signals)
+            model = train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
-    records.check_result(mse, cfg)
+    check_result(mse, cfg)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "
@@ -121,8 +127,8 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
 
 
 def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):
-    """The tokenizer, with the averaged weights of a checkpoint if there is one, and its arguments. ValueError where
-    they don't fit."""
+    """The tokenizer, with the averaged weights of a checkpoint if there is one, and its arguments. ValueError if they
+    do not fit together."""
     if checkpoint:
         model_config = checkpoint["model_config"]
     else:
@@ -135,12 +141,12 @@ def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenize
         model.load_state_dict(checkpoint["weights"])
     elif vqgan:
         model.pixel_decoder.load_state_dict(vqgan.decoder.state_dict())
-    common.set_switches(model, cfg)
+    set_switches(model, cfg)
     return model.to(device), model_config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loops. Digits are trained by the second one alone.
+# The loops. The digits are trained by the second one alone.
 
 
 def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals):
@@ -148,91 +154,103 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
     averaged weights."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
     ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=True)
-    rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
-    batches = loader(train_set, B, rows, cfg.seed, start, cfg.proxy_steps, cfg.workers)
-    progress = records.progress_bar(start, cfg.proxy_steps, B)
+    rows, micro_batches = local_batch(B, cfg.device_batch)
+    world_size = rank_and_world_size()[1]
+    batches = training_batches(train_set, B, rows, cfg.seed, start, cfg.proxy_steps, cfg.workers)
+    progress = progress_bar(start, cfg.proxy_steps, B)
     for step, (images, _) in zip(progress, batches):
-        # the batch: images, random numbers for the order of the tokens, and which images skip the quantizer
-        images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
-        random = common.generator(device, "step", cfg.seed, step)
-        shuffle = torch.rand(B, cfg.num_tokens, generator=random, device=device)[rows]
-        skips = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
+        images, shuffle, skips, random = prepare_batch(images, rows, step, device, cfg)
+
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         means = torch.zeros(3, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
-            skip = skips[part] if cfg.unquantized else None
-            with common.autocast(device, cfg.bf16):
+            with autocast(device, cfg.bf16):
+                skip = None if skips is None else skips[part]
                 code_map, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], True, skip)
             proxy = F.cross_entropy(vqgan.logits(code_map), vqgan.encode(images[part]))
             loss = proxy + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, proxy, quantizer_loss]).detach() * (len(tokens) / B)
-            codes.see(tokens, latents)
-        # clip, step, learning rate, moving average, dead codes
-        records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
-        lr = optimizers[0][1].get_last_lr()[0]
-        for optimizer, schedule in optimizers:
+            codes.record(tokens, latents)
+
+        # clip, learning rate, step, moving average, dead codes
+        check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
+        lr_scale = warmup_cosine(step, cfg.proxy_steps, cfg.proxy_warmup, cfg.lr_end)
+        set_lr(optimizers, lr_scale)
+        for optimizer in optimizers:
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
         ema.update_parameters(model)
         codes.update(step, rows, random)
+
         # once in a while: log, save, reconstruct test images
-        if records.due(step, cfg.log_every, cfg.proxy_steps):
-            report(log, progress, step, dict(zip(("loss", "proxy", "quantizer"), means)), codes.in_use, lr)
-        if signals.received() or records.due(step, cfg.save_every, cfg.proxy_steps):
-            records.save_training(header, step + 1, cfg, model, ema, optimizers, idle=codes.idle)
-            signals.exit_if_received(cfg.out)
-        if records.due(step, cfg.picture_every, cfg.proxy_steps):
-            draw_reconstructions(ema.module, test_set, device, records.beside(cfg.out, ".png"))
+        done, last = step + 1, step + 1 == cfg.proxy_steps
+        if done % cfg.log_every == 0 or last:
+            losses = dict(zip(("loss", "proxy", "quantizer"), means))
+            report(log, progress, done, losses, codes.in_use, lr_scale * cfg.lr)
+        stopped = signals.received()
+        if stopped or done % cfg.save_every == 0 or last:
+            save_training(header, done, cfg, model, ema, optimizers, idle=codes.idle)
+            if stopped:
+                stop_by_signal(stopped, cfg.out)
+        if done % cfg.picture_every == 0 or last:
+            draw_reconstructions(ema.module, test_set, device, replace_suffix(cfg.out, ".png"))
     return ema.module
 
 
-def train_pixels(model, critics, train_set, test_set, checkpoint, header, cfg, log, signals):
+def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals):
     """Phase 2, the digits' only one: the decoder (without phase 1 the whole tokenizer) learns pixels. As above."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
     ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=False)
-    rows, micro_batches, world_size = common.shares(B, cfg.device_batch)
-    progress = records.progress_bar(start, cfg.steps, B)
-    for step, (images, _) in zip(progress, loader(train_set, B, rows, cfg.seed, start, cfg.steps, cfg.workers)):
-        # the batch: images, random numbers for the order of the tokens, and which images skip the quantizer
-        images = images.to(device, non_blocking=True) / 127.5 - 1  # (rows, ch, H, W) in [-1, 1]
-        random = common.generator(device, "step", cfg.seed, step)
-        shuffle = torch.rand(B, cfg.num_tokens, generator=random, device=device)[rows]
-        skips = torch.rand(B, generator=random, device=device)[rows] < cfg.unquantized if cfg.unquantized else None
+    rows, micro_batches = local_batch(B, cfg.device_batch)
+    world_size = rank_and_world_size()[1]
+    batches = training_batches(train_set, B, rows, cfg.seed, start, cfg.steps, cfg.workers)
+    progress = progress_bar(start, cfg.steps, B)
+    for step, (images, _) in zip(progress, batches):
+        images, shuffle, skips, random = prepare_batch(images, rows, step, device, cfg)
+
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         means = torch.zeros(3, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
-            skip = skips[part] if cfg.unquantized else None
-            with common.autocast(device, cfg.bf16):
+            with autocast(device, cfg.bf16):
+                skip = None if skips is None else skips[part]
                 recon, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], False, skip)
             mse = F.mse_loss(recon.float(), images[part])
             loss = cfg.squared * mse + quantizer_loss + cfg.uniformity * uniformity(latents)
-            if critics:  # the paper's recipe: perceptual and adversarial loss
-                loss = loss + critics.loss(recon.float(), images[part], step)
+            if pixel_losses:  # the paper's recipe: perceptual and adversarial loss
+                loss = loss + pixel_losses(recon.float(), images[part], step)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, mse, quantizer_loss]).detach() * (len(tokens) / B)
-            codes.see(tokens, latents)
-        # clip, step, learning rate, moving average, dead codes
-        records.check_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
-        lr = optimizers[0][1].get_last_lr()[0]
-        for optimizer, schedule in optimizers:
+            codes.record(tokens, latents)
+
+        # clip, learning rate, step, moving average, dead codes, discriminator
+        check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
+        lr_scale = warmup_cosine(step - cfg.proxy_steps, cfg.steps - cfg.proxy_steps, cfg.warmup, cfg.lr_end)
+        set_lr(optimizers, lr_scale)
+        for optimizer in optimizers:
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
         ema.update_parameters(model)
         codes.update(step, rows, random)
-        more = critics.step(images, step) if critics else {}  # trains the discriminator
+        more = pixel_losses.train_discriminator(images, step) if pixel_losses else {}
+
         # once in a while: log, save, reconstruct test images
-        if records.due(step, cfg.log_every, cfg.steps):
-            report(log, progress, step, dict(zip(("loss", "mse", "quantizer"), means)) | more, codes.in_use, lr)
-        if signals.received() or records.due(step, cfg.save_every, cfg.steps):
-            save_pixels(header, step + 1, cfg, model, ema, optimizers, codes, critics)
-            signals.exit_if_received(cfg.out)
-        if records.due(step, cfg.picture_every, cfg.steps):
-            draw_reconstructions(ema.module, test_set, device, records.beside(cfg.out, ".png"))
+        done, last = step + 1, step + 1 == cfg.steps
+        if done % cfg.log_every == 0 or last:
+            losses = dict(zip(("loss", "mse", "quantizer"), means)) | more
+            report(log, progress, done, losses, codes.in_use, lr_scale * cfg.lr)
+        stopped = signals.received()
+        if stopped or done % cfg.save_every == 0 or last:
+            optimizers_of_both, state = optimizers, {}
+            if pixel_losses:
+                optimizers_of_both, state = optimizers + pixel_losses.optimizers, pixel_losses.state()
+            save_training(header, done, cfg, model, ema, optimizers_of_both, idle=codes.idle, **state)
+            if stopped:
+                stop_by_signal(stopped, cfg.out)
+        if done % cfg.picture_every == 0 or last:
+            draw_reconstructions(ema.module, test_set, device, replace_suffix(cfg.out, ".png"))
     return ema.module
 
 
@@ -243,31 +261,37 @@ def start_phase(model, checkpoint, cfg, proxy):
     model.pixel_decoder.requires_grad_(not proxy)
     for module in (model.encoder, model.quantizer):  # after phase 1 the tokens stay as they are
         module.requires_grad_(proxy or not cfg.proxy_steps)
-    first, last = (0, cfg.proxy_steps) if proxy else (cfg.proxy_steps, cfg.steps)
-    warmup, beta2 = (cfg.proxy_warmup, cfg.proxy_beta2) if proxy else (cfg.warmup, cfg.beta2)
+    first = 0 if proxy else cfg.proxy_steps
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
-    optimizers = common.make_optimizers(model, cfg, last - first, warmup, beta2)
-    codes = CodeUse([model.quantizer.codebook, ema.module.quantizer.codebook], cfg)
-    start = records.restore_training(checkpoint, model, ema, optimizers, first)
+    optimizers = make_optimizers(model, cfg, cfg.proxy_beta2 if proxy else cfg.beta2)
+    codes = CodebookUsage([model.quantizer.codebook, ema.module.quantizer.codebook], cfg)
+    start = restore_training(checkpoint, model, ema, optimizers, first)
     if start > first:
         codes.idle.copy_(checkpoint["training"]["idle"])
-    return common.parallel(model, codes.idle.device, cfg), ema, optimizers, codes, start
+    return parallel(model, codes.idle.device, cfg), ema, optimizers, codes, start
 
 
-def save_pixels(header, done, cfg, model, ema, optimizers, codes, critics):
-    """records.save_training() after a step of phase 2."""
-    optimizers, state = (optimizers + critics.optimizers, critics.state()) if critics else (optimizers, {})
-    records.save_training(header, done, cfg, model, ema, optimizers, idle=codes.idle, **state)
+def prepare_batch(images, rows, step, device, cfg):
+    """This rank's images (n, ch, H, W) in [-1, 1], random numbers (n, M) for the order of their tokens, which of them
+    skip the quantizer, (n,) bool or None, and the generator of the step's further random numbers. Every rank draws the
+    random numbers of the global batch, so that they are the same for any number of ranks."""
+    images = images.to(device, non_blocking=True) / 127.5 - 1
+    random = generator(device, "step", cfg.seed, step)
+    shuffle = torch.rand(cfg.batch_size, cfg.num_tokens, generator=random, device=device)[rows]
+    skips = None
+    if cfg.unquantized:
+        skips = torch.rand(cfg.batch_size, generator=random, device=device)[rows] < cfg.unquantized
+    return images, shuffle, skips, random
 
 
-def report(log, progress, step, means, in_use, lr):
+def report(log, progress, done, means, in_use, lr):
     """A row of the log and the text of the progress bar. means: this rank's part of the mean of each loss, by name."""
-    means = {name: common.all_reduce(value).item() for name, value in means.items()}
-    text = f"step {step + 1}, loss {means['loss']:.4f}"
+    means = {name: all_reduce(value).item() for name, value in means.items()}
+    text = f"step {done}, loss {means['loss']:.4f}"
     if "mse" in means:
         means["psnr"] = psnr(means["mse"])
         text += f", PSNR {means['psnr']:.2f} dB"
-    log({"step": step + 1, **means, "codes_in_use": in_use.item(), "lr": lr})
+    log({"step": done, **means, "codes_in_use": in_use.item(), "lr": lr})
     progress.set_postfix_str(f"{text}, codes in use {in_use:.0%}", refresh=False)
 
 
@@ -280,42 +304,46 @@ def uniformity(latents):
     return (2 * (cosines - 1)).exp().mean()
 
 
-class CodeUse:
-    """Counts how long each code has not been used, and resets dead codes: after revive_after steps without use, a code
-    is put on a latent drawn at random from the global batch, the same on every rank."""
+class CodebookUsage:
+    """Counts for how many steps each code has not been used, and resets dead codes: after reset_after steps without
+    use, a code is set to a latent drawn at random from the global batch, the same on every rank (not in the paper)."""
 
     def __init__(self, codebooks, cfg):
         """codebooks: the model's and its moving average's, (C, code_dim) each."""
         self.codebooks, self.cfg, self.tokens, self.latents = codebooks, cfg, [], []
         self.idle = torch.zeros(len(codebooks[0]), dtype=torch.int64, device=codebooks[0].device)  # (C,) steps
 
-    def see(self, tokens, latents):
+    def record(self, tokens, latents):
         """Tokens (B, M) and latents (B, M, code_dim) of a micro-batch."""
         self.tokens.append(tokens.flatten())
         self.latents.append(latents.detach().flatten(0, 1))
 
     def update(self, step, rows, random):
         """After a step: set in_use, the share of codes that the global batch uses, and reset dead codes."""
-        used = common.all_reduce(torch.cat(self.tokens).bincount(minlength=len(self.idle))) > 0  # (C,)
+        used = all_reduce(torch.cat(self.tokens).bincount(minlength=len(self.idle))) > 0  # (C,)
         self.idle = torch.where(used, 0, self.idle + 1)
         self.in_use = used.float().mean()
-        if self.cfg.revive_after and self.codebooks[0].requires_grad and step < self.cfg.revive_until * self.cfg.steps:
-            self.revive(torch.cat(self.latents), rows, random)
+        if self.cfg.reset_after and self.codebooks[0].requires_grad and step < self.cfg.reset_until * self.cfg.steps:
+            self.reset(torch.cat(self.latents), rows, random)
         self.tokens, self.latents = [], []
 
-    def revive(self, latents, rows, random):
-        dead = self.idle >= self.cfg.revive_after  # (C,)
+    def reset(self, latents, rows, random):
+        dead = self.idle >= self.cfg.reset_after  # (C,)
         if not dead.any():
             return
         M = self.cfg.num_tokens
         pick = torch.randint(self.cfg.batch_size * M, dead.shape, generator=random, device=dead.device)  # one for each
-        here = (pick >= rows.start * M) & (pick < rows.stop * M)
+        local = (pick >= rows.start * M) & (pick < rows.stop * M)
         chosen = torch.zeros_like(self.codebooks[0].data)
-        chosen[here] = latents[pick[here] - rows.start * M]
-        common.all_reduce(chosen)
+        chosen[local] = latents[pick[local] - rows.start * M]
+        all_reduce(chosen)
         for codebook in self.codebooks:
             codebook.data[dead] = chosen[dead]
         self.idle[dead] = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How good it is
 
 
 def psnr(mse):
@@ -327,18 +355,30 @@ def psnr(mse):
 def evaluate(model, dataset, device, workers=0):
     """Mean squared error over a dataset, the share of codes in use, and the mean number of distinct codes in a set."""
     squared, distinct, use = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, model.codebook_size))
-    at_once = min(250, max(1, 2 ** 20 // model.image_size ** 2))  # a million pixels, for the memory's sake
-    parts = common.chunks(common.shard(len(dataset), *common.rank_and_world_size()), at_once)
-    for images, _ in in_order(dataset, parts, workers):
+    at_once = min(250, max(1, 2 ** 20 // model.image_size ** 2))  # a million pixels, to bound memory
+    parts = chunks(shard(len(dataset), *rank_and_world_size()), at_once)
+    for images, _ in read_slices(dataset, parts, workers):
         images = images.to(device) / 127.5 - 1
         tokens = model.encode(images)
         squared += (model.decode(tokens) - images).square().mean((1, 2, 3)).sum()
         counts = tokens_to_counts(tokens, model.codebook_size)
         distinct += (counts > 0).sum()
         use += counts.sum(0)
-    squared, distinct, use = map(common.all_reduce, (squared, distinct, use))
+    squared, distinct, use = map(all_reduce, (squared, distinct, use))
     return squared.item() / len(dataset), (use > 0).double().mean().item(), distinct.item() / len(dataset)
 
 
+def draw_reconstructions(model, dataset, device, path, number=20):
+    """A page of test images, every second row their reconstructions from the tokens."""
+    if is_main():
+        columns = min(10, len(dataset))
+        number = min(number, len(dataset)) // columns * columns
+        spread = range(0, len(dataset), max(1, len(dataset) // number))
+        images = next(read_ahead(dataset, [[(i, 0) for i in spread][:number]], workers=0))[0].to(device)
+        pairs = torch.stack([images, to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
+        pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, ...
+        save(grid(pairs, columns, ["image", "decoded"] * (number // columns)), path)
+
+
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -1,4 +1,4 @@
-"""Where images come from: the embedded digits, or a folder of class folders."""
+"""Images: the embedded digits or a folder of class folders, batches of either, token sets, inputs of an evaluation."""
 from data.digits import Digits
 from data.image_folder import ImageFolder
 
@@ -7,7 +7,7 @@ def open_dataset(where, split, image_size, crop="center", flip=False, seed=0):
     """where: "digits", or a folder that holds train/ and val/.  split: "train" or "test" (test is val/ in a folder).
 
     A dataset gives batches of images (n, ch, H, W) uint8 and labels (n,), and has channels, class_names, labels,
-    fingerprint() and a length. crop, flip, seed: see ImageFolder; digits are taken as they are.
+    fingerprint() and a length. crop, flip, seed: see ImageFolder; the digits are neither cropped nor mirrored.
     """
     if where == "digits":
         if image_size != 28 or flip:

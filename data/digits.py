@@ -15,7 +15,7 @@ class Digits(torch.utils.data.Dataset):
     images: (N, 1, 28, 28) uint8, ink 255 on paper 0.  labels: (N,) int64 in 0..9.
     """
 
-    channels = 1
+    channels, root = 1, "data/mnist"
     class_names = [str(digit) for digit in range(10)]
 
     def __init__(self, split):
@@ -31,7 +31,7 @@ class Digits(torch.utils.data.Dataset):
         indices = [index for index, _ in items]
         return self.images[indices], self.labels[indices]
 
-    def fingerprint(self, contents=True):
+    def fingerprint(self):
         """A text that changes when the images or their order do."""
         return hashlib.sha256(self.images.numpy()).hexdigest()
 

@@ -32,7 +32,7 @@ class ConvNeXt(nn.Module):
     def forward(self, x):
         return self.classifier(self.features(x).mean((2, 3), keepdim=True))
 
-    def see(self, images):
+    def logits_of(self, images):
         """Images (B, ch, H, W) in [-1, 1] -> logits (B, num_classes), resized and normalized as in its training."""
         x = F.interpolate((images.expand(-1, 3, -1, -1) + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
         mean, std = (x.new_tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -3,8 +3,8 @@ import os
 
 import torch
 
-from data.command_line import listed
-from data.files import not_finite
+from support.command_line import listed
+from support.files import not_finite
 
 
 def load_published(path, what, address, build):

@@ -1,30 +1,29 @@
-"""The two sides of a comparison: images out of a folder or an .npz, or only their statistics (see evaluate_fid.py)."""
+"""Inputs of an evaluation: images in a folder or an .npz file, or only their statistics (see evaluate_fid.py)."""
 import math
 import os
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
 
 from data.image_folder import ImageFolder
-from data.reading import without_unreadable
 
 
-def side(name, num, read, labels=None, statistics=None, made_in=None):
-    """Images or statistics to compare, as a namespace.
-
-    name: as printed.  num: number of images.
-    read: slice of 0..num - 1 -> images (n, ch, H, W) uint8; None without images.
-    labels: (num,) int64 or None.  statistics: (mu, sigma) or None.  made_in: the network they are of, if known.
-    """
-    return SimpleNamespace(name=name, num=num, read=read, labels=labels, statistics=statistics, made_in=made_in)
+class Images(NamedTuple):
+    """Images or statistics to measure or to compare with."""
+    name: str                                # as printed
+    num: Optional[int]                       # number of images
+    read: Optional[Callable]                 # slice of 0..num - 1 -> images (n, ch, H, W) uint8; None without images
+    labels: Optional[torch.Tensor] = None    # (num,) int64
+    statistics: Optional[tuple] = None       # (mu, sigma)
+    features: Optional[str] = None           # the network that the statistics are of, if known
 
 
 def open_images(path, image_size):
-    """A folder of images or an .npz as a side(); ValueError for anything else."""
+    """A folder of images or an .npz file; ValueError for anything else."""
     if os.path.isdir(path):
         return open_folder(path, image_size)
     if not os.path.isfile(path):
@@ -36,9 +35,8 @@ def open_images(path, image_size):
 
 
 def open_folder(path, image_size):
-    """The images in a folder and its subfolders, in the order of their names, RGB, all of one size. Files that can't be
-    read are left out, or refused, as before a training."""
-    dataset = without_unreadable(ImageFolder(path, None, image_size))
+    """The images in a folder and its subfolders, in the order of their names, RGB, all of one size."""
+    dataset = ImageFolder(path, None, image_size)
     first = dataset.read(0, 0).shape
 
     def read_checked(index):
@@ -53,7 +51,7 @@ def open_folder(path, image_size):
             pixels = np.stack(list(threads.map(read_checked, range(part.start, part.stop))))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    return side(path, len(dataset), read)
+    return Images(path, len(dataset), read)
 
 
 def open_npz(path):
@@ -64,19 +62,19 @@ def open_npz(path):
     """
     archive = zipfile.ZipFile(path)
     held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-    num, read, statistics, made_in = None, None, None, None
+    num, read, statistics, features = None, None, None, None
     if {"mu", "sigma"} <= held:
         mu, sigma = (read_array(archive, path, key) for key in ("mu", "sigma"))
         if not mu.dtype == sigma.dtype == np.float64:
             raise ValueError(f"mu and sigma in {path} must be floating-point numbers, got {mu.dtype} and {sigma.dtype}")
         check_statistics(mu, sigma, f"mu and sigma in {path}")
         statistics = (mu, sigma)
-        made_in = str(read_array(archive, path, "features")) if "features" in held else None
+        features = str(read_array(archive, path, "features")) if "features" in held else None
     if "arr_0" in held:
         num, read = open_batch(archive, path)
     if not (statistics or read):
         raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; needed is arr_0, or mu and sigma")
-    return side(path, num, read, None, statistics, made_in)
+    return Images(path, num, read, None, statistics, features)
 
 
 def read_array(archive, path, key):

@@ -1,4 +1,5 @@
-"""A small classifier of digits: digits FID is taken in its features, and it tells which digit a sample shows."""
+"""A small classifier of digits. It stands in for Inception: digits FID is the Frechet distance in its features, and it
+tells which digit a sample shows."""
 import hashlib
 
 import torch
@@ -7,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import common
-from data import files, open_dataset, records
-from data.reading import batch_indices
+from data import open_dataset
+from data.loader import batch_indices
+from support.distributed import on_every_rank
+from support.files import check_output, read_checkpoint, save_checkpoint
 
-FILE = "digits_classifier.pt"  # the trained classifier; stands beside the checkpoint that is evaluated
+FILE = "digits_classifier.pt"  # the trained classifier, in the folder of the checkpoint that is evaluated
 EPOCHS = 4
 
 
@@ -48,16 +50,15 @@ def open_classifier(path, device, rank):
     def prepare():
         net = DigitsClassifier()
         if rank == 0 and not load_classifier(net, path):
-            files.check_output(path)
+            check_output(path)
             print(f"training the classifier for digits FID, once; it is kept as {path}", flush=True)
             net = train_classifier(open_dataset("digits", "train", 28))
             test = open_dataset("digits", "test", 28)
-            net.accuracy.fill_(share_read_as(net, test.images, test.labels))
-            records.keep_previous(path)  # another file by this name
-            common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
+            net.accuracy.fill_(share_classified_as(net, test.images, test.labels))
+            save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
         return net
 
-    net = common.on_every_rank(prepare).to(device)
+    net = on_every_rank(prepare).to(device)
     if dist.is_initialized():
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -67,10 +68,10 @@ def open_classifier(path, device, rank):
 def load_classifier(net, path):
     """Load the weights in a file into net. Returns whether that succeeded."""
     try:
-        checkpoint = files.read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
         net.load_state_dict(checkpoint["weights"])
         return checkpoint["kind"] == "digits classifier"
-    except Exception:  # missing or not usable: it is trained anew
+    except Exception:  # missing or unusable: a new one is trained
         return False
 
 
@@ -94,8 +95,8 @@ def train_classifier(digits, batch=200):
 
 
 @torch.no_grad()
-def share_read_as(net, images, labels):
+def share_classified_as(net, images, labels):
     """The share of images (N, ch, 28, 28) uint8 that net classifies as their labels (N,)."""
     device = net.head.weight.device
-    read = torch.cat([net(part.to(device))[1].argmax(1).cpu() for part in images.split(500)])
-    return (read == labels).double().mean().item()
+    classes = torch.cat([net(part.to(device))[1].argmax(1).cpu() for part in images.split(500)])
+    return (classes == labels).double().mean().item()

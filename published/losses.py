@@ -1,20 +1,23 @@
-"""What TiTok's recipe trains the pixels with beside the squared error (arXiv 2406.07550): a perceptual loss, and an
-adversarial loss whose discriminator learns at the same time. The digits do without."""
+"""The losses that TiTok's recipe adds to the squared error of pixels (arXiv 2406.07550): perceptual, and adversarial
+with a discriminator that learns at the same time. The digits do without."""
 import math
 from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 
-import common
-from data import records
 from published.convnext import load_convnext
 from published.discriminator import Discriminator
 from published.maskgit_vqgan import load_vqgan
+from support.distributed import all_reduce, local_batch, rank_and_world_size
+from support.hardware import parallel
+from support.optimizers import make_optimizers, set_lr, warmup_cosine
+from support.training import check_finite
 
 
-class Critics:
-    """Two networks that see reconstructions: one as published, ConvNeXt, and one in training, the discriminator.
+class PixelLosses:
+    """The perceptual loss, by ConvNeXt as published, and the adversarial loss, by a discriminator in training.
 
     convnext, discriminator: or None.  checkpoint: of train_tokenizer.py, or None.  cfg: the settings of
     train_tokenizer.py.
@@ -29,24 +32,24 @@ class Critics:
             return
         device = discriminator.conv_in.weight.device
         self.lecam = self.lecam.to(device)
-        self.ddp = common.parallel(discriminator, device, cfg)
-        steps = max(1, cfg.steps - self.first)
-        self.optimizers = common.make_optimizers(discriminator, cfg, steps, cfg.warmup, cfg.beta2)
+        self.ddp = parallel(discriminator, device, cfg)
+        self.optimizers = make_optimizers(discriminator, cfg, cfg.beta2)
         if checkpoint and checkpoint["step"] > cfg.proxy_steps:
             training = checkpoint["training"]
             self.lecam.copy_(training["lecam"])
             discriminator.load_state_dict(training["discriminator"])
-            records.restore_optimizers(self.optimizers, training["optimizers"][-len(self.optimizers):])
+            for optimizer, state in zip(self.optimizers, training["optimizers"][-len(self.optimizers):]):
+                optimizer.load_state_dict(state)
 
     def state(self):
-        """What a checkpoint holds of this beside the optimizers."""
+        """What a checkpoint holds of this, without the optimizers."""
         return {"lecam": self.lecam, "discriminator": self.discriminator.state_dict() if self.discriminator else None}
 
-    def loss(self, recon, images, step):
-        """The weighted losses of reconstructions recon (B, ch, H, W) of images, for the tokenizer."""
+    def __call__(self, recon, images, step):
+        """The weighted sum of the losses of reconstructions recon (B, ch, H, W) of images, for the tokenizer."""
         losses = {}
         if self.convnext:
-            losses["perceptual"] = F.mse_loss(self.convnext.see(recon), self.convnext.see(images))
+            losses["perceptual"] = F.mse_loss(self.convnext.logits_of(recon), self.convnext.logits_of(images))
         if self.discriminator and step >= self.first:
             weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
             losses["adversarial"] = -torch.func.functional_call(self.discriminator, weights, (recon,)).mean()
@@ -55,36 +58,30 @@ class Critics:
             self.means[name] += loss.detach() * len(images) / self.cfg.batch_size
         return sum(getattr(self.cfg, name) * loss for name, loss in losses.items())
 
-    def step(self, images, step):
-        """After a step of the tokenizer on this rank's images (rows, ch, H, W): one of the discriminator, on these and
-        the reconstructions that loss() was given. Returns this rank's part of the mean of each loss, by name."""
+    def train_discriminator(self, images, step):
+        """After a step of the tokenizer on this rank's images (rows, ch, H, W): one step of the discriminator on these
+        and on the reconstructions since the last call. Returns this rank's part of the mean of each loss, by name."""
         means, self.means = self.means, defaultdict(float)
-        if self.discriminator and step >= self.first:
-            recon, self.recon = torch.cat(self.recon), []
-            means["discriminator"] = self.train_discriminator(images, recon, step)
-        return means
-
-    def train_discriminator(self, images, recon, step):
-        """One step on images and reconstructions (rows, ch, H, W), as the steps of train_tokenizer.py."""
-        cfg = self.cfg
-        _, micro_batches, world_size = common.shares(cfg.batch_size, cfg.device_batch)
-        mean, logits = torch.zeros((), device=images.device), torch.zeros(2, device=images.device)
+        if not self.discriminator or step < self.first:
+            return means
+        recon, self.recon = torch.cat(self.recon), []
+        cfg, mean, logits = self.cfg, torch.zeros((), device=images.device), torch.zeros(2, device=images.device)
+        _, micro_batches = local_batch(cfg.batch_size, cfg.device_batch)
         for part in micro_batches:
             self.ddp.require_backward_grad_sync = part is micro_batches[-1]
             real, fake = self.ddp(torch.cat([images[part], recon[part]])).flatten(1).chunk(2)  # (B, 256) each
-            weight = len(real) / cfg.batch_size
-            loss = discriminator_loss(real, fake, self.lecam, cfg.lecam) * weight
-            (loss * world_size).backward()
+            share = len(real) / cfg.batch_size
+            loss = discriminator_loss(real, fake, self.lecam, cfg.lecam) * share
+            (loss * rank_and_world_size()[1]).backward()
             mean += loss.detach()
-            logits += torch.stack([real.mean(), fake.mean()]).detach() * weight
-        norm = torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf)
-        records.check_finite(norm, step, cfg)
-        for optimizer, schedule in self.optimizers:
+            logits += torch.stack([real.mean(), fake.mean()]).detach() * share
+        check_finite(clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf), step, cfg)
+        set_lr(self.optimizers, warmup_cosine(step - self.first, cfg.steps - self.first, cfg.warmup, cfg.lr_end))
+        for optimizer in self.optimizers:
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
-        self.lecam.lerp_(common.all_reduce(logits), 1 - cfg.lecam_ema)
-        return mean
+        self.lecam.lerp_(all_reduce(logits), 1 - cfg.lecam_ema)
+        return means | {"discriminator": mean}
 
 
 def discriminator_loss(real, fake, lecam, weight):
@@ -95,13 +92,13 @@ def discriminator_loss(real, fake, lecam, weight):
     """
     hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     # TiTok squares the mean logit of a device; that of an image does not depend on the number of devices
-    reach = F.relu(real.mean(1) - lecam[1]).square().mean() + F.relu(lecam[0] - fake.mean(1)).square().mean()
-    return hinge + weight * reach
+    margin = F.relu(real.mean(1) - lecam[1]).square().mean() + F.relu(lecam[0] - fake.mean(1)).square().mean()
+    return hinge + weight * margin
 
 
 def load_networks(cfg, checkpoint, device):
-    """MaskGIT-VQGAN and the Critics of the paper's recipe, each None where it is not needed (any more). ValueError
-    where a file is."""
+    """MaskGIT-VQGAN and the PixelLosses of the paper's recipe, each None if it is not needed (any more). ValueError if
+    a file is missing or settings do not fit together."""
     vqgan, convnext, discriminator = None, None, None
     if cfg.proxy_steps > cfg.steps:
         raise ValueError(f"proxy_steps {cfg.proxy_steps} is more than all steps, {cfg.steps}")
@@ -118,4 +115,4 @@ def load_networks(cfg, checkpoint, device):
     if cfg.adversarial and cfg.proxy_steps < cfg.steps:
         torch.manual_seed(cfg.seed)
         discriminator = Discriminator(cfg.discriminator).to(device)
-    return vqgan, Critics(convnext, discriminator, checkpoint, cfg) if convnext or discriminator else None
+    return vqgan, PixelLosses(convnext, discriminator, checkpoint, cfg) if convnext or discriminator else None

@@ -1,0 +1,86 @@
+"""Batches of images for the scripts: which images a step uses, and reading them ahead."""
+import functools
+import signal
+
+import torch
+from torch.utils.data import DataLoader
+
+from data import open_dataset
+from support.command_line import listed, stop
+from support.distributed import all_gather, is_main, on_every_rank
+from support.seeds import generator
+
+
+def batch_indices(num_images, batch_size, seed, step):
+    """The images in the global batch of a step, (batch_size,) int64: the same for any number of processes."""
+    epoch, i = divmod(step, num_images // batch_size)  # the few images that fill no batch are left out of this epoch
+    return epoch_order(num_images, seed, epoch)[i * batch_size:(i + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_images, seed, epoch):
+    """The order of all images in an epoch, (num_images,) int64, drawn from (seed, epoch)."""
+    return torch.randperm(num_images, generator=generator("cpu", "epoch", seed, epoch))
+
+
+def training_batches(dataset, batch_size, rows, seed, start, steps, workers):
+    """Images and labels for the steps start..steps - 1: this rank's rows of each global batch."""
+    def items():
+        for step in range(start, steps):
+            epoch = step // (len(dataset) // batch_size)
+            yield [(i, epoch) for i in batch_indices(len(dataset), batch_size, seed, step)[rows].tolist()]
+
+    return read_ahead(dataset, items(), workers)
+
+
+def read_slices(dataset, slices, workers):
+    """Images and labels for a list of slices of a dataset, in turn."""
+    return read_ahead(dataset, ([(i, 0) for i in range(part.start, part.stop)] for part in slices), workers)
+
+
+def read_ahead(dataset, batches, workers):
+    """What the dataset gives for lists of its items, read ahead by worker processes (0 = in this process).
+
+    An image that can't be read ends the run with one sentence; the last checkpoint stays.
+    """
+    try:
+        yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=unchanged,
+                              worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+    except ValueError as problem:  # of a worker it ends in a traceback, whose last line is the sentence
+        stop(str(problem).splitlines()[-1].removeprefix("ValueError: "))
+
+
+def unchanged(batch):
+    return batch
+
+
+def ignore_signals(worker):
+    """A worker process leaves signals to the process that it reads images for, which saves a checkpoint first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def open_datasets(cfg, image_size, **training):
+    """The training set, with further arguments of open_dataset() in training, and the test set, the same for all ranks.
+
+    ValueError if one of them can't be used, or their classes differ.
+    """
+    train_set = on_every_rank(open_dataset, cfg.data, "train", image_size, **training)
+    test_set = on_every_rank(open_dataset, cfg.data, "test", image_size)
+    for dataset in (train_set, test_set):
+        if len(set(all_gather(dataset.fingerprint()))) > 1:
+            raise ValueError(f"the images in {dataset.root} are not the same on all machines; "
+                             "each needs the same files")
+        if cfg.data != "digits" and is_main():
+            print(f"{dataset.root}: {len(dataset)} images in {len(dataset.class_names)} classes", flush=True)
+    check_classes(train_set, test_set)
+    return train_set, test_set
+
+
+def check_classes(train_set, test_set):
+    """ValueError unless both datasets have the same classes."""
+    train_only = sorted({*train_set.class_names} - {*test_set.class_names})
+    test_only = sorted({*test_set.class_names} - {*train_set.class_names})
+    if train_only or test_only:
+        raise ValueError(f"the classes in {train_set.root} and {test_set.root} are not the same; only in the first: "
+                         f"{listed(train_only)}; only in the second: {listed(test_only)}")

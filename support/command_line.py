@@ -1,0 +1,135 @@
+"""Command lines: options from a table of hyperparameters, checked against it, and error messages of one sentence."""
+import argparse
+import os
+import sys
+from types import SimpleNamespace
+
+from support.distributed import is_main
+from support.files import check_output, load_checkpoint
+
+RECIPES = ("digits", "imagenet256")  # the columns of the tables HYPERPARAMETERS; a new one needs its name here
+MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
+              "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
+              "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
+HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
+    # name               digits          imagenet256      allowed
+    ("seed",             0,              0,               "[0, inf)",       "all random numbers depend on it"),
+    ("device",           "auto",         "auto",          "",               "auto, cpu, cuda"),
+    ("bf16",             "auto",         "auto",          "auto | on | off", "bfloat16; auto: where it is fast"),
+    ("tf32",             True,           True,            "",               "float32 products in TF32, on GPUs"),
+    ("compile",          False,          True,            "",               "torch.compile"),
+    ("fused_adamw",      True,           True,            "",               "PyTorch's fused AdamW"),
+    ("fused_attention",  "auto",         "auto",          "auto | on | off", "flash attention; auto: GPUs, many keys"),
+    ("recompute",        False,          False,           "",               "activation checkpointing, to save memory"),
+    ("workers",          0,              8,               "[0, inf)",       "processes of each rank that read images"),
+    ("log_every",        20,             100,             "[1, inf)",       "steps between lines of the log"),
+    ("save_every",       500,            5000,            "[1, inf)",       "steps between checkpoints"),
+    ("picture_every",    500,            5000,            "[1, inf)",       "steps between pictures"),
+]
+
+
+def stop(sentence):
+    """Exit with one sentence on standard error and the exit code 1."""
+    sys.exit("error: " + sentence)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, without the list of all options."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
+        if hasattr(sys.stdout, "reconfigure"):  # for file names that cannot be printed
+            sys.stdout.reconfigure(errors="backslashreplace")
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
+
+
+def checked(kind, allowed):
+    """A type for argparse: text -> a value of this kind.
+
+    kind: int, float, str or bool.  allowed: the values it may have. Numbers: an interval such as "[0, 1)"; words: all
+    of them, such as "on | off"; "": any.
+    """
+    def convert(text):
+        if kind is bool:
+            if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+                raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+            return text.lower() in ("true", "yes", "1")
+        value = kind(text)
+        if "|" in allowed and value not in allowed.split(" | "):
+            raise argparse.ArgumentTypeError(f"must be one of {allowed.replace(' |', ',')}, got {text!r}")
+        if allowed[:1] in ("[", "(") and not in_interval(value, allowed):
+            raise argparse.ArgumentTypeError(f"must lie in {allowed}, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse shows it for a text that is no number
+    return convert
+
+
+def in_interval(value, interval):
+    """Whether a number lies in an interval such as "[0, 1)" and, if it is an integer, fits into PyTorch's 64 bits."""
+    low, high = map(float, interval[1:-1].split(","))
+    return ((low <= value if interval[0] == "[" else low < value)
+            and (value <= high if interval[-1] == "]" else value < high) and not value >= 2 ** 63)
+
+
+def parse(table, description, kind, argv=None, prog=None):
+    """Read the settings of a script from its table HYPERPARAMETERS and its command line.
+
+    A row (name, a value for each recipe, allowed, meaning) gives an option --name; allowed: see checked().
+    kind: the kind of checkpoint that the script trains, which --resume reads; None: there is no --resume.
+    Returns the settings, a namespace, and the checkpoint to resume or None.
+    """
+    parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--recipe", choices=RECIPES, help="which column of the table")
+    if kind:
+        parser.add_argument("--resume", action="store_true", help="resume the checkpoint at --out, with its settings")
+    for name, *values, allowed, meaning in table:
+        assert len(values) == len(RECIPES), f"the row {name} needs a value for each of {RECIPES}"
+        defaults = ", ".join(f"{recipe}: {value}" for recipe, value in zip(RECIPES, values))
+        choices = f" {{{allowed}}}" if "|" in allowed else ""
+        parser.add_argument("--" + name, type=checked(type(values[0]), allowed),
+                            metavar=type(values[0]).__name__.upper(),
+                            help=f"{meaning}{choices} ({defaults})".replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    recipe, why = given.get("recipe"), "as given"
+    if recipe is None:
+        found = os.path.isdir("data/imagenet/train")
+        recipe, why = RECIPES[found], f"data/imagenet/train {'exists' if found else 'does not exist'}"
+    settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + RECIPES.index(recipe)] for row in table}
+    checkpoint = None
+    if given.get("resume"):
+        out = given.get("out", settings["out"])
+        checkpoint = load_checkpoint(out, "the same command without --resume", kind)
+        if "training" not in checkpoint:
+            stop(f"{out} holds weights without a training state (imported weights have none); leave out --resume")
+        settings, why = settings | checkpoint["config"], f"as in {out}"
+        for name in given.keys() - {"resume", *MAY_CHANGE}:
+            if given[name] != settings.get(name):
+                stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
+    settings |= given
+    if checkpoint and settings["steps"] < checkpoint["step"]:
+        parser.error(f"--steps must be at least {checkpoint['step']}, the step of {out}, got {settings['steps']}")
+    if kind and not settings["out"].endswith(".pt"):  # the log and the picture have the same name without .pt
+        parser.error(f"--out must end in .pt, got {settings['out']}")
+    check_outputs(settings["out"])
+    if is_main():
+        print(f"recipe {settings['recipe']}: {why}", flush=True)
+    return SimpleNamespace(**settings), checkpoint
+
+
+def check_outputs(*paths):
+    """Exit before any work if a file can't be written to one of the paths; None is skipped."""
+    try:
+        for path in filter(None, paths):
+            check_output(path)
+    except ValueError as problem:
+        stop(str(problem))
+
+
+def listed(names, first=3):
+    """The first names as text, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - first} more" if len(names) > first else ""
+    return (", ".join(names[:first]) or "nothing") + more

@@ -1,0 +1,111 @@
+"""Files that a kill or a full disk leaves whole, and the reading of checkpoints."""
+import contextlib
+import errno
+import json
+import math
+import os
+import sys
+import zipfile
+
+import torch
+
+
+def check_output(path):
+    """ValueError if a file can't be written to path."""
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {folder} to write {path} to")
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, so no file can be written there; move it away, or choose another name")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"{path} can't be written: permission denied")
+
+
+@contextlib.contextmanager
+def atomic_open(path, mode="wb", **how):
+    """An open file that takes the place of path at the end of this context, so that a kill at any moment or a full disk
+    leaves the old file or the new one, whole. An OSError names path. A link stays, and its target is written."""
+    target = os.path.realpath(path)
+    try:
+        with naming(path), open(target + ".tmp", mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(target + ".tmp", target)
+    finally:
+        with contextlib.suppress(OSError):  # it has been renamed
+            os.remove(target + ".tmp")
+
+
+@contextlib.contextmanager
+def naming(path):
+    """In this context an OSError names path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:  # torch.save hides an OSError in a RuntimeError
+        while problem and not isinstance(problem, OSError):
+            problem = problem.__context__
+        if not problem:
+            raise
+        raise OSError(problem.errno or errno.EIO, problem.strerror or str(problem), path) from None
+
+
+def write_json(content, path):
+    with atomic_open(path, "w") as file:
+        json.dump(content, file, indent=1)
+
+
+def read_json(path):
+    """The dict in a JSON file; {} if there is none."""
+    try:
+        with open(path) as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def save_checkpoint(checkpoint, path):
+    with atomic_open(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path, made_by, *kinds):
+    """The dict in a checkpoint of one of these kinds; exits with one sentence if there is none.
+
+    made_by: the command that makes one, for the message.
+    """
+    try:
+        checkpoint = read_checkpoint(path)
+        if (kind := checkpoint.get("kind")) not in kinds:
+            raise ValueError(f"{path} is not a {' or '.join(kinds)} checkpoint"
+                             f"{f' but a {kind} checkpoint' if kind else ''}")
+    except ValueError as problem:
+        sys.exit(f"error: {problem}; make it with: {made_by}")
+    return checkpoint
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint. ValueError if there is none, it is damaged, or a number in it is not finite."""
+    previous = f"; {path}.previous is the one before it" if os.path.isfile(f"{path}.previous") else ""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no checkpoint {path}{previous}")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check the checksums
+            if archive.testzip():
+                raise ValueError
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as problem:  # both fail in many ways on a file that is no checkpoint
+        raise ValueError(f"{path} can't be read as a checkpoint ({type(problem).__name__}){previous}") from None
+    if where := not_finite(checkpoint):
+        raise ValueError(f"{path} holds numbers that are not finite ({where}){previous}")
+    return checkpoint
+
+
+def not_finite(value, name=""):
+    """The name of the first number, or tensor with one, that is NaN or infinite in nested dicts and lists; "" if there
+    is none."""
+    if isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        return next(filter(None, (not_finite(part, f"{name} {key}".strip()) for key, part in parts)), "")
+    finite = value.isfinite().all() if torch.is_tensor(value) else not isinstance(value, float) or math.isfinite(value)
+    return "" if finite else name

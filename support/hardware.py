@@ -1,0 +1,80 @@
+"""The device and how it is used: process group, number formats, attention kernels, torch.compile, memory."""
+import ctypes
+import os
+import re
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from support.command_line import stop
+from support.distributed import rank_and_world_size
+
+
+def init_distributed(device, tf32=True):
+    """Choose the device, and join the process group if torchrun started this process.
+
+    device: "auto", "cpu", "cuda" or "cuda:N".  Returns (device, rank, world size).
+    """
+    gpus = torch.cuda.device_count()
+    device = ("cuda" if gpus else "cpu") if device == "auto" else device
+    if not re.fullmatch("cpu|cuda(:[1-9]?[0-9])?", device):
+        stop(f"--device must be auto, cpu, cuda or cuda:N, got {device}")
+    device = torch.device(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu and (device.index or 0) >= gpus:
+        stop(f"--device {device} was given, but PyTorch sees {gpus} GPUs; use --device cpu")
+    set_tf32(tf32)
+    keep_freed_memory()
+    if "RANK" in os.environ:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if on_gpu and (device.index is not None or local_rank >= gpus):
+            stop(f"each process needs its own GPU; give torchrun --nproc_per_node at most {gpus}, and --device cuda")
+        if on_gpu:
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    return device, *rank_and_world_size()
+
+
+def set_tf32(on):
+    """Whether GPUs that have TF32 use it for float32 products."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def keep_freed_memory():
+    """Have glibc keep the memory that PyTorch frees. By default it returns large blocks to the system, and the page
+    faults of the next step's tensors take up to a tenth of the digits' training. No effect with other C libraries."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: blocks of any size come from the heap
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def fast_bf16(device):
+    """Whether the processor multiplies bfloat16 fast. Many CPUs only emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def autocast(device, bf16):
+    """Automatic mixed precision in bfloat16: "on", "off", or "auto", on where it is fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or bf16 == "auto" and fast_bf16(device))
+
+
+def set_switches(model, cfg):
+    """Set fused attention and activation checkpointing (recompute) in all parts of a model."""
+    for module in model.modules():
+        for name in ("fused_attention", "recompute"):
+            if hasattr(module, name):
+                setattr(module, name, getattr(cfg, name))
+
+
+def parallel(model, device, cfg):
+    """The model as the training loop calls it: compiled if cfg.compile, in DDP if there is a process group."""
+    model = torch.compile(model) if cfg.compile else model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids) if dist.is_initialized() else model
