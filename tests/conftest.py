@@ -3,16 +3,14 @@ import numpy as np
 import pytest
 import torch
 
-import common
-import data.digits_classifier
-import data.reading
+import data.loader
 import evaluate_fid
 import sample
 from data import open_dataset
-from data.digits_classifier import train_classifier
 from fsdd import Denoiser
-from paper import variants
+from published import digits_classifier
 from published.inception import InceptionV3
+from support.files import save_checkpoint
 from tokenizer import SetTokenizer
 
 
@@ -21,7 +19,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes many minutes; runs only with --slow")
+    config.addinivalue_line("markers", "slow: takes many seconds or minutes; runs only with --slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -33,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test draws the same random numbers at every run."""
+    """Every test draws the same random numbers in every run."""
     torch.manual_seed(0)
 
 
@@ -43,24 +41,22 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     torch.manual_seed(0)
     tokenizer_config = dict(image_size=28, channels=1, patch_size=7, num_tokens=6, codebook_size=64, code_dim=5,
-                            width=32,
-                            heads=2, encoder_layers=1, decoder_layers=1)
+                            width=32, heads=2, encoder_layers=1, decoder_layers=1)
     model_config = dict(codebook_size=64, num_tokens=6, num_classes=10, width=16, layers=1, heads=2)
     tokenizer, denoiser = SetTokenizer(**tokenizer_config), Denoiser(**model_config)
     for parameter in [*tokenizer.parameters(), *denoiser.parameters()]:
-        # large random matrices, so that different digits get different tokens and those other pixels
+        # large random matrices, so that different digits get different tokens and these give different pixels
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     stage1 = {"kind": "tokenizer", "model_config": tokenizer_config, "weights": tokenizer.state_dict(),
               "class_names": list("0123456789"), "config": {"data": "digits"}}
-    torch.save(stage1, folder / "tokenizer.pt")
-    torch.save(stage1 | {"kind": "fsdd", "model_config": model_config, "weights": denoiser.state_dict(),
-                         "tokenizer": stage1,
-                         "generation": {"prior": "multinomial", "steps": 3, "guidance": [1.0, 1.0, 1.0], "top_p": 1.0,
-                                        "top_k": 2, "adjust_from": 0.65}}, folder / "fsdd.pt")
-    net = train_classifier(few_digits("train", 1000))
-    common.save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()},
-                           str(folder / "digits_classifier.pt"))
+    generation = {"prior": "multinomial", "sampler": "paper", "steps": 3, "guidance": "1", "top_p": 1.0, "top_k": 2}
+    save_checkpoint(stage1, folder / "tokenizer.pt")
+    save_checkpoint(stage1 | {"kind": "fsdd", "denoiser": "dense", "model_config": model_config,
+                              "weights": denoiser.state_dict(), "tokenizer": stage1, "generation": generation},
+                    folder / "fsdd.pt")
+    net = digits_classifier.train_classifier(few_digits("train", 1000))
+    save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, folder / "digits_classifier.pt")
     sample.main(["--ckpt", str(folder / "fsdd.pt"), "--num=150", "--seed=9", f"--out={folder}/generated.npz",
                  "--device=cpu"])
     np.savez(folder / "test.npz", arr_0=few_digits("test", 300).images.permute(0, 2, 3, 1).numpy())
@@ -68,6 +64,7 @@ def digits(tmp_path_factory):
 
 
 def few_digits(split, number):
+    """The first digits of a split."""
     dataset = open_dataset("digits", split, 28)
     dataset.images, dataset.labels = dataset.images[:number], dataset.labels[:number]
     return dataset
@@ -75,21 +72,23 @@ def few_digits(split, number):
 
 @pytest.fixture
 def small_digits(monkeypatch):
-    """evaluate_fid sees 600 training and 400 test digits."""
+    """evaluate_fid.py has 600 training and 400 test digits."""
     number = {"train": 600, "test": 400}
-    for module in (evaluate_fid, data.digits_classifier):
-        monkeypatch.setattr(module, "open_dataset", lambda where, split, size: few_digits(split, number[split]))
+    for module in (evaluate_fid, digits_classifier):
+        monkeypatch.setattr(module, "open_dataset", lambda data, split, size: few_digits(split, number[split]))
 
 
 @pytest.fixture
 def few_to_train_on(monkeypatch):
-    """Both trainings see 300 training and 300 test digits."""
-    monkeypatch.setattr(data.reading, "open_dataset", lambda where, split, size, **training: few_digits(split, 300))
+    """Both trainings have 300 training and 300 test digits."""
+    monkeypatch.setattr(data.loader, "open_dataset", lambda data, split, size, **training: few_digits(split, 300))
 
 
 @pytest.fixture
 def cache(digits, small_digits, few_to_train_on, tmp_path, monkeypatch):
-    """An empty folder of variants, which the tests work above; they train on 300 digits and are measured on 400."""
+    """A folder for the variants of a table, not yet made, in the working directory. Variants are trained on 300 digits
+    and measured on 400."""
+    from paper import variants
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(variants, "FOLDER", "cache")
     monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
@@ -97,7 +96,7 @@ def cache(digits, small_digits, few_to_train_on, tmp_path, monkeypatch):
 
 
 def inception_weights():
-    """Random weights by the published names, such that activations keep their size through the network."""
+    """Random weights under the published names, such that activations keep their size through the network."""
     torch.manual_seed(0)
     net = InceptionV3()
     for module in net.modules():
@@ -108,7 +107,7 @@ def inception_weights():
             torch.nn.init.normal_(module.bias, std=0.1)
             torch.nn.init.normal_(module.running_mean, std=0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-    # classes that tell images apart: at right angles to what the features of all images have in common
+    # class weights at right angles to what the features of all images have in common, so that classes differ
     with torch.no_grad():
         mean = torch.nn.functional.normalize(net(pictures(8, 64, seed=9))[0].mean(0), dim=0)
         weight = torch.nn.init.normal_(net.fc.weight, std=0.2)
@@ -129,8 +128,7 @@ def weight_file(weights, tmp_path_factory):
 
 
 def pictures(number, size, channels=3, seed=0):
-    """Images (number, channels, size, size) uint8 of smooth colours and some noise, so that they differ from one
-    another."""
+    """Images (number, channels, size, size) uint8 of smooth colours and some noise, all different."""
     random = torch.Generator().manual_seed(seed)
     coarse = torch.rand(number, channels, 4, 4, generator=random) * 255
     smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic")
