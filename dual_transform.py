@@ -4,7 +4,7 @@
     counts  [0, 0, 2, 0, 0, 1, 0, 1]      X[j] = how often code j occurs (Eq. 2); the sum is M (Eq. 3)
 
 Nothing is lost but the order, and the order means nothing to the set tokenizer. So a model of count vectors, which have
-a fixed length C, whole numbers and a fixed sum, is a model of sets.
+a fixed length C, integer values and a fixed sum, is a model of sets.
 """
 import math
 
@@ -16,9 +16,8 @@ def tokens_to_counts(tokens, codebook_size):
 
     tokens: (B, M) int64 in [0, C), any order, any device.  codebook_size: C.
     Returns counts (B, C) int64, every row sums to M (Eq. 3).
-    Raises ValueError for another dtype or shape; scatter_add itself raises RuntimeError for a token outside [0, C).
+    Raises RuntimeError (by scatter_add) for another dtype, or a token outside [0, C).
     """
-    check_integers("tokens", tokens, "(B, M)")
     counts = tokens.new_zeros(tokens.shape[0], codebook_size)
     return counts.scatter_add_(1, tokens, torch.ones_like(tokens))
 
@@ -28,10 +27,8 @@ def counts_to_tokens(counts):
 
     counts: (B, C) int64, none negative, every row with the same sum M, any device.
     Returns tokens (B, M) int64, ascending in every row.
-    Raises ValueError for another dtype or shape, or rows with unequal sums; repeat_interleave itself raises
-    RuntimeError for a negative count.
+    Raises ValueError for rows with unequal sums, and RuntimeError (by repeat_interleave) for a negative count.
     """
-    check_integers("counts", counts, "(B, C)")
     B, C = counts.shape
     sums = counts.sum(1)
     if (sums != sums[:1]).any():
@@ -48,11 +45,3 @@ def set_bits(num_tokens, codebook_size):
 def sequence_bits(num_tokens, codebook_size):
     """log2 of the number of sequences of M tokens out of C codes, C^M (Sec. 4.2.4)."""
     return num_tokens * math.log2(codebook_size)
-
-
-def check_integers(name, x, shape):
-    """Raise ValueError unless x is a two-dimensional int64 tensor."""
-    if not torch.is_tensor(x) or x.dtype != torch.int64:
-        raise ValueError(f"{name} must be an int64 tensor, got {x.dtype if torch.is_tensor(x) else type(x).__name__}")
-    if x.ndim != 2:
-        raise ValueError(f"{name} must have the shape {shape}, got {tuple(x.shape)}")

@@ -9,7 +9,6 @@ Shapes: B vectors, C codes, counts 0..M.  Time t runs from data (0) to noise (1)
 1 - t, as in the authors' release.
 """
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +82,8 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
     Returns x (B, C) int64 and log_prob, a function: counts (B, C) -> log p of each (B, C), for integers in [0, M].
     Where std is 0, all of p is on the integer nearest to the mean.
     """
-    x = mean.round().long()
-    log_z = torch.zeros_like(mean)
+    nearest = mean.round()
+    x, log_z = nearest.long(), torch.zeros_like(mean)
     # Most codes do not move (std = 0), and for the n that do, 8 std either side hold all but exp(-32) of the weight.
     # So a table (n, K) of few integers stands for the (B, C, M + 1) of the formula.
     moving = std > 0
@@ -96,13 +95,12 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
         log_p = (-((k - m) / s) ** 2 / 2).masked_fill(k > last, -math.inf)
         x[moving] = k.long().gather(1, draw(log_p.softmax(1), uniform[moving], top_k=top_k)[:, None])[:, 0]
         log_z[moving] = log_p.logsumexp(1)
-    return x, partial(gaussian_log_prob, mean=mean, std=std, log_z=log_z)
 
+    def log_prob(k):
+        spike = torch.zeros_like(mean).masked_fill(k != nearest, -math.inf)
+        return torch.where(moving, -((k - mean) / std) ** 2 / 2 - log_z, spike)
 
-def gaussian_log_prob(k, mean, std, log_z):
-    """log p(k) of the Gaussians of discrete_gaussian(). k: (B, C) integers in [0, M].  log_z: (B, C), log of Z."""
-    spike = torch.zeros_like(mean).masked_fill(k != mean.round(), -math.inf)
-    return torch.where(std > 0, -((k - mean) / std) ** 2 / 2 - log_z, spike)
+    return x, log_prob
 
 
 def draw(p, uniform, top_p=1.0, top_k=0):

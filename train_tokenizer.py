@@ -219,8 +219,7 @@ def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, c
                 recon, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], False, skip)
             mse = F.mse_loss(recon.float(), images[part])
             loss = cfg.squared * mse + quantizer_loss + cfg.uniformity * uniformity(latents)
-            if pixel_losses:  # the paper's recipe: perceptual and adversarial loss
-                loss = loss + pixel_losses(recon.float(), images[part], step)
+            loss = loss + pixel_losses(recon.float(), images[part], step)  # perceptual, adversarial; digits: 0
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, mse, quantizer_loss]).detach() * (len(tokens) / B)
             codes.record(tokens, latents)
@@ -234,7 +233,7 @@ def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, c
             optimizer.zero_grad()
         ema.update_parameters(model)
         codes.update(step, rows, random)
-        more = pixel_losses.train_discriminator(images, step) if pixel_losses else {}
+        more = pixel_losses.train_discriminator(images, step)
 
         # once in a while: log, save, reconstruct test images
         done, last = step + 1, step + 1 == cfg.steps
@@ -243,10 +242,8 @@ def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, c
             report(log, progress, done, losses, codes.in_use, lr_scale * cfg.lr)
         stopped = signals.received()
         if stopped or done % cfg.save_every == 0 or last:
-            optimizers_of_both, state = optimizers, {}
-            if pixel_losses:
-                optimizers_of_both, state = optimizers + pixel_losses.optimizers, pixel_losses.state()
-            save_training(header, done, cfg, model, ema, optimizers_of_both, idle=codes.idle, **state)
+            save_training(header, done, cfg, model, ema, optimizers + pixel_losses.optimizers, idle=codes.idle,
+                          **pixel_losses.state())
             if stopped:
                 stop_by_signal(stopped, cfg.out)
         if done % cfg.picture_every == 0 or last:

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
 import sample  # noqa: E402
 import train_tokenizer  # noqa: E402
-from data import digits_classifier, open_dataset, pictures  # noqa: E402
-from data.digits_classifier import share_read_as  # noqa: E402
+from data import open_dataset  # noqa: E402
 from dual_transform import tokens_to_counts  # noqa: E402
 from fsdd import refine  # noqa: E402
+from published import digits_classifier  # noqa: E402
+from published.digits_classifier import share_classified_as  # noqa: E402
+from support.hardware import autocast  # noqa: E402
+from support.pictures import to_uint8  # noqa: E402
+from support.seeds import generator  # noqa: E402
 
 failed = []
 
@@ -61,7 +64,7 @@ def check_tokenizer(tokenizer, test):
     tokens = encode(tokenizer, test)
     rich = ((tokens_to_counts(tokens, C) > 0).sum(1) >= M / 2).double().mean().item()
     check("test digits with at least M / 2 distinct codes", f"{rich:.1%}", rich > 0.5, "> 50 %")
-    order = torch.rand(tokens.shape, generator=common.generator("cpu", "order", 0)).argsort(1)
+    order = torch.rand(tokens.shape, generator=generator("cpu", "order", 0)).argsort(1)
     moved = (tokenizer.decode(tokens[:500]) - tokenizer.decode(tokens.gather(1, order)[:500])).abs().max().item()
     check("largest pixel change by the order of tokens", f"{moved:.1e}", moved < 1e-5, "< 1e-5")
     return tokens
@@ -72,16 +75,16 @@ def encode(tokenizer, digits):
 
 
 def check_samples(net, tokenizer, tokens, test):
-    """1000 samples by sample.py: read as what was asked for, and varied."""
-    reconstructed = pictures.to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
-    print(f"     reconstructed test digits read as their label: {share_read_as(net, reconstructed, test.labels):.2%}")
+    """1000 samples by sample.py: classified as their label, and varied."""
+    reconstructed = to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
+    print(f"     reconstructed test digits classified as their label: {share_classified_as(net, reconstructed, test.labels):.2%}")
     subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"],
                    check=True)
     with np.load("check.npz") as file:
         images, labels = torch.from_numpy(file["arr_0"])[..., 0][:, None], torch.from_numpy(file["arr_1"])
     os.remove("check.npz")
-    accuracy = share_read_as(net, images, labels)
-    check("samples read as the class asked for", f"{accuracy:.1%}", accuracy >= 0.97, ">= 97 %")
+    accuracy = share_classified_as(net, images, labels)
+    check("samples classified as their label", f"{accuracy:.1%}", accuracy >= 0.97, ">= 97 %")
     ours, theirs = spread(images, labels), spread(reconstructed, test.labels)
     print(f"     spread within a class: samples {ours:.3f}, reconstructed test digits {theirs:.3f}")
     check("spread of samples against that of test digits", f"{ours / theirs:.3f}", ours / theirs >= 0.85, ">= 0.85")
@@ -113,10 +116,10 @@ def check_fid():
     fid = measure("tokenizer.pt")["digits_fid"]
     check("digits FID of tokenizer.pt", f"{fid:.1f}", fid <= 35, "<= 35")
     found = measure("fsdd.pt")
-    fid, recall, read = (found[name] for name in ("digits_fid", "digits_recall", "read_as_label"))
+    fid, recall, read = (found[name] for name in ("digits_fid", "digits_recall", "classified_as_label"))
     check("digits FID of fsdd.pt", f"{fid:.1f}", fid <= 55, "<= 55")
     check("recall of fsdd.pt", f"{recall:.3f}", recall >= 0.15, ">= 0.15")
-    check("2000 samples read as the class asked for", f"{read:.1%}", read >= 0.98, ">= 98 %")
+    check("2000 samples classified as their label", f"{read:.1%}", read >= 0.98, ">= 98 %")
     fids = {steps: measure("fsdd.pt", f"--steps={steps}")["digits_fid"] for steps in (6, 12, 25, 50)}
     worse = max(fids[more] - fids[fewer] for fewer in fids for more in fids if more > fewer)
     check("digits FID in " + ", ".join(f"{steps} steps {fid:.1f}" for steps, fid in fids.items())
@@ -132,8 +135,8 @@ def check_generation(denoiser, tokenizer, settings, tokens, train):
     seconds = float(finished.stdout.split(" images in ")[1].split(" s")[0])
     check("100 digits by sample.py, decoding included", f"{seconds} s", seconds <= 2.5, "<= 2.5 s")
     labels = torch.arange(10).repeat_interleave(10)
-    with common.autocast(torch.device("cpu"), "auto"):
-        states = list(refine(denoiser, labels, **settings, generator=common.generator("cpu", "sample", 2)))
+    with autocast(torch.device("cpu"), "auto"):
+        states = list(refine(denoiser, labels, **sample.refine_arguments(settings), generator=generator("cpu", "sample", 2)))
     sums = all((x.sum(1) == M).all() and x.min() >= 0 for x in states)
     check("every state of generation sums to M", sums, sums, "True")
     known = tokens_to_counts(encode(tokenizer, train), C)

@@ -19,8 +19,8 @@ from support.training import check_finite
 class PixelLosses:
     """The perceptual loss, by ConvNeXt as published, and the adversarial loss, by a discriminator in training.
 
-    convnext, discriminator: or None.  checkpoint: of train_tokenizer.py, or None.  cfg: the settings of
-    train_tokenizer.py.
+    convnext, discriminator: None leaves out its loss.  checkpoint: of train_tokenizer.py, or None.
+    cfg: the settings of train_tokenizer.py.
     """
 
     def __init__(self, convnext, discriminator, checkpoint, cfg):
@@ -97,8 +97,8 @@ def discriminator_loss(real, fake, lecam, weight):
 
 
 def load_networks(cfg, checkpoint, device):
-    """MaskGIT-VQGAN and the PixelLosses of the paper's recipe, each None if it is not needed (any more). ValueError if
-    a file is missing or settings do not fit together."""
+    """MaskGIT-VQGAN, None if it is not needed (any more), and the PixelLosses. ValueError if a file is missing or
+    settings do not fit together."""
     vqgan, convnext, discriminator = None, None, None
     if cfg.proxy_steps > cfg.steps:
         raise ValueError(f"proxy_steps {cfg.proxy_steps} is more than all steps, {cfg.steps}")
@@ -115,4 +115,4 @@ def load_networks(cfg, checkpoint, device):
     if cfg.adversarial and cfg.proxy_steps < cfg.steps:
         torch.manual_seed(cfg.seed)
         discriminator = Discriminator(cfg.discriminator).to(device)
-    return vqgan, PixelLosses(convnext, discriminator, checkpoint, cfg) if convnext or discriminator else None
+    return vqgan, PixelLosses(convnext, discriminator, checkpoint, cfg)
