@@ -13,17 +13,17 @@ SIZES = [(1, 1, 1), (5, 3, 7), (4, 32, 64), (3, 128, 4096), (2, 50, 1), (6, 0, 5
 @pytest.mark.parametrize("B, M, C", SIZES)
 def test_tokens_come_back_sorted(B, M, C):
     """Broken: an image's tokens would change on the way to counts and back."""
-    tokens = torch.randint(C, (B, M), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(C, (B, M))
     counts = tokens_to_counts(tokens, C)
     assert counts.dtype == torch.int64 and counts.shape == (B, C)
     assert (counts.sum(1) == M).all()  # Eq. 3
-    if B:  # an empty batch of counts doesn't know M
+    if B:  # an empty batch of counts does not know M
         assert torch.equal(counts_to_tokens(counts), tokens.sort(1).values)
         assert torch.equal(tokens_to_counts(counts_to_tokens(counts), C), counts)
 
 
 def test_every_set_has_its_own_count_vector():
-    """Broken: two sets would share a count vector, or some count vector would stand for no set."""
+    """Broken: two sets would share a count vector, or some count vector would represent no set."""
     M, C = 4, 5
     sets = torch.tensor(list(itertools.combinations_with_replacement(range(C), M)))
     counts = tokens_to_counts(sets, C)
@@ -33,58 +33,37 @@ def test_every_set_has_its_own_count_vector():
     assert set_bits(M, C) == pytest.approx(math.log2(len(sets)))
 
 
-def test_order_does_not_matter():
-    """Broken: counts would depend on the order of tokens, and would not describe a set."""
-    g = torch.Generator().manual_seed(1)
-    tokens = torch.randint(9, (50, 20), generator=g)
-    shuffled = tokens.gather(1, torch.rand(50, 20, generator=g).argsort(1))
+def test_counts_do_not_depend_on_the_order_of_tokens():
+    """Broken: counts would not describe a set."""
+    tokens = torch.randint(9, (50, 20))
+    shuffled = tokens.gather(1, torch.rand(50, 20).argsort(1))
     assert not torch.equal(tokens, shuffled)
     assert torch.equal(tokens_to_counts(tokens, 9), tokens_to_counts(shuffled, 9))
 
 
 def test_counts_by_hand():
-    """Broken: Eq. 2, against an example that can be checked by eye."""
+    """Broken: Eq. 2, in the README's example."""
     assert tokens_to_counts(torch.tensor([[7, 2, 2, 5]]), 8).tolist() == [[0, 0, 2, 0, 0, 1, 0, 1]]
 
 
 def test_bits_of_the_paper():
-    """Broken: the sizes of the two spaces (Sec. 4.2.4) for M = 128, C = 4096."""
+    """Broken: the sizes of the two spaces for M = 128, C = 4096 (Sec. 4.2.4)."""
     assert round(set_bits(128, 4096)) == 823 and sequence_bits(128, 4096) == 1536
 
 
-def change(tensor, index, value):
-    tensor = tensor.clone()
-    tensor[index] = value
-    return tensor
-
-
-tokens, counts = torch.zeros(3, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64)
+tokens = torch.zeros(3, 4, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda: tokens_to_counts(tokens.int(), 8), "int64 tensor, got torch.int32"),
-    (lambda: tokens_to_counts(tokens.float(), 8), "int64 tensor, got torch.float32"),
-    (lambda: tokens_to_counts([[1, 2]], 8), "int64 tensor, got list"),
-    (lambda: tokens_to_counts(tokens[0], 8), r"shape \(B, M\), got \(4,\)"),
-    (lambda: counts_to_tokens(change(counts, (2, 0), 3)), r"same sum, got \[4, 6\]"),
+    (lambda: tokens_to_counts(tokens.float(), 8), "Expected dtype int32/int64 for index"),
+    (lambda: tokens_to_counts(tokens[0], 8), "same number of dimensions"),
+    (lambda: tokens_to_counts(tokens + 8, 8), "index 8 is out of bounds"),
+    (lambda: tokens_to_counts(tokens - 1, 8), "index -1 is out of bounds"),
+    (lambda: counts_to_tokens(torch.ones(3, 4)), "not implemented for 'Float'"),
     (lambda: counts_to_tokens(torch.tensor([[3, 0], [2, 3]])), r"same sum, got \[3, 5\]"),  # 8 tokens, but not 4 a row
-    (lambda: counts_to_tokens(counts.float()), "int64 tensor, got torch.float32"),
-    (lambda: counts_to_tokens(counts[None]), r"shape \(B, C\), got \(1, 3, 4\)"),
+    (lambda: counts_to_tokens(torch.tensor([[4, -2, 2]])), "negative"),
 ])
-def test_bad_input_is_refused(wrong, words):
-    """Broken: bad input would be taken silently, or the message would not say what is wrong and where."""
-    with pytest.raises(ValueError, match=words):
-        wrong()
-
-
-@pytest.mark.parametrize("wrong, words", [
-    (lambda: tokens_to_counts(change(tokens, (1, 2), 8), 8), "index 8 is out of bounds"),
-    (lambda: tokens_to_counts(change(tokens, (2, 0), -1), 8), "index -1 is out of bounds"),
-    (lambda: tokens_to_counts(tokens, 0), "index 0 is out of bounds"),
-    (lambda: counts_to_tokens(change(change(counts, (1, 3), -2), (1, 0), 4)), "negative"),
-])
-def test_impossible_values_give_no_result(wrong, words):
-    """Broken: values that no set has would give the counts or tokens of another set; nothing checks them before
-    PyTorch."""
-    with pytest.raises(RuntimeError, match=words):
+def test_bad_input_gives_no_result(wrong, words):
+    """Broken: values that no set has would give the counts or tokens of another set."""
+    with pytest.raises((ValueError, RuntimeError), match=words):
         wrong()
