@@ -1,0 +1,139 @@
+"""Options from the tables of hyperparameters, --resume, and errors of one sentence."""
+import importlib
+import os
+
+import pytest
+
+import sample
+from support.command_line import check_outputs, checked, listed, parse
+from support.files import save_checkpoint
+
+TABLE = [
+    ("steps", 10, 1000, "[1, inf)", "steps"), ("lr", 1e-3, 1e-4, "(0, inf)", "rate in %"),
+    ("flip", False, True, "", "mirror"), ("ema", 0.9, 0.9, "[0, 1)", "decay"), ("tf32", True, True, "", "switch"),
+    ("bf16", "auto", "auto", "auto | on | off", "bfloat16"), ("data", "digits", "imagenet", "", "images"),
+    ("out", "a.pt", "a.pt", "", "checkpoint"),
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def settings(*argv):
+    return parse(TABLE, "what it does", "fsdd", argv)[0]
+
+
+def test_recipe_chooses_the_column(tmp_path, capsys):
+    """Broken: the digits would be trained with ImageNet's settings or the reverse, or the choice would not be said."""
+    cfg = settings()
+    assert (cfg.recipe, cfg.steps, cfg.flip) == ("digits", 10, False)
+    assert "recipe digits: data/imagenet/train does not exist" in capsys.readouterr().out
+    os.makedirs("data/imagenet")
+    os.symlink(tmp_path, "data/imagenet/train")
+    cfg = settings()
+    assert (cfg.recipe, cfg.steps, cfg.flip) == ("imagenet256", 1000, True)
+    assert "recipe imagenet256: data/imagenet/train exists" in capsys.readouterr().out
+    assert settings("--recipe", "digits").steps == 10
+
+
+def test_values_have_the_types_of_the_table():
+    """Broken: --key value and --key=value would not both work, or give another type than the table's."""
+    cfg = settings("--recipe=digits", "--steps", "7", "--lr=3e-4", "--flip", "true", "--out=b.pt", "--tf32=No")
+    assert (cfg.steps, cfg.lr, cfg.flip, cfg.out, cfg.tf32, cfg.ema) == (7, 3e-4, True, "b.pt", False, 0.9)
+    assert isinstance(cfg.lr, float) and isinstance(settings("--lr=1").lr, float)
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--stepz=7", "--stepz"), ("--step=7", "--step"), ("--steps=x", "--steps: invalid int value"),
+    ("--steps=1.5", "--steps: invalid int value"), ("--flip=maybe", "--flip: must be true or false"),
+    ("--steps=0", "--steps: must lie in [1, inf), got 0"), ("--lr=0", "--lr: must lie in (0, inf)"),
+    ("--lr=nan", "--lr"), ("--lr=inf", "--lr"), ("--ema=1", "--ema: must lie in [0, 1)"),
+    ("--steps=" + 20 * "9", "--steps: must lie in [1, inf)"),
+    ("--bf16=maybe", "--bf16: must be one of auto, on, off, got 'maybe'"), ("--recipe=cifar", "--recipe"),
+    ("--out=a.csv", "--out must end in .pt"), ("--out=", "--out must end in .pt"), ("--resume=1", "--resume")])
+def test_wrong_options_get_one_sentence(argument, words, capsys):
+    """Broken: a misspelt option or a value that makes no sense would be taken for something else."""
+    with pytest.raises(SystemExit) as stopped:
+        settings(argument)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_outputs_are_checked_before_the_work():
+    """Broken: a training would end when it first saves."""
+    os.mkdir("folder.pt")
+    for path in ("none/a.pt", "folder.pt"):
+        with pytest.raises(SystemExit, match=f"^error: [^\n]*{path}"):
+            settings(f"--out={path}")
+        with pytest.raises(SystemExit, match=path):
+            check_outputs(None, "good", path)
+
+
+def test_help_names_every_option(capsys):
+    """Broken: --help would lack a row of the table, its recipes or its allowed words, or end in an error of argparse,
+    which takes % for a format."""
+    with pytest.raises(SystemExit) as stopped:
+        settings("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "what it does" in text and all("--" + row[0] in text for row in TABLE)
+    assert "rate in % (digits: 0.001, imagenet256: 0.0001)" in text and "bfloat16 {auto | on | off}" in text
+
+
+def test_resume_takes_the_settings_of_the_checkpoint(capsys):
+    """Broken: a resumed run would train with other settings than the run that it continues."""
+    config = {"recipe": "digits", "resume": False, "steps": 50, "lr": 0.5, "flip": True, "ema": 0.9, "tf32": True,
+              "bf16": "off", "data": "digits", "out": "old.pt"}
+    checkpoint = {"kind": "fsdd", "step": 50, "config": config, "training": {}}
+    save_checkpoint(checkpoint, "b.pt")
+    cfg, found = parse(TABLE, "", "fsdd", ["--resume", "--out=b.pt", "--steps=60", "--lr=0.5", "--data=moved"])
+    assert vars(cfg) == config | {"resume": True, "steps": 60, "out": "b.pt", "data": "moved"} and found == checkpoint
+    for argument, words in (("--lr=0.1", "--lr 0.1 can't change with --resume: b.pt was trained with 0.5"),
+                            ("--steps=49", "--steps must be at least 50, the step of b.pt, got 49"),
+                            ("--out=none.pt", "there is no checkpoint none.pt")):
+        with pytest.raises(SystemExit) as stopped:
+            settings("--resume", "--out=b.pt", argument)
+        assert words in f"{stopped.value.code} {capsys.readouterr().err}"
+    with pytest.raises(SystemExit, match="is not a tokenizer checkpoint but a fsdd checkpoint"):
+        parse(TABLE, "", "tokenizer", ["--resume", "--out=b.pt"])
+    save_checkpoint({"kind": "fsdd", "config": {}}, "imported.pt")
+    with pytest.raises(SystemExit, match="weights without a training state"):
+        settings("--resume", "--out=imported.pt")
+
+
+@pytest.mark.parametrize("interval, inside, outside", [
+    ("[0, 1)", (0, 0.5), (-0.1, 1, float("nan"))), ("(0, 1]", (0.5, 1), (0, 1.5)),
+    ("[1, inf)", (1, 2 ** 63 - 1), (0, 2 ** 63, float("inf"))), ("(0, inf)", (1e-9, 1e18), (0.0, float("inf")))])
+def test_intervals(interval, inside, outside):
+    """Broken: a number outside would pass, such as one that PyTorch's 64 bits can't hold, or one inside be refused."""
+    for value in inside:
+        assert checked(type(value), interval)(str(value)) == value
+    for value in outside:
+        with pytest.raises(Exception, match=f"must lie in .*{interval[1:-1]}"):
+            checked(type(value), interval)(str(value))
+
+
+@pytest.mark.parametrize("module", ["train_tokenizer", "train_fsdd", "paper.table5_priors"])
+def test_defaults_are_allowed(module):
+    """Broken: a script would refuse its own default when it is given, or accept another word than it knows."""
+    table = importlib.import_module(module).HYPERPARAMETERS
+    names = [row[0] for row in table]
+    assert len(set(names)) == len(names)
+    for name, digits, imagenet256, allowed, meaning in table:
+        assert type(digits) is type(imagenet256) and meaning, name
+        assert allowed == "" or allowed[0] in "[(" and not isinstance(digits, str) or " | " in allowed, name
+        assert isinstance(digits, (str, bool)) or allowed, f"{name} is a number without an interval"
+        for value in (digits, imagenet256):
+            assert checked(type(value), allowed)(str(value)) == value, name
+
+
+def test_every_sampler_is_allowed():
+    """Broken: a sampler could not be chosen, or one that does not exist."""
+    words = {row[0]: row[3].split(" | ") for row in sample.GENERATION}
+    assert words["sampler"] == list(sample.SAMPLERS)
+
+
+def test_long_lists_are_shortened():
+    """Broken: a sentence would list a thousand classes."""
+    assert [listed([]), listed(["a", 1]), listed(range(9), 2)] == ["nothing", "a, 1", "0, 1 and 7 more"]

@@ -1,0 +1,120 @@
+"""Muon against torch.optim.Muon and its formula, the groups of weights, the learning rate, exact resume."""
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fsdd import Denoiser
+from support import optimizers
+from support.optimizers import Muon, make_optimizers, orthogonalize, set_lr, warmup_cosine
+
+SHAPES = [(16, 16), (48, 16), (16, 64), (16, 16), (1, 8)]
+
+
+def steps(optimizer_class, number, chosen=range(len(SHAPES)), **settings):
+    """Chosen ones of the weights after a number of steps; starts and gradients are the same in every call."""
+    def draw(i, step):
+        return torch.randn(SHAPES[i], generator=torch.Generator().manual_seed(100 * step + i))
+
+    weights = [torch.nn.Parameter(draw(i, 0)) for i in chosen]
+    optimizer = optimizer_class(weights, lr=0.03, weight_decay=0.1, **settings)
+    for step in range(1, number + 1):
+        for i, weight in zip(chosen, weights):
+            weight.grad = draw(i, step)
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_muon_is_pytorchs(bfloat16, monkeypatch):
+    """Broken: momentum, Nesterov's step, weight decay or the scale of the step would not be those of
+    torch.optim.Muon, which multiplies in bfloat16."""
+    monkeypatch.setattr(optimizers, "fast_bf16", lambda device: bfloat16)
+    start, ours = steps(Muon, 0), steps(Muon, 5)
+    theirs = steps(torch.optim.Muon, 5, adjust_lr_fn="match_rms_adamw")
+    for before, mine, other in zip(start, ours, theirs):
+        assert (mine - other).norm() < 0.02 * (other - before).norm()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_singular_values_move_close_to_one(shape, monkeypatch):
+    """Broken: the iterations would not be those of the coefficients, or change singular vectors."""
+    monkeypatch.setattr(optimizers, "fast_bf16", lambda device: False)
+    u, v = (torch.linalg.qr(torch.randn(side, 8))[0] for side in shape)
+    values = torch.logspace(0, -2, 8)
+    found = orthogonalize(torch.stack([u * values @ v.T, 1e-3 * (u @ v.T), torch.zeros(shape)]))
+    expected = values / values.norm()
+    for a, b, c in optimizers.NEWTON_SCHULZ:
+        expected = a * expected + b * expected ** 3 + c * expected ** 5
+    assert torch.allclose(found[0], u * expected @ v.T, atol=1e-4)
+    assert ((0.6 < torch.linalg.svdvals(found[:2])) & (torch.linalg.svdvals(found[:2]) < 1.3)).all()
+    assert not found[2].any()  # a gradient of zero
+
+
+def test_matrices_of_one_shape_do_not_mix():
+    """Broken: a weight's step would depend on other weights of the same shape."""
+    for i, together in enumerate(steps(Muon, 2)):
+        assert torch.allclose(steps(Muon, 2, [i])[0], together, atol=1e-6)
+
+
+def settings(**changes):
+    return SimpleNamespace(**dict(optimizer="muon", fused_adamw=True, lr=0.2, muon_lr=0.1, weight_decay=0.5) | changes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_weight_has_one_optimizer(optimizer):
+    """Broken: a weight would be left out or stepped twice, or norms, biases and embeddings would decay."""
+    model = Denoiser(12, 6, 3, 32, 2, 2)
+    model.class_embedding.requires_grad_(False)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for decay_all in (False, True):
+        made = make_optimizers(model, settings(optimizer=optimizer), 0.99, decay_all)
+        groups = [group for one in made for group in one.param_groups]
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, trained))
+        decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+        assert decay[id(model.to_logits.weight)] == decay[id(model.blocks[0].mlp[0].weight)] == 0.5
+        for p in (model.to_logits.bias, model.code_embedding, model.count_embedding.weight):
+            assert decay[id(p)] == (0.5 if decay_all else 0.0)
+    with_muon = {id(p) for one in made if isinstance(one, Muon) for p in one.param_groups[0]["params"]}
+    expected = {id(p) for p in model.blocks.parameters() if p.ndim == 2} if optimizer == "muon" else set()
+    assert with_muon == expected
+
+
+def test_warmup_and_cosine():
+    """Broken: the learning rate would not rise over the warm-up and fall along a cosine to its end, or not stay where
+    the end is 1."""
+    assert [warmup_cosine(step, 8, 0, 0.5) for step in (0, 2, 4, 8, 9)] == pytest.approx([1, 0.92678, 0.75, 0.5, 0.5],
+                                                                                         abs=1e-5)
+    assert [warmup_cosine(step, 1000000, 4, 0.1) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert [warmup_cosine(step, 10, 2, 1.0) for step in range(12)] == [0.5] + [1.0] * 11
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizers_resume_exactly(optimizer):
+    """Broken: a resumed training would not give the numbers of an uninterrupted one, or with more --steps follow the
+    old schedule."""
+    cfg = settings(optimizer=optimizer)
+
+    def train(model, made, first, last, total):
+        for step in range(first, last):
+            random = torch.Generator().manual_seed(step)
+            for weight in model.parameters():
+                weight.grad = torch.randn(weight.shape, generator=random)
+            set_lr(made, warmup_cosine(step, total, 2, 0.0))
+            for one in made:
+                one.step()
+
+    model = Denoiser(6, 3, 2, 16, 1, 2)
+    made = make_optimizers(model, cfg, 0.99)
+    train(model, made, 0, 3, 6)
+    resumed = copy.deepcopy(model)
+    again = make_optimizers(resumed, cfg, 0.99)
+    for one, saved in zip(again, made):
+        one.load_state_dict(copy.deepcopy(saved.state_dict()))
+    train(model, made, 3, 6, 6)
+    train(resumed, again, 3, 6, 6)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+    set_lr(again, warmup_cosine(6, 12, 2, 0.0))  # 12 steps instead of 6
+    peaks = [group["lr"] for one in again for group in one.param_groups]
+    assert peaks == pytest.approx([0.5 * cfg.lr] * 2 + [0.5 * cfg.muon_lr] * (optimizer == "muon"))
