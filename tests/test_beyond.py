@@ -260,13 +260,14 @@ def test_exchange_samples_the_data_of_an_oracle(C, M, images, prior, all_steps, 
     draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(44))
     noise = oracle.distance(oracle.data[draws])
     papers, ours = oracle.distances(all_steps), oracle.distances(all_steps, **EXCHANGE)
-    uniform = oracle.distances(all_steps, step=exchange_step, times=uniform_times)
+    evenly = {"step": exchange_step, "times": uniform_times}
+    uniform = oracle.distances(all_steps, **evenly)
     monkeypatch.setattr(beyond, "exchange", lambda x, q, generator: greedy_adjust(
         draw(q, torch.rand(x.shape, generator=generator)), q.log(), M))
-    stalled = oracle.distances(all_steps, **EXCHANGE)
+    stalled = oracle.distances(all_steps, **evenly)
     print(f"C = {C}, M = {M}, {prior}, steps {all_steps}: samples of the data {noise:.3f}", *(
         f"{name} {', '.join(f'{distance:.3f}' for distance in found.values())}" for name, found in (
-            ("paper", papers), ("posterior and Algorithm 1", stalled), ("exchange at evenly spaced times", uniform),
+            ("paper", papers), ("posterior and Algorithm 1", stalled), ("exchange at the paper's times", uniform),
             ("exchange", ours))), sep="; ")
     assert ours[5] > ours[25] and ours[5] < uniform[5] and ours[25] < noise + 0.06
     assert all(ours[steps] < min(papers[steps], stalled[steps]) for steps in all_steps if steps >= 25)
