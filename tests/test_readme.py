@@ -1,34 +1,56 @@
-"""README.md: short, and what it points at is there."""
+"""The commands and links on the pages work: README.md, beyond.md, and those in paper/."""
+import contextlib
+import functools
+import importlib
+import io
 import os
 import re
 
-from tests.test_common import ROOT
+import pytest
+
+from tests.scripts import ROOT
+
+PAGES = ["README.md", "beyond.md", "paper/README.md", "paper/details.md"]
 
 
-def read(path):
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+def read(page):
+    with open(os.path.join(ROOT, page), encoding="utf-8") as file:
         return file.read()
 
 
-def test_its_length_and_commands():
-    """Broken: the README would no longer be read in one sitting, or .ci/run would not find its two commands."""
-    text = read("README.md")
-    assert len(text.splitlines()) <= 180
-    commands = re.findall("^pip install -r requirements.txt && .*", text, re.M)
+@functools.lru_cache
+def help_of(module, *words):
+    """What a script prints for --help. words: what comes before the options."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stopped:
+        importlib.import_module(module).main([*words, "--help"])
+    assert stopped.value.code == 0
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_options_that_exist(page):
+    """Broken: a command on the page would end in an error about its options."""
+    commands = re.findall(r"(?:python|torchrun --\S+) (?:-m )?(paper\.\w+|\w+\.py)\b([^`|#&\n]*)",
+                          read(page).replace("\\\n", " "))
+    assert len(commands) > 5
+    for script, arguments in commands:
+        words = arguments.split(" --")[0].split()
+        text = help_of(script.removesuffix(".py"), *words)
+        for option in re.findall(r"--\w+", arguments):
+            assert re.search(rf"{option}\b", text), f"{script} has no option {option}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Broken: a picture, file or page that the page links to would be missing."""
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", read(page)) if not link.startswith("http")]
+    assert links
+    for link in links:
+        assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), link)), f"{page} links to {link}"
+
+
+def test_the_two_commands():
+    """Broken: .ci/run would not find the commands it runs, training and tests."""
+    commands = re.findall("^pip install -r requirements.txt && .*", read("README.md"), re.M)
     assert len(commands) == 2 and commands[1].endswith("&& pytest")
-
-
-def test_places_in_the_code():
-    """Broken: `fsdd.py:120` (`name`) would send the reader to another line than the one that has the name."""
-    places = re.findall(r"`([\w/]+\.py):(\d+)` \(`([^`]+)`\)", read("README.md"))
-    assert len(places) > 10
-    for path, line, text in places:
-        assert text in read(path).splitlines()[int(line) - 1], f"{path}:{line} does not have {text}"
-
-
-def test_links():
-    """Broken: a picture or page that README.md or a page in paper/ links to would be missing."""
-    for page in ("README.md", "paper/README.md", "paper/details.md"):
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", read(page)):
-            if not target.startswith("http"):
-                assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), target)), f"{page} links to {target}"
