@@ -26,7 +26,7 @@ from tokenizer import SetTokenizer
 # Settings of fsdd.refine(), for the pictures during training and as options of all scripts that generate. A new one is
 # a parameter of refine() and a row here.
 GENERATION = [
-    # name               digits          imagenet256      allowed
+    # name               digits          imagenet256      allowed               meaning
     ("sampler",          "exchange",     "paper",         "paper | exchange",   "Eq. 9-10, or beyond.py's"),
     ("sample_steps",     12,             25,              "[1, inf)",           "steps from noise to data"),
     ("guidance",         "0.5:12",       "4,50,55",       "",                   "one weight, thirds A,B,C, ramp A:B"),
@@ -75,8 +75,9 @@ def generate_images(denoiser, tokenizer, labels, settings, args, every_step=Fals
     rank, world_size = rank_and_world_size()
     parts = chunks(slice(0, len(labels)), args.batch)
     for first in tqdm(range(0, len(parts), world_size), disable=rank > 0):
-        part = next(iter(parts[first + rank:]), None)  # one chunk for each rank; in the last round some have none
-        images = part and draw_images(denoiser, tokenizer, labels[part], settings, first + rank, args, every_step)
+        images, chunk = None, first + rank  # one chunk for each rank; in the last round some have none
+        if chunk < len(parts):
+            images = draw_images(denoiser, tokenizer, labels[parts[chunk]], settings, chunk, args, every_step)
         yield from (found for found in all_gather(images) if found is not None)
 
 

@@ -41,7 +41,7 @@ MODELS = {  # width, layers, heads of the denoiser
     "B": (768, 12, 12),  # 136.7 million
 }
 HYPERPARAMETERS = [
-    # name               digits          imagenet256      allowed
+    # name               digits          imagenet256      allowed               meaning
     ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "",                   "checkpoint of stage 1"),
     ("data",             "digits",       "data/imagenet", "",                   "digits, or a folder (train/, val/)"),
     ("flip",             False,          True,            "",                   "learn from mirrored images too"),

@@ -37,7 +37,7 @@ from support.training import (Signals, check_finite, check_result, check_trainin
 from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
-    # name               digits          imagenet256      allowed
+    # name               digits          imagenet256      allowed           meaning
     ("data",             "digits",       "data/imagenet", "",               "digits, or a folder with train/ and val/"),
     ("image_size",       28,             256,             "[1, inf)",       "side of an image, pixels"),
     # the set

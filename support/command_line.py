@@ -12,7 +12,7 @@ MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fus
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
 HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
-    # name               digits          imagenet256      allowed
+    # name               digits          imagenet256      allowed           meaning
     ("seed",             0,              0,               "[0, inf)",       "all random numbers depend on it"),
     ("device",           "auto",         "auto",          "",               "auto, cpu, cuda"),
     ("bf16",             "auto",         "auto",          "auto | on | off", "bfloat16; auto: where it is fast"),
