@@ -2,11 +2,14 @@
 import contextlib
 import csv
 import io
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
 from types import SimpleNamespace
 
 import torch
@@ -27,21 +30,34 @@ def command(script, args, world_size):
 
 
 def run_ranks(script, *args, folder, world_size):
-    """run() without torchrun, which takes two seconds longer. The output is rank 0's, the errors are those of all."""
+    """run() on several ranks that are forked from this process, which takes a second; torchrun takes several. What a
+    test has patched stays patched. The output is rank 0's, the errors are those of all ranks."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world_size):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost",
-                     "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        ranks.append(subprocess.Popen(command(script, args, 1), cwd=folder, text=True, stdin=subprocess.DEVNULL,
-                                      env=os.environ | {name: str(value) for name, value in variables.items()},
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    with ThreadPoolExecutor(world_size) as pool:
-        output = list(pool.map(lambda process: process.communicate(timeout=240), ranks))
-    return SimpleNamespace(returncode=max(abs(process.returncode) for process in ranks), stdout=output[0][0],
-                           stderr="".join(errors for _, errors in output))
+    with tempfile.TemporaryDirectory() as captured:
+        def run_rank(rank):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            os.chdir(folder)
+            sys.argv = [script, *map(str, args)]
+            sys.stdout, sys.stderr = (open(f"{captured}/{name}{rank}", "w") for name in ("output", "errors"))
+            torch.set_num_threads(1)
+            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+
+        fork = multiprocessing.get_context("fork")
+        ranks = [fork.Process(target=run_rank, args=[rank]) for rank in range(world_size)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+        output, *errors = (open(f"{captured}/{name}").read()
+                           for name in ("output0", *(f"errors{rank}" for rank in range(world_size))))
+    returncode = next((code for code in codes if code != 0), 0)  # None: it did not end
+    return SimpleNamespace(returncode=returncode, stdout=output, stderr="".join(errors))
 
 
 def run_here(main, *args, folder):
@@ -59,6 +75,44 @@ def run_here(main, *args, folder):
         errors.write(code + "\n")
         code = 1
     return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
+
+
+class Crash(Exception):
+    """Raised in place of a kill."""
+
+
+def crash():
+    raise Crash
+
+
+def send_sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_and_resume(monkeypatch, script, options, out, step, stop, saved):
+    """Stop a training in this process and resume it to its end. The checkpoint in between must be of a given step.
+
+    script: a module.  out: the path of its checkpoint.  step: the one in which stop(), crash or send_sigterm, is
+    called, counted from 1.  saved: the step of the checkpoint.
+    """
+    steps, set_lr = [], script.set_lr
+
+    def count(*args):
+        steps.append(args)
+        if len(steps) == step:
+            stop()
+        set_lr(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(script, "set_lr", count)
+        try:
+            finished = run_here(script.main, *options, folder=out.parent)
+            assert finished.returncode == 143 and "stopped by SIGTERM" in finished.stderr, finished.stderr
+        except Crash:
+            assert stop is crash
+    assert torch.load(out, weights_only=True)["step"] == saved
+    finished = run_here(script.main, "--resume", folder=out.parent)
+    assert finished.returncode == 0, finished.stderr
 
 
 def assert_one_sentence(finished, *words):
