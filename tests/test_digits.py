@@ -1,0 +1,39 @@
+"""The embedded digits."""
+import pytest
+import torch
+
+from data import open_dataset
+from published.digits_classifier import DigitsClassifier
+
+
+def test_digits_are_mnist():
+    """Broken: the embedded files would be incomplete, read wrongly or mixed up, or a test digit be trained on."""
+    contents = []
+    for split, number, first, zeros in (("train", 60000, 5, 5923), ("test", 10000, 7, 980)):
+        digits = open_dataset("digits", split, 28)
+        assert len(digits) == number and digits.images.shape == (number, 1, 28, 28)
+        assert digits.images.dtype == torch.uint8 and digits.class_names == list("0123456789")
+        assert digits.labels[0] == first and (digits.labels == 0).sum() == zeros
+        ink = digits.images.float().mean((0, 1, 3))  # of each row of pixels
+        assert ink[0] < 1 and ink[14] > 50
+        images, labels = digits.__getitems__([(3, 0), (0, 9)])
+        assert torch.equal(images, digits.images[[3, 0]]) and torch.equal(labels, digits.labels[[3, 0]])
+        contents.append({image.tobytes() for image in digits.images.numpy()})
+    assert len(contents[0]) > 59990 and not contents[0] & contents[1]
+
+
+def test_digits_have_one_size():
+    """Broken: an option that has no effect on the digits would be accepted."""
+    for options in ({"image_size": 32}, {"image_size": 28, "flip": True}):
+        with pytest.raises(ValueError, match="28 pixels wide and not mirrored"):
+            open_dataset("digits", "train", **options)
+
+
+def test_the_classifier_takes_digits_only():
+    """Broken: floats in [0, 1] or images of another size would be measured as if they were digits."""
+    net, images = DigitsClassifier(), torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    features, logits = net(images)
+    assert features.shape == (2, 128) and logits.shape == (2, 10)
+    for wrong in (images / 255, images[0], images[..., 1:]):
+        with pytest.raises(ValueError, match="digits must be"):
+            net(wrong)

@@ -1,0 +1,124 @@
+"""Images and statistics in folders and .npz files, as evaluate_fid.py compares them."""
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import open_dataset
+from data.evaluation_inputs import check_statistics, open_images
+from support.distributed import chunks
+from tests.conftest import pictures
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_batch_is_read_in_parts(save, tmp_path):
+    """Broken: 50,000 images would be in memory at the same time, or parts would be those of other images."""
+    images = np.random.default_rng(0).integers(256, size=(2000, 64, 64, 3), dtype=np.uint8)  # 24.6 MB
+    save(tmp_path / "images.npz", arr_0=images)
+    tracemalloc.start()
+    batch = open_images(str(tmp_path / "images.npz"), None)
+    for part in [*chunks(slice(0, 2000), 64)[1::2], slice(0, 3)]:
+        assert (batch.read(part).permute(0, 2, 3, 1).numpy() == images[part]).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batch.num == 2000 and peak < 8e6
+
+
+def test_folders_are_cropped_as_adm_does(tmp_path):
+    """Broken: statistics of a folder of photographs would not be those of the images that the model was trained on."""
+    (tmp_path / "val" / "x").mkdir(parents=True)
+    for i, size in enumerate([(50, 80), (130, 64), (40, 40)]):
+        Image.fromarray(pictures(1, 130)[0, 0].numpy()).resize(size).save(tmp_path / "val" / "x" / f"{i}.png")
+    found = open_images(str(tmp_path / "val"), 32)
+    expected = open_dataset(str(tmp_path), "test", 32)
+    assert torch.equal(found.read(slice(0, 3)), expected.__getitems__([(0, 0), (1, 0), (2, 0)])[0])
+
+
+def test_statistics_of_other_programs(tmp_path):
+    """Broken: ADM's references could not be read, which hold float32 statistics and some images, or big-endian ones."""
+    mu, sigma = np.arange(3.0), np.eye(3)
+    for more in ({}, {"features": "Inception"}, {"arr_0": np.zeros((2, 4, 5, 3), np.uint8)}):
+        for dtype in (np.float32, np.longdouble, ">f8"):
+            np.savez(tmp_path / "a.npz", mu=mu.astype(dtype), sigma=sigma.astype(dtype), **more)
+            found = open_images(str(tmp_path / "a.npz"), None)
+            assert np.array_equal(found.statistics[0], mu) and np.array_equal(found.statistics[1], sigma)
+            assert found.statistics[0].dtype == found.statistics[1].dtype == np.float64
+            assert found.features == more.get("features") and (found.num == 2) == bool(found.read) == ("arr_0" in more)
+
+
+GOOD = np.zeros((9, 28, 28, 3), np.uint8)
+
+
+@pytest.mark.parametrize("arrays, words", [
+    ({"arr_0": GOOD / 255}, "arr_0 in bad.npz must be images (N, H, W, 3), uint8 in 0..255, got float64"),
+    ({"arr_0": GOOD[0]}, "got uint8 (28, 28, 3)"), ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"),
+    ({"arr_0": GOOD[:0]}, "got uint8 (0, 28, 28, 3)"), ({"arr_0": np.asfortranarray(GOOD)}, "column-major"),
+    ({"arr_0": np.array([None, {}])}, "got object"),
+    ({"images": GOOD}, "bad.npz holds images; needed is arr_0, or mu and sigma"),
+    ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "mu and sigma in bad.npz must be finite"),
+    ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)"),
+    ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "in bad.npz must be floating-point numbers, got <U1"),
+    ({"mu": np.array([None, {}]), "sigma": np.eye(8)}, "mu in bad.npz can't be read")])
+def test_arrays_of_another_kind(arrays, words, tmp_path, monkeypatch):
+    """Broken: an array that is no batch of images and no statistics would give a number, or end in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("bad.npz", **arrays)
+    with pytest.raises(ValueError) as refused:
+        open_images("bad.npz", None)
+    assert words in str(refused.value)
+
+
+def test_damaged_files(tmp_path, monkeypatch):
+    """Broken: a file that was copied in part, or is no .npz, would end in a traceback or be measured in part."""
+    monkeypatch.chdir(tmp_path)
+    np.savez_compressed("good.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
+    with open("good.npz", "rb") as file:
+        content = file.read()
+    (tmp_path / "text.npz").write_bytes(b"no archive")
+    (tmp_path / "half.npz").write_bytes(content[:len(content) // 2])
+    (tmp_path / "changed.npz").write_bytes(content[:9000] + bytes([content[9000] ^ 1]) + content[9001:])
+    for name, member, written in (("magic", "arr_0.npy", b"no array at all"), ("bare", "arr_0", b""),
+                                  ("short", "arr_0.npy", zipfile.ZipFile("good.npz").read("arr_0.npy")[:9000])):
+        with zipfile.ZipFile(f"{name}.npz", "w") as archive:
+            archive.writestr(member, written)
+    for name, words in (("none", "there is no none.npz"), ("text", "can't be read as an .npz file"),
+                        ("half", "can't be read as an .npz file"), ("magic", "arr_0 in magic.npz can't be read"),
+                        ("bare", "bare.npz holds nothing")):
+        with pytest.raises(ValueError, match=words):
+            open_images(f"{name}.npz", None)
+    for name, words in (("short", "ends before its 9 images do"), ("changed", "arr_0 in changed.npz can't be read")):
+        with pytest.raises(ValueError, match=words):
+            open_images(f"{name}.npz", None).read(slice(0, 9))
+
+
+def test_folders_that_can_not_be_measured(tmp_path):
+    """Broken: images of different sizes, an unreadable one, or none would end in a traceback."""
+    for name, sizes in (("empty", ()), ("mixed", (20, 20, 21)), ("bad", (20,))):
+        (tmp_path / name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.new("RGB", (size, 20)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "bad" / "1.png").write_text("no image")
+    with pytest.raises(ValueError, match="no images in .*empty"):
+        open_images(str(tmp_path / "empty"), None)
+    with pytest.raises(ValueError, match="mixed/0.png is 20 x 20 pixels and .*mixed/2.png 21 x 20; --image_size"):
+        open_images(str(tmp_path / "mixed"), None).read(slice(0, 3))
+    assert open_images(str(tmp_path / "mixed"), 16).read(slice(0, 3)).shape == (3, 3, 16, 16)
+    with pytest.raises(ValueError, match="bad/1.png can't be read"):
+        open_images(str(tmp_path / "bad"), None).read(slice(0, 2))
+
+
+def test_matrices_that_are_no_covariance():
+    """Broken: an FID would come out of a matrix that is no covariance, or rounding be taken for one."""
+    factor = torch.randn(40, 64, dtype=torch.float64)
+    sigma, mu = factor.T @ factor, torch.zeros(64, dtype=torch.float64)  # of rank 40
+    for good in (sigma, sigma.float(), 1e-12 * sigma, torch.zeros_like(sigma), (sigma * 0.01).half(), torch.eye(64)):
+        check_statistics(mu, good, "they")
+    values, vectors = torch.linalg.eigh(sigma)
+    values[-1] = -1
+    for bad in (-torch.eye(64), sigma.tril(), factor.T @ factor.roll(1, 0), torch.ones(64, 64).fill_diagonal_(0),
+                vectors * values @ vectors.T):
+        with pytest.raises(ValueError, match="they are no mean and covariance"):
+            check_statistics(mu, bad, "they")

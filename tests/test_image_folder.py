@@ -1,0 +1,271 @@
+"""Folders of images: which files and classes they hold, files of every kind, and the crops."""
+import io
+import multiprocessing
+import os
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import open_dataset
+from data.image_folder import center_crop, random_crop
+from support.command_line import Parser
+
+
+def stripes(mode="RGB", size=(48, 32)):
+    """Left half red, right half green."""
+    image = Image.new("RGB", size, (255, 0, 0))
+    image.paste((0, 255, 0), (size[0] // 2, 0, *size))
+    return image.convert(mode)
+
+
+def noise(size, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that writes images below train/, {name: PIL image or bytes}, and opens it as a dataset."""
+    def write(files, image_size=32, **options):
+        for name, content in files.items():
+            path = tmp_path / "train" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else encoded(content, "PNG"))
+        return open_dataset(str(tmp_path), "train", image_size, **options)
+    return write
+
+
+# --- files and classes -----------------------------------------------------------------------------------------------
+
+
+def test_classes_are_folders(folder, tmp_path):
+    """Broken: labels would not be indices into the sorted names of the classes, or hidden files, texts and images
+    outside of a class be taken for images."""
+    red, blue = Image.new("RGB", (80, 50), (255, 0, 0)), Image.new("RGB", (33, 32), (0, 0, 255))
+    files = {"n02/c.png": blue, "n01/a.png": red, "n01/deep/b.PNG": red, "n02/d.jpg": encoded(blue)}
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    blue.save(linked / "z.png")
+    others = {"n01/._a.png": b"", "n01/.thumbnails/a.png": red, ".hidden/a.png": red, "n01/a.png.txt": b"",
+              "n01/png": b"", "outside.png": red, "empty/notes.txt": b"", "tiff/a.tif": b""}
+    folder(files | others)
+    (tmp_path / "train" / "n02" / "link").symlink_to(linked)
+    train = folder({}, crop="random", flip=True, seed=1)
+    assert train.class_names == ["n01", "n02"] and train.labels.tolist() == [0, 0, 1, 1, 1]
+    assert train.names.tolist() == [b"n01/a.png", b"n01/deep/b.PNG", b"n02/c.png", b"n02/d.jpg", b"n02/link/z.png"]
+    images, labels = train.__getitems__([(4, 0), (0, 0), (1, 0)])
+    assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8 and labels.tolist() == [1, 0, 0]
+    assert (images.float().mean((2, 3))[[0, 1, 2], [2, 0, 0]] > 250).all()
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    assert open_dataset(str(tmp_path), "test", 32).root == str(tmp_path / "val")
+
+
+@pytest.mark.parametrize("subfolder", ["", "train", "train/n01"])
+def test_empty_folders_are_refused(subfolder, tmp_path):
+    """Broken: a wrong --data would train on nothing."""
+    os.makedirs(tmp_path / subfolder, exist_ok=True)
+    with pytest.raises(ValueError, match="train.*CLASS/NAME.JPEG"):
+        open_dataset(str(tmp_path), "train", 32)
+
+
+def test_the_fingerprint_changes_with_the_files(folder, tmp_path):
+    """Broken: a training would resume on other images, tokens of others be used, or machines with copies not agree."""
+    files = {f"n0{i % 2}/{i}.jpg": encoded(noise((9, 9), seed=i)) for i in range(6)}
+    first = folder(files).fingerprint()
+    shutil.copytree(tmp_path / "train", tmp_path / "copy" / "train", copy_function=shutil.copyfile)  # with other times
+    assert open_dataset(str(tmp_path / "copy"), "train", 64).fingerprint() == first
+    found = {first, folder({"n00/0.jpg": files["n00/0.jpg"] + b"0"}).fingerprint()}
+    for old, new in (("n00/0.jpg", "n00/9.jpg"), ("n00", "n02")):
+        (tmp_path / "train" / old).rename(tmp_path / "train" / new)
+        found.add(folder({}).fingerprint())
+    os.remove(tmp_path / "train" / "n02" / "9.jpg")
+    assert len(found | {folder({}).fingerprint()}) == 5
+
+
+def test_names_that_are_no_text(folder, monkeypatch):
+    """Broken: a name in another encoding than UTF-8 would end the run in a traceback when it is printed."""
+    odd = os.fsdecode(b"caf\xe9")
+    dataset = folder({f"{odd}/{odd}.png": stripes(), "a/b.png": b""})
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", printed)
+    Parser()
+    assert dataset.class_names == ["a", odd] and len(dataset.fingerprint()) == 64
+    assert dataset.read(1, 0).shape == (32, 32, 3)
+    print(dataset.path(1), flush=True)
+    assert printed.buffer.getvalue().decode().endswith("caf\\udce9/caf\\udce9.png\n")
+
+
+# --- files of every kind ---------------------------------------------------------------------------------------------
+
+
+def with_alpha():
+    image = stripes("RGBA")
+    image.putalpha(9)
+    return image
+
+
+def sixteen_bits():
+    return Image.fromarray(np.repeat([[255 * 256 + 255] * 24 + [0] * 24], 32, axis=0).astype(np.uint16))
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    return encoded(stripes(), exif=exif)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")  # pytest shows what data.image_folder has silenced
+def test_files_of_every_kind(folder):
+    """Broken: a file of this kind would have other colours, be turned, or end the training."""
+    two = dict(save_all=True, append_images=[Image.new("RGB", (48, 32), (0, 0, 255))])
+    colour = [encoded(stripes()), encoded(stripes(), progressive=True), encoded(stripes("CMYK")), rotated(),
+              encoded(stripes(), "WEBP"), encoded(stripes(), "WEBP", **two), encoded(stripes(), "BMP"), stripes(),
+              encoded(stripes(), "PNG", **two), with_alpha(), stripes("P"),
+              *[encoded(stripes("P"), "PNG", transparency=which) for which in (0, bytes([0, 9] * 128))]]
+    grey = [encoded(stripes("L")), stripes("L"), stripes("LA")]
+    files = colour + grey + [sixteen_bits(), stripes("1")]
+    suffixes = ["jpg", "JPEG", "Jpg", "webp", "BMP", "png"]  # which need not be those of the contents
+    names = [f"a/{i:02}.{suffixes[i % 6]}" for i in range(len(files))]
+    expected = [((255, 0, 0), (0, 255, 0))] * len(colour) + [((76,) * 3, (150,) * 3)] * 3 + [((255,) * 3, (0,) * 3)]
+    for crop in ("center", "random"):
+        images = folder(dict(zip(names, files)), crop=crop).__getitems__([(i, 0) for i in range(len(files))])[0].float()
+        for i, (left, right) in enumerate(expected):  # the last file, of one bit, has no such colours
+            for x, colours in ((1, left), (30, right)) if crop == "center" else ():
+                assert (images[i, :, 5:27, x].mean(1) - torch.tensor(colours)).abs().max() < 12, names[i]
+            assert min((images[i, :, 16, x] - torch.tensor(colours)).abs().max()
+                       for x in (4, 28) for colours in (left, right)) < 12, names[i]
+
+
+@pytest.mark.parametrize("kind, mode, options", [
+    ("JPEG", "RGB", {}), ("JPEG", "CMYK", {"progressive": True}), ("JPEG", "L", {"restart_marker_blocks": 3}),
+    ("PNG", "RGB", {}), ("WEBP", "RGB", {}), ("BMP", "RGB", {})])
+def test_truncated_files_are_found(kind, mode, options, folder):
+    """Broken: a model would learn from images whose lower part is grey."""
+    whole = encoded(noise((120, 90), mode), kind, **options)
+    cuts = sorted({*np.linspace(0, len(whole), 12).astype(int).tolist(), len(whole) - 30})
+    for crop in ("center", "random"):
+        dataset = folder({f"a/{cut:06}.jpg": whole[:cut] for cut in cuts}, crop=crop)
+        dataset.read(len(cuts) - 1, 0)
+        for i, cut in enumerate(cuts[:-1]):
+            with pytest.raises(ValueError, match=f"a/{cut:06}.jpg can't be read [(]"):
+                dataset.read(i, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n" + b"\0" * 99,
+                                     b"BM" + b"\xff" * 99, b"RIFF\x20\0\0\0WEBPVP8 " + b"\1" * 60])
+def test_files_that_are_no_images_are_named(content, folder):
+    """Broken: a damaged file would end the training in a traceback that does not name it."""
+    with pytest.raises(ValueError, match="a/a.jpg can't be read [(][^\n]*[)]$"):
+        folder({"a/a.jpg": content}).__getitems__([(0, 0)])
+
+
+def test_huge_images(folder, monkeypatch):
+    """Broken: Pillow's guard against decompression bombs would end the run, or one would fill the memory."""
+    dataset = folder({f"a/{side}.png": stripes(size=(side, side)) for side in (40, 50, 80)})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40)  # above it a warning, above twice as much an error
+    with pytest.warns(Image.DecompressionBombWarning):  # which data.image_folder silences outside of pytest
+        dataset.read(1, 0)
+    with pytest.raises(ValueError, match="80.png can't be read"):
+        dataset.read(2, 0)
+
+
+# --- crops -----------------------------------------------------------------------------------------------------------
+
+
+def adm_center_crop(pil_image, image_size):
+    """ADM's, as written there (openai/guided-diffusion, guided_diffusion/image_datasets.py)."""
+    pil_image = pil_image.convert("RGB")
+    while min(*pil_image.size) >= 2 * image_size:
+        pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.BOX)
+    scale = image_size / min(*pil_image.size)
+    pil_image = pil_image.resize(tuple(round(x * scale) for x in pil_image.size), resample=Image.BICUBIC)
+    arr = np.array(pil_image)
+    crop_y = (arr.shape[0] - image_size) // 2
+    crop_x = (arr.shape[1] - image_size) // 2
+    return arr[crop_y:crop_y + image_size, crop_x:crop_x + image_size]
+
+
+def test_center_crop_is_adms():
+    """Broken: stage 2 would learn from other pixels than those that ADM's statistics were made from."""
+    sizes = [(1, 1), (1, 99), (99, 1), (2, 150), (31, 32), (32, 32), (33, 32), (63, 64), (64, 64), (65, 127),
+             (128, 129), (300, 3), (7, 690), (255, 256), (333, 500),
+             *np.random.default_rng(0).integers(1, 300, (40, 2)).tolist()]
+    modes = ["RGB", "L", "CMYK", "RGBA", "P"]
+    for i, size in enumerate(sizes):
+        image = noise(size, modes[i % len(modes)], i)
+        for side in (16, 31, 32):
+            assert np.array_equal(np.asarray(center_crop(image, side)), adm_center_crop(image, side)), (size, side)
+    for size in ((500, 375), (1023, 517), (513, 512), (200, 180)):
+        file = Image.open(io.BytesIO(encoded(noise(size))))
+        assert np.array_equal(np.asarray(center_crop(file, 256)), adm_center_crop(file, 256)), size
+
+
+def test_strips_do_not_fill_the_memory(folder):
+    """Broken: an image of one row would be enlarged to gigabytes, or its crop reach outside."""
+    sizes = [(1, 60000), (60000, 1), (3, 1), (2, 4001)]
+    files = {f"a/{i}.jpg": encoded(noise(size)) for i, size in enumerate(sizes)}
+
+    def read_all():
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2 ** 30, used + 2 ** 30))
+        for crop in ("center", "random"):
+            images = folder(files, 256, crop=crop).__getitems__([(i, 0) for i in range(4)])[0]
+            assert images.shape == (4, 3, 256, 256)
+
+    process = multiprocessing.get_context("fork").Process(target=read_all)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_crop_and_flip_depend_on_seed_epoch_and_index_only(folder):
+    """Broken: a resumed run would learn from other crops, or every epoch have the same ones."""
+    files = {"a/0.png": noise((700, 70)), "a/1.png": noise((700, 70))}
+    datasets = [folder(files, crop="random", flip=True, seed=seed) for seed in range(3)]
+    keys = [(seed, index, epoch) for seed in range(3) for index in range(2) for epoch in range(3)]
+    found = {key: datasets[key[0]].read(*key[1:]).tobytes() for key in keys}
+    assert len(set(found.values())) > 15  # of 18 draws, a few may agree by chance
+    for seed, index, epoch in reversed(keys):
+        batch = datasets[seed].__getitems__([(index, epoch), (0, 7)])[0]
+        assert batch[0].permute(1, 2, 0).numpy().tobytes() == found[seed, index, epoch]
+    plain, flipped = (folder(files, flip=flip) for flip in (False, True))
+    mirrored = {np.array_equal(flipped.read(0, epoch), plain.read(0, 0)[:, ::-1]) for epoch in range(20)}
+    assert mirrored == {True, False} and np.array_equal(plain.read(0, 0), plain.read(0, 5))
+
+
+def test_random_crops_are_parts_of_the_resized_image():
+    """Broken: a training crop would be stretched, lie elsewhere than drawn, or reach outside the image."""
+    shades = np.stack(np.broadcast_arrays(*np.ogrid[0:1:90j, 0:1:140j], 0.5), axis=2)  # red and green tell the position
+    image = Image.fromarray((shades * 255).round().astype(np.uint8))
+    whole = np.asarray(image.resize((62, 40), Image.BICUBIC)).astype(float)
+    lefts = set()
+    for seed in range(150):
+        crop = np.asarray(random_crop(image.copy(), 40, np.random.default_rng(seed))).astype(float)
+        left = np.random.default_rng(seed).integers(62 - 40 + 1)
+        assert np.abs(crop - whole[:, left:left + 40]).max() <= 3
+        lefts.add(left)
+    assert lefts == set(range(23))
+    for i, (width, height) in enumerate(np.random.default_rng(0).integers(1, 400, (100, 2)).tolist()):
+        crop = random_crop(Image.new("RGB", (width, height)), 1 + i % 70, np.random.default_rng(i))
+        assert crop.size == (1 + i % 70,) * 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_large_jpegs_are_decoded_small(mode):
+    """Broken: Pillow's draft would shift the training crops, or make them smaller than they have to be."""
+    content = encoded(noise((20, 15)).resize((800, 600), Image.BICUBIC).convert(mode), quality=95)
+    for seed in range(3):
+        fast, slow = (random_crop(file, 128, np.random.default_rng(seed)) for file in
+                      (Image.open(io.BytesIO(content)), Image.open(io.BytesIO(content)).convert("RGB")))
+        assert fast.size == (128, 128)
+        assert np.abs(np.asarray(fast).astype(float) - np.asarray(slow)).mean() < 2

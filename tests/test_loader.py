@@ -1,0 +1,100 @@
+"""Batches of images: every image once an epoch, the same for any number of ranks and workers, and reading errors."""
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data import loader, open_dataset
+from support.distributed import chunks, shard
+from tests.image_folder import add_truncated_image, make_image_folder
+from tests.test_distributed import on_ranks
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    make_image_folder(folder, 100)
+    return str(folder)
+
+
+@pytest.fixture
+def copy(images, tmp_path):
+    return shutil.copytree(images, tmp_path / "copy")
+
+
+def test_an_epoch_has_every_image_once():
+    """Broken: images would repeat within an epoch, or every epoch would have the same order."""
+    N, B = 103, 10
+    steps = [loader.batch_indices(N, B, seed=5, step=step) for step in range(30)]
+    epochs = [torch.cat(steps[i:i + 10]) for i in (0, 10, 20)]
+    for epoch in epochs:
+        assert len(epoch.unique()) == 100 and epoch.min() >= 0 and epoch.max() < N
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(steps[13], loader.batch_indices(N, B, seed=5, step=13))
+    assert not torch.equal(steps[13], loader.batch_indices(N, B, seed=6, step=13))
+
+
+def test_batches_do_not_depend_on_ranks_workers_or_a_resume(images):
+    """Broken: an image would occur twice in an epoch or not at all, or the number of ranks or workers change crops."""
+    dataset = open_dataset(images, "train", 24, crop="random", flip=True, seed=3)
+    B, steps = 20, 10  # two epochs
+    expected = [images for images, _ in loader.training_batches(dataset, B, slice(0, B), 3, 0, steps, workers=0)]
+    for world_size, workers, start in ((1, 2, 0), (2, 0, 0), (3, 1, 0), (1, 1, 7)):
+        ranks = [loader.training_batches(dataset, B, shard(B, rank, world_size), 3, start, steps, workers)
+                 for rank in range(world_size)]
+        found = [torch.cat([images for images, _ in batch]) for batch in zip(*ranks, strict=True)]
+        assert len(found) == steps - start and all(map(torch.equal, found, expected[start:])), (world_size, workers)
+    for epoch in range(2):
+        found = sorted(image.numpy().tobytes() for batch in expected[5 * epoch:5 * epoch + 5] for image in batch)
+        assert found == sorted(dataset.read(i, epoch).transpose(2, 0, 1).tobytes() for i in range(100))
+        assert len(set(found)) == 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_can_not_be_read(workers, copy):
+    """Broken: a damaged file would end the training in a traceback, or go unnoticed."""
+    path = add_truncated_image(copy)
+    dataset = open_dataset(str(copy), "train", 24)
+    truncated = dataset.names.tolist().index(os.fsencode(os.path.relpath(path, dataset.root)))
+    batches = loader.read_slices(dataset, [slice(truncated + 1, truncated + 9), *chunks(slice(0, 100), 20)], workers)
+    first = dataset.__getitems__([(i, 0) for i in range(truncated + 1, truncated + 9)])
+    assert all(map(torch.equal, next(batches), first))
+    with pytest.raises(SystemExit) as stopped:
+        list(batches)
+    assert stopped.value.code.startswith(f"error: {path} can't be read (OSError: image file is truncated")
+    assert "\n" not in stopped.value.code
+
+
+def test_train_and_val_have_the_same_classes(copy, capsys):
+    """Broken: labels of the two splits would mean different classes, or it would not be said which they are."""
+    cfg = SimpleNamespace(data=str(copy))
+    train_set, test_set = loader.open_datasets(cfg, 24, crop="random")
+    assert (len(train_set), len(test_set), train_set.crop, test_set.crop) == (100, 25, "random", "center")
+    assert f"{train_set.root}: 100 images in 10 classes" in capsys.readouterr().out
+    for number in range(4):
+        (copy / "val" / f"d{number}").rename(copy / "val" / f"other{number}")
+    with pytest.raises(ValueError, match=r"train and .*val are .* only in the first: d0, d1, d2 and 1 more; "
+                                         r"only in the second: other0, other1, other2 and 1 more$"):
+        loader.open_datasets(cfg, 24)
+
+
+def test_all_ranks_have_the_same_images(images, copy):
+    """Broken: ranks would train on different images, or wait forever for one that has no images."""
+    os.remove(copy / "train" / "d1" / "00001.JPEG")
+
+    def open_on_each():
+        said = []
+        for other in (images, "nowhere", str(copy)):
+            try:
+                train_set, _ = loader.open_datasets(SimpleNamespace(data=other if dist.get_rank() else images), 24)
+                said.append(len(train_set))
+            except ValueError as problem:
+                said.append(str(problem))
+        return said
+
+    for said in on_ranks(2, open_on_each):
+        assert said[0] == 100 and said[1].startswith("there is no folder nowhere/train")
+        assert said[2].endswith("train are not the same on all machines; each needs the same files")
