@@ -1,4 +1,7 @@
 """What several test files need."""
+import copy
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -65,9 +68,14 @@ def digits(tmp_path_factory):
 
 def few_digits(split, number):
     """The first digits of a split."""
-    dataset = open_dataset("digits", split, 28)
+    dataset = copy.copy(all_digits(split))
     dataset.images, dataset.labels = dataset.images[:number], dataset.labels[:number]
     return dataset
+
+
+@functools.lru_cache
+def all_digits(split):
+    return open_dataset("digits", split, 28)
 
 
 @pytest.fixture
