@@ -147,10 +147,12 @@ def assert_same_checkpoint(path, other):
 
 
 def assert_same_gradients(path, other):
-    """After one step, AdamW's first moment is the gradient of the global batch times a constant."""
+    """After one step, AdamW's first moment is the gradient of the global batch times a constant. Gradients that cancel
+    to almost 0 are compared in units of the largest."""
     states, others = (torch.load(file, weights_only=True)["training"]["optimizers"] for file in (path, other))
     for ours, theirs in zip(states, others, strict=True):
         assert ours["state"].keys() == theirs["state"].keys() and ours["state"]
+        largest = max(state["exp_avg"].abs().max() for state in ours["state"].values())
         for i in ours["state"]:
             gradient, other_gradient = ours["state"][i]["exp_avg"], theirs["state"][i]["exp_avg"]
-            assert (gradient - other_gradient).abs().max() <= 0.01 * gradient.abs().max() + 1e-7
+            assert (gradient - other_gradient).abs().max() <= 0.01 * gradient.abs().max() + 1e-4 * largest
