@@ -1,6 +1,8 @@
 """Checks that the tokenizer.pt and fsdd.pt here, made by the README's first command, are good. Exits non-zero if not.
 
-The bounds are those a reader may count on; the README has the numbers that were reached.
+The bounds are those that a reader may count on; the README has the numbers that were reached. Processors without
+bfloat16 instructions have bounds of their own, for time and for what comes out: without them digits FID lies between 42
+and 59, by the seed of the tokenizer.
 """
 import argparse
 import json
@@ -21,11 +23,22 @@ from dual_transform import tokens_to_counts  # noqa: E402
 from fsdd import refine  # noqa: E402
 from published import digits_classifier  # noqa: E402
 from published.digits_classifier import share_classified_as  # noqa: E402
-from support.hardware import autocast  # noqa: E402
+from support.hardware import autocast, fast_bf16  # noqa: E402
 from support.pictures import to_uint8  # noqa: E402
 from support.seeds import generator  # noqa: E402
 
 failed = []
+BOUNDS = {  # with, without bfloat16 instructions
+    "seconds of the first command": (540, 1320),
+    "seconds for 100 digits": (2.5, 8),
+    "digits FID": (55, 66),
+    "classified, of 1000": (0.97, 0.95),
+    "classified, of 2000": (0.98, 0.96),
+}
+
+
+def bound(name):
+    return BOUNDS[name][not fast_bf16(torch.device("cpu"))]
 
 
 def check(name, value, holds, bound):
@@ -49,7 +62,8 @@ def check_command(command):
     began = time.time()
     subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
     seconds = time.time() - began
-    check("time of the first command", f"{seconds:.0f} s", seconds <= 540, "<= 540 s")
+    at_most = bound("seconds of the first command")
+    check("time of the first command", f"{seconds:.0f} s", seconds <= at_most, f"<= {at_most} s")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest process; KiB on Linux
     check("peak memory of the first command", f"{peak:.2f} GiB", peak <= 4, "<= 4 GiB")
 
@@ -77,14 +91,16 @@ def encode(tokenizer, digits):
 def check_samples(net, tokenizer, tokens, test):
     """1000 samples by sample.py: classified as their label, and varied."""
     reconstructed = to_uint8(torch.cat([tokenizer.decode(part) for part in tokens.split(500)]))
-    print(f"     reconstructed test digits classified as their label: {share_classified_as(net, reconstructed, test.labels):.2%}")
+    accuracy = share_classified_as(net, reconstructed, test.labels)
+    print(f"     reconstructed test digits classified as their label: {accuracy:.2%}")
     subprocess.run([sys.executable, "sample.py", "--ckpt=fsdd.pt", "--num=1000", "--out=check.npz", "--seed=1"],
                    check=True)
     with np.load("check.npz") as file:
         images, labels = torch.from_numpy(file["arr_0"])[..., 0][:, None], torch.from_numpy(file["arr_1"])
     os.remove("check.npz")
     accuracy = share_classified_as(net, images, labels)
-    check("samples classified as their label", f"{accuracy:.1%}", accuracy >= 0.97, ">= 97 %")
+    least = bound("classified, of 1000")
+    check("samples classified as their label", f"{accuracy:.1%}", accuracy >= least, f">= {least:.0%}")
     ours, theirs = spread(images, labels), spread(reconstructed, test.labels)
     print(f"     spread within a class: samples {ours:.3f}, reconstructed test digits {theirs:.3f}")
     check("spread of samples against that of test digits", f"{ours / theirs:.3f}", ours / theirs >= 0.85, ">= 0.85")
@@ -116,10 +132,11 @@ def check_fid():
     fid = measure("tokenizer.pt")["digits_fid"]
     check("digits FID of tokenizer.pt", f"{fid:.1f}", fid <= 35, "<= 35")
     found = measure("fsdd.pt")
-    fid, recall, read = (found[name] for name in ("digits_fid", "digits_recall", "classified_as_label"))
-    check("digits FID of fsdd.pt", f"{fid:.1f}", fid <= 55, "<= 55")
+    fid, recall, share = (found[name] for name in ("digits_fid", "digits_recall", "classified_as_label"))
+    at_most, least = bound("digits FID"), bound("classified, of 2000")
+    check("digits FID of fsdd.pt", f"{fid:.1f}", fid <= at_most, f"<= {at_most}")
     check("recall of fsdd.pt", f"{recall:.3f}", recall >= 0.15, ">= 0.15")
-    check("2000 samples classified as their label", f"{read:.1%}", read >= 0.98, ">= 98 %")
+    check("2000 samples classified as their label", f"{share:.1%}", share >= least, f">= {least:.0%}")
     fids = {steps: measure("fsdd.pt", f"--steps={steps}")["digits_fid"] for steps in (6, 12, 25, 50)}
     worse = max(fids[more] - fids[fewer] for fewer in fids for more in fids if more > fewer)
     check("digits FID in " + ", ".join(f"{steps} steps {fid:.1f}" for steps, fid in fids.items())
@@ -133,10 +150,12 @@ def check_generation(denoiser, tokenizer, settings, tokens, train):
                               capture_output=True, text=True)
     os.remove("check.png")
     seconds = float(finished.stdout.split(" images in ")[1].split(" s")[0])
-    check("100 digits by sample.py, decoding included", f"{seconds} s", seconds <= 2.5, "<= 2.5 s")
+    at_most = bound("seconds for 100 digits")
+    check("100 digits by sample.py, decoding included", f"{seconds} s", seconds <= at_most, f"<= {at_most} s")
     labels = torch.arange(10).repeat_interleave(10)
     with autocast(torch.device("cpu"), "auto"):
-        states = list(refine(denoiser, labels, **sample.refine_arguments(settings), generator=generator("cpu", "sample", 2)))
+        arguments = sample.refine_arguments(settings) | {"generator": generator("cpu", "sample", 2)}
+        states = list(refine(denoiser, labels, **arguments))
     sums = all((x.sum(1) == M).all() and x.min() >= 0 for x in states)
     check("every state of generation sums to M", sums, sums, "True")
     known = tokens_to_counts(encode(tokenizer, train), C)
