@@ -1,11 +1,12 @@
 """Draw images from a trained model (Sec. 3.3.2, Eq. 8-10): noise -> counts -> tokens -> images.
 
-    python sample.py --ckpt fsdd.pt                                a labelled grid of samples, samples.png
+    python sample.py --ckpt digits.pt                              a labelled grid of samples, samples.png
     python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
 The same seed gives the same images for any number of processes. Settings that are not given are the checkpoint's.
 """
+import os
 import time
 
 import torch
@@ -99,7 +100,7 @@ def decode(tokenizer, tokens):
 
 def parse(argv):
     parser = Parser(description=__doc__)
-    parser.add_argument("--ckpt", default="fsdd.pt", help="checkpoint of train_fsdd.py (%(default)s)")
+    parser.add_argument("--ckpt", default=default_checkpoint(), help="checkpoint of train_fsdd.py (%(default)s)")
     parser.add_argument("--out", default="samples.png", help=".png: a labelled grid, .npz: ADM's sample batch, arr_0 "
                         "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
     parser.add_argument("--labels", help="class numbers or names, such as 3 or 0,1,cat (all; for pictures at most ten)")
@@ -127,6 +128,11 @@ def add_generation_options(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument("--bf16", default="auto", choices=("auto", "on", "off"),
                         help="bfloat16 autocast of the denoiser; auto: where it is fast (auto)")
+
+
+def default_checkpoint():
+    """fsdd.pt of train_fsdd.py or, as long as there is none, digits.pt, which the repository contains."""
+    return "fsdd.pt" if os.path.isfile("fsdd.pt") else "digits.pt"
 
 
 def load(path, device):
