@@ -1,6 +1,7 @@
 """Running the project's scripts from tests, and comparing what they write."""
 import contextlib
 import csv
+import gc
 import io
 import multiprocessing
 import os
@@ -45,6 +46,7 @@ def run_ranks(script, *args, folder, world_size):
             torch.set_num_threads(1)
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
 
+        gc.freeze()  # the ranks' garbage collection would copy the memory they share with this process
         fork = multiprocessing.get_context("fork")
         ranks = [fork.Process(target=run_rank, args=[rank]) for rank in range(world_size)]
         for process in ranks:
@@ -54,6 +56,7 @@ def run_ranks(script, *args, folder, world_size):
         codes = [process.exitcode for process in ranks]
         for process in ranks:
             process.kill()
+        gc.unfreeze()
         output, *errors = (open(f"{captured}/{name}").read()
                            for name in ("output0", *(f"errors{rank}" for rank in range(world_size))))
     returncode = next((code for code in codes if code != 0), 0)  # None: it did not end

@@ -71,18 +71,17 @@ def assert_same_arrays(ours, theirs):
 def test_same_images_for_any_number_of_ranks(checkpoint, tmp_path):
     """Broken: the images would depend on the number of ranks, or come out in another order."""
     results = []
-    for world_size in (1, 2, 3):  # 5 chunks, so unequal shares
+    for world_size in (1, 3):  # 5 chunks, so unequal shares
         out = tmp_path / f"{world_size}.npz"
         finished = run_ranks("sample.py", "--ckpt", checkpoint, "--num_images=23", "--batch=5", "--bf16=off",
                              "--out", out, folder=tmp_path, world_size=world_size)
         assert finished.returncode == 0, finished.stderr
         results.append(arrays(out))
-    (images, labels), *others = results
+    images, labels = results[0]
     assert images.shape == (23, 8, 8, 3) and images.dtype == np.uint8
     assert labels.tolist() == [i * 10 // 23 for i in range(23)]
     assert len(np.unique(images.reshape(23, -1), axis=0)) > 15  # chunks do not repeat each other
-    for other in others:
-        assert_same_arrays(results[0], other)
+    assert_same_arrays(*results)
 
 
 @pytest.mark.slow

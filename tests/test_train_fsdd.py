@@ -70,18 +70,18 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(times):
     assert not torch.equal(whole.uniform, other.uniform) and not torch.equal(whole.x1, other.x1)
 
 
-@pytest.mark.parametrize("stop, step", [(send_sigterm, 5), (crash, 3)])
-def test_a_stopped_training_resumes_to_the_same_numbers(stop, step, stage1, few_to_train_on, tmp_path, monkeypatch):
+def test_a_stopped_training_resumes_to_the_same_numbers(stage1, few_to_train_on, tmp_path, monkeypatch):
     """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir()
-    stopped.mkdir()
-    finished = run_here(train_fsdd.main, *TINY, stage1, folder=whole)
+    for name in ("whole", "send_sigterm", "crash"):
+        (tmp_path / name).mkdir()
+    finished = run_here(train_fsdd.main, *TINY, stage1, folder=tmp_path / "whole")
     assert finished.returncode == 0, finished.stderr
-    stop_and_resume(monkeypatch, train_fsdd, [*TINY, stage1], stopped / "fsdd.pt", 5, stop, step)
-    assert read_log(whole / "fsdd.csv") == read_log(stopped / "fsdd.csv")
-    assert_same_checkpoint(whole / "fsdd.pt", stopped / "fsdd.pt")
+    for stop, saved in ((send_sigterm, 5), (crash, 3)):
+        out = tmp_path / stop.__name__ / "fsdd.pt"
+        stop_and_resume(monkeypatch, train_fsdd, [*TINY, stage1], out, 5, stop, saved)
+        assert read_log(tmp_path / "whole" / "fsdd.csv") == read_log(out.with_suffix(".csv"))
+        assert_same_checkpoint(tmp_path / "whole" / "fsdd.pt", out)
 
 
 def test_any_number_of_ranks_trains_alike(stage1, few_to_train_on, tmp_path):
@@ -193,7 +193,7 @@ def test_training_reads_no_image(stage1, few_to_train_on, tmp_path, monkeypatch)
     batches = []
     monkeypatch.setattr(train_fsdd, "evaluate", lambda *args: 0.0)  # the loss on test images, after the training
     monkeypatch.setattr(Digits, "__getitems__", lambda self, items: batches.append(items))
-    finished = run_here(train_fsdd.main, *TINY, stage1, folder=tmp_path)
+    finished = run_here(train_fsdd.main, *TINY, stage1, "--steps=2", folder=tmp_path)
     assert finished.returncode == 0 and batches == [], finished.stderr
 
 

@@ -17,18 +17,18 @@ TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--d
         "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off", "--device=cpu"]
 
 
-@pytest.mark.parametrize("stop, step", [(send_sigterm, 5), (crash, 3)])
-def test_a_stopped_training_resumes_to_the_same_numbers(stop, step, few_to_train_on, tmp_path, monkeypatch):
+def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_path, monkeypatch):
     """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir()
-    stopped.mkdir()
-    finished = run_here(train_tokenizer.main, *TINY, folder=whole)
+    for name in ("whole", "send_sigterm", "crash"):
+        (tmp_path / name).mkdir()
+    finished = run_here(train_tokenizer.main, *TINY, folder=tmp_path / "whole")
     assert finished.returncode == 0, finished.stderr
-    stop_and_resume(monkeypatch, train_tokenizer, TINY, stopped / "tokenizer.pt", 5, stop, step)
-    assert read_log(whole / "tokenizer.csv") == read_log(stopped / "tokenizer.csv")
-    assert_same_checkpoint(whole / "tokenizer.pt", stopped / "tokenizer.pt")
+    for stop, saved in ((send_sigterm, 5), (crash, 3)):
+        out = tmp_path / stop.__name__ / "tokenizer.pt"
+        stop_and_resume(monkeypatch, train_tokenizer, TINY, out, 5, stop, saved)
+        assert read_log(tmp_path / "whole" / "tokenizer.csv") == read_log(out.with_suffix(".csv"))
+        assert_same_checkpoint(tmp_path / "whole" / "tokenizer.pt", out)
 
 
 def test_any_number_of_ranks_trains_alike(few_to_train_on, tmp_path):
