@@ -1,4 +1,4 @@
-"""The ways of modelling token sets that Table 5 compares FSDD with (Sec. 4.3.1). All share the denoiser of fsdd.py.
+"""The ways of modelling token sets that Table 5 compares FSDD with (Sec. 4.3.1). All build on the denoiser of fsdd.py.
 
     AR-order1, AR-order2   autoregressive over the M tokens in one order, the same for all images      autoregressive_*
     AR-random              the same over the tokens in random order                                    autoregressive_*
@@ -6,21 +6,22 @@
     Discrete Diffusion     discrete flow matching of the counts (Gat et al., arXiv 2407.15595)         flow_*
     Continuous Diffusion   flow matching of the counts as real numbers, then quantized                 continuous_*
 
-Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). guidance: see
-fsdd.guidance_weight(). top_p, top_k: see fsdd.draw().
+Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). The losses take a batch with
+the fields of train_fsdd.Batch.  guidance: see fsdd.guidance_weight().  top_p, top_k: see fsdd.truncate().
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsdd import Denoiser, draw, greedy_adjust, guidance_weight, guided_probabilities, sample_noise
-from tokenizer import Attention
+from fsdd import STEPS, Denoiser, draw, greedy_adjust, guidance_weight, guided_probabilities, sample_noise
+from tokenizer import Attention, run_blocks
 
 
-def zeros(layer):
-    """A linear layer whose weights are zero, as the denoiser's last one is at the start."""
-    for weight in layer.parameters():
-        nn.init.zeros_(weight)
+def zero_linear(inputs, outputs):
+    """A linear layer of zeros, as the denoiser's last one is at the start."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -29,55 +30,55 @@ def zeros(layer):
 
 
 class CausalAttention(Attention):
-    """Attention in which a position sees only itself and those before it."""
+    """Attention of every position to itself and those before it."""
 
-    def attend(self, q, k, v, fused):
-        if fused:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        L = q.shape[2]
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, L, L)
-        later = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
-        return scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+    def forward(self, x):
+        return self.attend(*self.qkv(x).chunk(3, dim=2), is_causal=True)
 
 
-def autoregressive(length, symbols, num_classes, width, layers, heads, gelu="tanh"):
-    """A causal denoiser over sequences of the given length of symbols 0..symbols - 1. Symbol number `symbols` starts a
-    sequence.
+class CausalDenoiser(Denoiser):
+    """p(x_i | x_0 .. x_{i-1}) of sequences of a length, of symbols 0..symbols - 1.
 
-    To the denoiser the positions are its C codes, and the symbols its counts 0..M.
+    The positions take the place of the denoiser's codes (codebook_size), the symbols that of its counts (num_tokens).
     """
-    model = Denoiser(length, symbols, num_classes, width, layers, heads, gelu=gelu)
-    model.to_logits = zeros(nn.Linear(width, symbols))  # none for the symbol that starts a sequence
-    for block in model.blocks:
-        causal = CausalAttention(width, heads)
-        causal.load_state_dict(block.attention.state_dict())
-        block.attention = causal
-    return model
+
+    attention_class = CausalAttention
+
+    def __init__(self, length, symbols, num_classes, width, layers, heads, gelu="tanh"):
+        super().__init__(length, symbols, num_classes, width, layers, heads, gelu=gelu)
+        self.to_logits = zero_linear(width, symbols)
+
+    def forward(self, x, t, labels):
+        """The first n symbols x (B, n) int64, n < length, labels (B,) -> logits (B, n + 1, symbols) of these and the
+        next one. t (B,): 0, as there is no time."""
+        c = self.condition(t, labels)
+        x = F.pad(x, (1, 0), value=self.num_tokens)  # a sequence starts with a symbol of its own
+        x = self.count_embedding(x) + self.code_embedding[:, :x.shape[1]]  # (B, n + 1, width)
+        x = run_blocks(self.blocks, x.to(c.dtype), c, recompute=self.recompute)
+        return self.head(x, c)
 
 
-def autoregressive_logits(model, x, labels, symbols):
-    """x (B, L) int64, labels (B,) -> logits (B, L, symbols) of every position; those at i depend on x[:, :i] only."""
-    start = x.new_full((len(x), 1), symbols)
-    no_time = torch.zeros(len(x), device=x.device)
-    return model(torch.cat([start, x[:, :-1]], dim=1), no_time, labels)
+def autoregressive_loss(model, batch):
+    """Cross-entropy of every symbol given those before it, mean over positions and sequences.
 
-
-def autoregressive_loss(model, x, labels, symbols):
-    """Cross-entropy of every symbol given those before it, mean over positions and sequences."""
-    return F.cross_entropy(autoregressive_logits(model, x, labels, symbols).float().flatten(0, 1), x.flatten())
+    batch: x0 (B, length), the sequences, and labels (B,).
+    """
+    x, no_time = batch.x0, torch.zeros(len(batch.x0), device=batch.x0.device)
+    logits = model(x[:, :-1], no_time, batch.labels)  # (B, length, symbols)
+    return F.cross_entropy(logits.float().flatten(0, 1), x.flatten())
 
 
 @torch.no_grad()
 def autoregressive_generate(model, labels, guidance=1.0, top_p=1.0, top_k=0, generator=None):
-    """Sequences (B, L) int64 for labels (B,), symbol by symbol."""
-    length, symbols = model.codebook_size, model.num_tokens
-    x = labels.new_full((len(labels), 1), symbols)
+    """Sequences (B, length) int64 for labels (B,), symbol by symbol."""
+    length = model.codebook_size
+    x = labels.new_zeros(len(labels), 0)
     for i in range(length):
         weight = guidance_weight(guidance, 1 - i / length)
         p = guided_probabilities(model, x, 0.0, labels, weight)[:, -1]  # (B, symbols)
         u = torch.rand(len(x), generator=generator, device=x.device)
         x = torch.cat([x, draw(p, u, top_p, top_k)[:, None]], dim=1)
-    return x[:, 1:]
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,13 +93,14 @@ def flow_process(x0, x1, t, uniform):
     return torch.where(uniform < t[:, None], x1, x0)
 
 
-def flow_loss(denoiser, x0, labels, t, x1, uniform):
+def flow_loss(denoiser, batch):
     """Cross-entropy of the denoiser's logits at X_t against X_0, as in fsdd.fsdd_loss()."""
-    logits = denoiser(flow_process(x0, x1, t, uniform), t, labels)  # (B, C, M + 1)
-    return F.cross_entropy(logits.float().flatten(0, 1), x0.flatten())
+    x_t = flow_process(batch.x0, batch.x1, batch.t, batch.uniform)
+    logits = denoiser(x_t, batch.t, batch.labels)  # (B, C, M + 1)
+    return F.cross_entropy(logits.float().flatten(0, 1), batch.x0.flatten())
 
 
-def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=1.0, top_p=1.0, top_k=0,
+def flow_generate(denoiser, labels, prior="multinomial", steps=STEPS, guidance=1.0, top_p=1.0, top_k=0,
                   generator=None):
     """Counts (B, C) int64 for labels (B,), of any sum.
 
@@ -116,17 +118,18 @@ def flow_generate(denoiser, labels, prior="multinomial", steps=25, guidance=1.0,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Continuous: counts as real numbers, of which every state sums to M, but none before the end is whole
+# Continuous: counts as real numbers. Every state sums to M, but only the last one consists of integers
 
 
-def continuous(codebook_size, num_tokens, num_classes, width, layers, heads, gelu="tanh"):
+class ContinuousDenoiser(Denoiser):
     """A denoiser of real numbers: (B, C, 1), t (B,), labels (B,) -> (B, C, 1)."""
-    model = Denoiser(codebook_size, num_tokens, num_classes, width, layers, heads, gelu=gelu)
-    model.count_embedding = nn.Linear(1, width)
-    nn.init.normal_(model.count_embedding.weight, std=0.02)  # as that of counts
-    nn.init.zeros_(model.count_embedding.bias)
-    model.to_logits = zeros(nn.Linear(width, 1))
-    return model
+
+    def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, gelu="tanh"):
+        super().__init__(codebook_size, num_tokens, num_classes, width, layers, heads, gelu=gelu)
+        self.count_embedding = nn.Linear(1, width)
+        nn.init.normal_(self.count_embedding.weight, std=0.02)  # as that of counts
+        nn.init.zeros_(self.count_embedding.bias)
+        self.to_logits = zero_linear(width, 1)
 
 
 def standardize(counts, num_tokens):
@@ -136,11 +139,11 @@ def standardize(counts, num_tokens):
 
 
 def quantize(x, num_tokens):
-    """The inverse of standardize, x (B, C) of any values: rounded to whole counts in [0, M], then adjusted until they
-    sum to M by the steps that add least to the squared distance."""
+    """The inverse of standardize(), x (B, C) of any values: rounded to counts in [0, M], then adjusted until they sum
+    to M by the steps that add least to the squared distance."""
     mean = num_tokens / x.shape[1]
     counts = (x * (mean * (1 - 1 / x.shape[1])) ** 0.5 + mean).nan_to_num().clamp(0, num_tokens)
-    # with so wide a Gaussian, the differences of probability that it compares are those of the squared distance
+    # greedy_adjust() compares differences of probability; of so wide a Gaussian they are those of the squared distance
     return greedy_adjust(counts.round(), lambda k: -1e-6 * (k - counts.double()) ** 2, num_tokens)
 
 
@@ -151,22 +154,20 @@ def velocity(model, x_t, t, labels):
 
 
 def continuous_noise(normal):
-    """X_1: independent Gaussians (B, C), moved to the sum 0."""
+    """X_1: independent Gaussians (B, C), shifted to the sum 0."""
     return normal - normal.mean(1, keepdim=True)
 
 
-def continuous_loss(model, x0, labels, t, normal, num_tokens):
-    """Squared error of the velocity at X_t = t X_1 + (1 - t) X_0.
-
-    x0: counts (B, C).  normal: (B, C), standard Gaussian.
-    """
-    x0, x1 = standardize(x0, num_tokens), continuous_noise(normal)
-    return F.mse_loss(velocity(model, t[:, None] * x1 + (1 - t[:, None]) * x0, t, labels), x1 - x0)
+def continuous_loss(model, batch):
+    """Squared error of the velocity at X_t = t X_1 + (1 - t) X_0. The noise is made from batch.uniform."""
+    normal = torch.special.ndtri(batch.uniform.clamp(1e-7, 1 - 1e-7))  # (B, C), standard Gaussians
+    x0, x1, t = standardize(batch.x0, int(batch.x0[0].sum())), continuous_noise(normal), batch.t[:, None]
+    return F.mse_loss(velocity(model, t * x1 + (1 - t) * x0, batch.t, batch.labels), x1 - x0)
 
 
 @torch.no_grad()
-def continuous_generate(model, labels, steps=25, guidance=1.0, generator=None):
-    """Counts (B, C) int64 for labels (B,), every row sums to M: Euler's steps from noise to data, then quantized."""
+def continuous_generate(model, labels, steps=STEPS, guidance=1.0, generator=None):
+    """Counts (B, C) int64 for labels (B,), every row sums to M: Euler steps from noise to data, then quantize()."""
     B, C, device = len(labels), model.codebook_size, labels.device
     x = continuous_noise(torch.randn(B, C, generator=generator, device=device))
     null = torch.full_like(labels, model.num_classes)

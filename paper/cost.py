@@ -2,14 +2,14 @@
 
     python -m paper.cost
 
-FLOPs are counted by torch.utils.flop_counter over the models and losses that train, run on tensors without data, so it
+torch.utils.flop_counter counts the FLOPs of the models and losses of the trainings, run on tensors without data, so it
 takes seconds and little memory; a multiplication and an addition are two. Memory is weights, gradients and DDP's copy
 of them, AdamW's two moments and the moving average in float32, and what the backward pass keeps, without torch.compile,
 which keeps less. Hours follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was
 timed on a GPU.
 
-A second table times training steps of stage 2 on this machine, beside the FLOP/s of a large matrix product; this takes
-some minutes and the memory of a real S.
+A second table times training steps of stage 2 on this machine and compares them with the FLOP/s of a large matrix
+product; this takes some minutes and the memory of a real S.
 """
 import functools
 from types import SimpleNamespace
@@ -20,26 +20,27 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import train_fsdd
 import train_tokenizer
-from data.command_line import keep_freed_memory
+from beyond import SparseDenoiser
 from fsdd import Denoiser, sample_noise
 from paper.cpu import in_turn, stage2
 from published.convnext import ConvNeXt
-from published.critics import Critics, discriminator_loss
 from published.discriminator import Discriminator
+from published.losses import PixelLosses, discriminator_loss
 from published.maskgit_vqgan import VQGAN
+from support.hardware import autocast, keep_freed_memory, set_switches
 from tokenizer import SetTokenizer
 
 BATCH = 32                # images on a GPU at once
 GPUS = 8                  # H100 SXM
 BF16, TF32 = 989e12, 495e12  # dense peak of one, FLOP/s: the models run in bfloat16, the networks of the losses in TF32
 UTILIZATION = 0.35        # assumed share of that peak
-STAGE1_IMAGES = 500_000 * 256    # that each of its phases sees
+STAGE1_IMAGES = 500_000 * 256    # in each of its phases
 STAGE2_IMAGES = 200 * 1_281_167  # 200 epochs of ImageNet
-LOSS_CODES = 384          # of the sparse denoiser: those that X_t and X_0 hold, 256 at most, and as many others as M
-TIMED = [                 # C, M and images a step of the training steps that are timed here
+LOSS_CODES = 384          # of the sparse denoiser: those that X_t and X_0 contain, at most 256, and at least M others
+CPU = torch.device("cpu")
+TIMED = [                 # model, C, M and images of the training steps that are timed here
     ("digits", 256, 32, 64),
     ("S", 4096, 128, 2),
     ("B", 4096, 128, 1),
@@ -50,12 +51,23 @@ def main():
     keep_freed_memory()  # as both trainings
     print("| | parameters, trained | GFLOPs an image, forward | training "
           f"| GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n|---|---|---|---|---|---|")
-    row("stage 1, proxy codes", *tokenizer_cost(proxy=True), STAGE1_IMAGES)
-    row("stage 1, pixels", *tokenizer_cost(proxy=False), STAGE1_IMAGES)
+    print_cost("stage 1, proxy codes", tokenizer_cost(proxy=True), STAGE1_IMAGES)
+    print_cost("stage 1, pixels", tokenizer_cost(proxy=False), STAGE1_IMAGES)
     for name in ("S", "B"):
-        row(f"stage 2, {name}", *denoiser_cost(name), STAGE2_IMAGES)
-        row(f"stage 2, {name}, sparse, {LOSS_CODES} codes", *denoiser_cost(name, LOSS_CODES), STAGE2_IMAGES)
+        print_cost(f"stage 2, {name}", denoiser_cost(name), STAGE2_IMAGES)
+        print_cost(f"stage 2, {name}, sparse, {LOSS_CODES} codes", denoiser_cost(name, LOSS_CODES), STAGE2_IMAGES)
     print_timed_steps()
+
+
+def print_cost(name, cost, images):
+    """A row of the first table. images: number of images in the training.
+
+    The models run in bfloat16; the rest of a step, the networks of the losses, in TF32.
+    """
+    seconds = images * (cost.training / BF16 + (cost.step - cost.training) / TF32) / UTILIZATION / GPUS
+    memory = cost.state_bytes + cost.fixed_bytes + BATCH * cost.image_bytes
+    print(f"| {name} | {cost.trained / 1e6:.1f} M | {cost.forward / 1e9:.0f} | {cost.step / 1e9:.0f} "
+          f"| {memory / 2 ** 30:.1f} | {seconds / 3600:.0f} |", flush=True)
 
 
 def print_timed_steps():
@@ -67,20 +79,72 @@ def print_timed_steps():
     for name, C, M, B in TIMED:
         for kind, num_codes in (("dense", 0), ("sparse, all codes", C), (f"sparse, {3 * M} codes", 3 * M)):
             seconds, forward = timed_step(name, C, M, B, num_codes)
-            operations = B * denoiser_cost(name, num_codes, C, M)[3]
+            operations = B * denoiser_cost(name, num_codes, C, M).training
             print(f"| {name}, C = {C}, {kind} | {B} | {seconds * 1e3:.1f} | {B / seconds:.1f} | {operations / 1e9:.1f} "
                   f"| {operations / seconds / peak:.0%} | {forward * 1e3:.1f} |", flush=True)
 
 
-def row(name, trained, state_bytes, forward, training, step, fixed_bytes, image_bytes, images):
-    """One line of the table, from what tokenizer_cost() or denoiser_cost() gives and the number of images in training.
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainings, on tensors without data
 
-    What a step takes beyond the model's own forward and backward pass, training, is the networks of the losses.
-    """
-    seconds = images * (training / BF16 + (step - training) / TF32) / UTILIZATION / GPUS
-    memory = state_bytes + fixed_bytes + BATCH * image_bytes
-    print(f"| {name} | {trained / 1e6:.1f} M | {forward / 1e9:.0f} | {step / 1e9:.0f} | {memory / 2 ** 30:.1f} "
-          f"| {seconds / 3600:.0f} |", flush=True)
+
+def tokenizer_cost(proxy):
+    """What measure_cost() returns for a phase of stage 1."""
+    cfg = settings(train_tokenizer.HYPERPARAMETERS, adversarial_from=0)
+    vqgan = VQGAN().requires_grad_(False) if proxy else None
+    convnext = None if proxy else ConvNeXt().requires_grad_(False)
+    discriminator = None if proxy else Discriminator(cfg.discriminator)
+    pixel_losses = PixelLosses(convnext, discriminator, None, cfg)
+    model = SetTokenizer(channels=3, vqgan_width=128, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
+    train_tokenizer.start_phase(model, None, cfg, proxy)
+    networks = list(filter(None, (vqgan, convnext, discriminator)))
+    with FakeTensorMode():
+        drop_data(model, *networks)
+
+        def images(number):
+            return torch.zeros(number, 3, cfg.image_size, cfg.image_size)
+
+        def forward(number=1):
+            with autocast(CPU, cfg.bf16):
+                return model(images(number), proxy=proxy)
+
+        def step(number):
+            decoded, _, latents, loss = forward(number)
+            loss = loss + cfg.uniformity * train_tokenizer.uniformity(latents)
+            if proxy:
+                loss = loss + F.cross_entropy(vqgan.logits(decoded), vqgan.encode(images(number)))
+            else:
+                loss = loss + F.mse_loss(decoded.float(), images(number))
+                loss = loss + pixel_losses(decoded.float(), images(number), pixel_losses.first)
+            loss.backward()
+
+        def train_discriminator():
+            if discriminator:
+                real, fake = discriminator(images(2)).flatten(1).chunk(2)
+                discriminator_loss(real, fake, torch.zeros(2), cfg.lecam).backward()
+
+        return measure_cost(model, networks, cfg, lambda: forward()[0], step, train_discriminator)
+
+
+def denoiser_cost(name, num_codes=0, C=4096, M=128):
+    """What measure_cost() returns for a model of stage 2; with num_codes a sparse one, trained on so many codes."""
+    cfg = settings(train_fsdd.HYPERPARAMETERS)
+    model_class = SparseDenoiser if num_codes else Denoiser
+    model = model_class(C, M, 1000, *train_fsdd.MODELS[name], unused_rows=cfg.unused_rows)
+    integers = functools.partial(torch.zeros, dtype=torch.int64)
+    with FakeTensorMode():
+        drop_data(model)
+
+        def logits(number, num_codes):
+            codes = (integers(number, num_codes),) if num_codes else ()
+            with autocast(CPU, cfg.bf16):
+                return model(integers(number, C), torch.zeros(number), integers(number), *codes)
+
+        def step(number):
+            of_codes = logits(number, num_codes).float().flatten(0, 1)
+            F.cross_entropy(of_codes, torch.zeros(len(of_codes), dtype=torch.int64)).backward()
+
+        return measure_cost(model, [], cfg, lambda: logits(1, 0), step, training=lambda: logits(1, num_codes))
 
 
 def settings(table, **changes):
@@ -88,54 +152,45 @@ def settings(table, **changes):
     return SimpleNamespace(**{row[0]: row[2] for row in table} | {"bf16": "on", "compile": False} | changes)
 
 
-def drop_data(network):
-    """Replace the weights by tensors that have a shape and no data; call it inside of a FakeTensorMode."""
-    for module in network.modules():
+def drop_data(*networks):
+    """Replace weights by tensors that have a shape and no data; call it inside of a FakeTensorMode."""
+    for module in nn.ModuleList(networks).modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty(weight.shape), weight.requires_grad))
 
 
-def flops(step):
-    """FLOPs of a function. Attention must be written out for it: the fused kernel of a CPU is not counted."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
+def measure_cost(model, networks, cfg, forward, step, train_discriminator=lambda: None, training=None):
+    """The cost of a training.
 
+    networks: of the losses.  forward: the model on one image -> a tensor.  training: the same in training, if that
+    differs.  step: number of images -> losses and their backward pass.
+    train_discriminator: the same for the discriminator and one image. By then nothing of step() is kept, and it keeps
+    less.
 
-def kept_bytes(model, step):
-    """Bytes that a function keeps for its backward pass, beside the weights."""
-    kept, weights = {}, {weight.untyped_storage()._cdata for weight in model.parameters()}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor  # the tensor is held, so that no other gets its storage's number
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
-    return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
-
-
-def cost(model, cfg, forward, step, criticize=lambda number: None, train=None):
-    """(FLOPs of forward(), of train() and its backward pass, of a whole step on an image; bytes kept at all, and an
-    image).
-
-    forward: the model on one image -> a tensor.  train: the same in training, where that differs.
-    step: number of images -> losses and their backward pass.
-    criticize: the same of the discriminator, which comes when what step() keeps is gone, and keeps less.
+    Returns trained: number of trained weights; FLOPs for an image: forward; training, the model's forward and backward
+    pass; step, a whole step; bytes: state_bytes of weights, moving average, gradients, DDP's copy and AdamW's moments;
+    fixed_bytes and image_bytes that the backward pass keeps, once and for each image.
     """
-    train = train or forward
-    cfg.fused_attention = "off"
-    common.set_switches(model, cfg)
+    training = training or forward
+    weights = [weight for network in (model, *networks) for weight in network.parameters()]
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    averaged = sum(weight.numel() for weight in model.parameters())
+    cost = SimpleNamespace(trained=trained)
+    cost.state_bytes = 4 * (sum(weight.numel() for weight in weights) + averaged + 4 * trained)
+    cfg.fused_attention = "off"  # the fused kernel of a CPU is not counted
+    set_switches(model, cfg)
     with torch.no_grad():
-        one_way = flops(forward)
-    numbers = one_way, flops(lambda: train().sum().backward()), flops(lambda: (step(1), criticize(1)))
+        cost.forward = flops(forward)
+    cost.training = flops(lambda: training().sum().backward())
+    cost.step = flops(lambda: (step(1), train_discriminator()))
     cfg.fused_attention = "on"
-    common.set_switches(model, cfg)
+    set_switches(model, cfg)
     for module in model.modules():  # autocast leaves norms in float32 on a GPU, not on a CPU
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             module.forward = functools.partial(norm_in_float32, module.forward)
     one, two = kept_bytes(model, lambda: step(1)), kept_bytes(model, lambda: step(2))
-    return *numbers, 2 * one - two, two - one
+    cost.fixed_bytes, cost.image_bytes = 2 * one - two, two - one
+    return cost
 
 
 def norm_in_float32(norm, x):
@@ -143,71 +198,34 @@ def norm_in_float32(norm, x):
         return norm(x.float())
 
 
-def tokenizer_cost(proxy):
-    """The arguments of row() for a phase of stage 1."""
-    cfg = settings(train_tokenizer.HYPERPARAMETERS, adversarial_from=0)
-    vqgan = VQGAN().requires_grad_(False) if proxy else None
-    convnext = None if proxy else ConvNeXt().requires_grad_(False)
-    discriminator = None if proxy else Discriminator(cfg.discriminator)
-    critics = Critics(convnext, discriminator, None, cfg)
-    model = SetTokenizer(channels=3, vqgan_width=128, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
-    train_tokenizer.start_phase(model, None, cfg, proxy)
-    with FakeTensorMode():
-        for network in filter(None, (model, vqgan, convnext, discriminator)):
-            drop_data(network)
-
-        def images(number):
-            return torch.zeros(number, 3, cfg.image_size, cfg.image_size)
-
-        def forward(number=1):
-            with common.autocast(torch.device("cpu"), cfg.bf16):
-                return model(images(number), proxy=proxy)
-
-        def step(number):
-            drawn, _, latents, loss = forward(number)
-            loss = loss + cfg.uniformity * train_tokenizer.uniformity(latents)
-            if proxy:
-                loss = loss + F.cross_entropy(vqgan.logits(drawn), vqgan.encode(images(number)))
-            else:
-                loss = loss + F.mse_loss(drawn.float(), images(number))
-                loss = loss + critics.loss(drawn.float(), images(number), critics.first)
-            loss.backward()
-
-        def criticize(number):
-            if discriminator:
-                real, fake = discriminator(images(2 * number)).flatten(1).chunk(2)
-                discriminator_loss(real, fake, torch.zeros(2), cfg.lecam).backward()
-
-        numbers = cost(model, cfg, lambda: forward()[0], step, criticize)
-    return *sizes(model, vqgan or convnext, discriminator), *numbers
+def flops(function):
+    """FLOPs of a function."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
-def denoiser_cost(name, num_codes=0, C=4096, M=128):
-    """The arguments of row() for a model of stage 2; with num_codes a sparse one, trained on so many codes."""
-    cfg = settings(train_fsdd.HYPERPARAMETERS)
-    width, layers, heads = train_fsdd.MODELS[name]
-    model = Denoiser(C, M, 1000, width, layers, heads, unused_rows=cfg.unused_rows, sparse=num_codes > 0)
-    with FakeTensorMode():
-        drop_data(model)
+def kept_bytes(model, function):
+    """Bytes that a function keeps for its backward pass, without the weights."""
+    kept, weights = {}, {weight.untyped_storage()._cdata for weight in model.parameters()}
 
-        def logits(number, num_codes):
-            integers = functools.partial(torch.zeros, dtype=torch.int64)
-            codes = integers(number, num_codes) if num_codes else None
-            with common.autocast(torch.device("cpu"), cfg.bf16):
-                return model(integers(number, C), torch.zeros(number), integers(number), codes)
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor  # the tensor is held, so that no other gets its storage's number
+        return tensor
 
-        def step(number):
-            of_codes = logits(number, num_codes).float().flatten(0, 1)
-            F.cross_entropy(of_codes, torch.zeros(len(of_codes), dtype=torch.int64)).backward()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        function()
+    return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
 
-        numbers = cost(model, cfg, lambda: logits(1, 0), step, train=lambda: logits(1, num_codes))
-    return *sizes(model), *numbers
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times on this machine
 
 
 def matrix_product(size=4096):
     """FLOP/s of a product of two matrices, in bfloat16 where autocast uses it: the most that a step could reach."""
     a, b = torch.randn(2, size, size)
-    with common.autocast(torch.device("cpu"), "auto"):
+    with autocast(CPU, "auto"):
         a, b = (torch.mm(x, torch.eye(size)) for x in (a, b))  # of the type that autocast gives them
         return 2 * size ** 3 / in_turn({"product": lambda: torch.mm(a, b)}, 5)["product"]
 
@@ -220,18 +238,10 @@ def timed_step(name, C, M, B, num_codes):
 
     @torch.no_grad()
     def forward():
-        with common.autocast(torch.device("cpu"), cfg.bf16):
+        with autocast(CPU, cfg.bf16):
             model(x, t, labels)
 
     return tuple(in_turn({"step": step, "forward": forward}, 2 if C > 1024 else 30).values())
-
-
-def sizes(model, *others):
-    """(number of trained weights; bytes of weights, moving average, gradients, DDP's copy and AdamW's moments)."""
-    weights = [weight for network in (model, *filter(None, others)) for weight in network.parameters()]
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    averaged = sum(weight.numel() for weight in model.parameters())
-    return trained, 4 * (sum(weight.numel() for weight in weights) + averaged + 4 * trained)
 
 
 if __name__ == "__main__":

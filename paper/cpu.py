@@ -1,24 +1,26 @@
-"""What a training step spends its time on, on a CPU, and what changes it.
+"""Where the time of a training step goes on a CPU, and what changes it.
 
     python -m paper.cpu                some minutes
 
-Prints two Markdown tables. The first: where the time of a step goes in both stages of the digits' recipe. The second:
-forward and backward pass of stage 2 as it is, and how much longer it takes (a factor) in float32, with the other
-kind of attention, compiled (this needs a C++ compiler; left empty without), and on one thread. What is compared is
-measured in turn, so that other work on the machine slows all of it.
+Prints two Markdown tables. The first: the shares of a step's time, for both stages of the digits' recipe. The second:
+forward and backward pass of stage 2 as they are, and how many times longer they take in float32, with the other kind of
+attention, compiled (this needs a C++ compiler; left empty without one), and on one thread. Steps that are compared are
+measured in alternation, so that other work on the machine slows all of them.
 """
 import shutil
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-import common
 import train_fsdd
 import train_tokenizer
-from data.command_line import keep_freed_memory
+from beyond import SparseDenoiser, sparse_loss
 from fsdd import Denoiser, fsdd_loss, sample_noise
+from support.hardware import autocast, keep_freed_memory, parallel, set_switches
+from support.optimizers import make_optimizers
 from tokenizer import SetTokenizer
 
 KINDS = {  # operations of PyTorch that count as one kind, "other" is the rest
@@ -29,7 +31,7 @@ KINDS = {  # operations of PyTorch that count as one kind, "other" is the rest
     "sums, products": ("aten::add", "aten::add_", "aten::sum", "aten::mul"),
     "copies, casts": ("aten::copy_", "aten::cat"),
 }
-STEPS = {  # C, M, sets, codes of the loss (0: dense) and repetitions of the steps in the second table
+STEPS = {  # model, C, M, sets, codes in the loss (0: dense) and repetitions of the steps in the second table
     "digits, C = 256, dense": ("digits", 256, 32, 64, 0, 20),
     "digits, C = 256, sparse, 3 M codes": ("digits", 256, 32, 64, 96, 60),
     "S, C = 4096, sparse, all codes": ("S", 4096, 128, 2, 4096, 2),
@@ -49,13 +51,13 @@ def main():
     print(f"{torch.get_num_threads()} threads; where the time of a step of the digits' recipe goes\n\n"
           f"| | ms | {' | '.join(KINDS)} | other | Muon | AdamW |\n|---|---|" + "---|" * (3 + len(KINDS)))
     for name, (model, step, cfg) in {"stage 1": stage1(), "stage 2": stage2("digits", 256, 32, 64, 96)}.items():
-        print(f"| {name} | {' | '.join(where_it_goes(model, step, cfg))} |", flush=True)
+        print(f"| {name} | {' | '.join(shares_of_time(model, step, cfg))} |", flush=True)
     print(f"\n| | as it is, ms | {' | '.join(VARIATIONS)} |\n|---|---|" + "---|" * len(VARIATIONS))
-    for name, (*sizes, times) in STEPS.items():
-        compiler = shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    for name, (*sizes, repetitions) in STEPS.items():
         steps = {variation: stage2(*sizes, **options)[1] for variation, options in [("", {}), *VARIATIONS.items()]
                  if compiler or not options.get("compile")}
-        seconds = in_turn(steps, times)
+        seconds = in_turn(steps, repetitions)
         factors = [f"× {seconds[variation] / seconds['']:.2f}" if variation in seconds else ""
                    for variation in VARIATIONS]
         print(f"| {name} | {seconds[''] * 1e3:.1f} | {' | '.join(factors)} |", flush=True)
@@ -65,13 +67,13 @@ def stage1():
     """(The digits' tokenizer, a function that computes a training step's gradients, its settings)."""
     cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_tokenizer.HYPERPARAMETERS})
     model = SetTokenizer(channels=1, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
-    common.set_switches(model, cfg)
+    set_switches(model, cfg)
     images = torch.rand(cfg.batch_size, 1, cfg.image_size, cfg.image_size) * 2 - 1
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens)
     skips = torch.rand(cfg.batch_size) < cfg.unquantized
 
     def step():
-        with common.autocast(torch.device("cpu"), cfg.bf16):
+        with autocast(torch.device("cpu"), cfg.bf16):
             recon, _, latents, loss = model(images, shuffle, False, skips)
         (F.mse_loss(recon.float(), images) + loss + cfg.uniformity * train_tokenizer.uniformity(latents)).backward()
 
@@ -79,31 +81,36 @@ def stage1():
 
 
 def stage2(name, C, M, B, num_codes, threads=0, **switches):
-    """The same of a denoiser, of B sets. num_codes: see fsdd_loss(), 0 for a dense one. switches: changed settings."""
+    """The same for a denoiser and B sets. num_codes: of sparse_loss(), 0 for a dense denoiser. switches: changed
+    settings."""
     cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_fsdd.HYPERPARAMETERS} | switches)
     width, layers, heads = train_fsdd.MODELS[name]
-    model = Denoiser(C, M, 10, width, layers, heads, gelu="none" if name == "digits" else "tanh", sparse=num_codes > 0)
-    common.set_switches(model, cfg)
-    called = common.parallel(model, torch.device("cpu"), cfg)
+    model_class = SparseDenoiser if num_codes else Denoiser
+    compute_loss = partial(sparse_loss, num_codes=num_codes) if num_codes else fsdd_loss
+    model = model_class(C, M, 10, width, layers, heads, gelu="exact" if name == "digits" else "tanh")
+    set_switches(model, cfg)
+    called = parallel(model, torch.device("cpu"), cfg)
     x0, x1 = (sample_noise(B, C, M, "multinomial") for _ in range(2))
     labels, t, (uniform, order) = torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.rand(2, B, C)
+    batch = train_fsdd.Batch(x0, labels, t, x1, uniform, order)
     threads = threads or torch.get_num_threads()
 
     def step():
         torch.set_num_threads(threads)
-        with common.autocast(torch.device("cpu"), cfg.bf16):
-            loss = fsdd_loss(called, x0, labels, t, x1, uniform, num_codes, order)
+        with autocast(torch.device("cpu"), cfg.bf16):
+            loss = compute_loss(called, batch)
         loss.backward()
 
     return model, step, cfg
 
 
-def where_it_goes(model, step, cfg, times=40):
+def shares_of_time(model, step, cfg, repetitions=40):
     """Cells of the first table: ms of a step, optimizers included, and the shares of KINDS, the rest, Muon, AdamW."""
-    optimizers = common.make_optimizers(model, cfg, 1000, cfg.warmup, cfg.beta2)
-    seconds = in_turn({"step": step} | {type(optimizer).__name__: optimizer.step for optimizer, _ in optimizers}, times)
+    optimizers = make_optimizers(model, cfg, cfg.beta2)
+    seconds = in_turn({"step": step} | {type(optimizer).__name__: optimizer.step for optimizer in optimizers},
+                      repetitions)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for _ in range(times):
+        for _ in range(repetitions):
             step()
     spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     shares = [sum(spent.get(operation, 0) for operation in kind) / sum(spent.values()) for kind in KINDS.values()]
@@ -112,10 +119,11 @@ def where_it_goes(model, step, cfg, times=40):
     return [f"{total * 1e3:.1f}", *(f"{share / total:.0%}" for share in shares)]
 
 
-def in_turn(functions, times):
-    """{name: seconds that a function takes}, the best of some times after one to warm up, one after the other."""
+def in_turn(functions, repetitions):
+    """{name: seconds that a function takes}: the functions run in alternation, once to warm up and then as often as
+    given, of which the fastest counts."""
     best, threads = dict.fromkeys(functions, float("inf")), torch.get_num_threads()
-    for i in range(times + 1):
+    for i in range(repetitions + 1):
         for name, function in functions.items():
             began = time.perf_counter()
             function()

@@ -1,0 +1,105 @@
+"""What several scripts of this folder read: options, tokenizers with their test images, images in files and folders."""
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import evaluate_fid
+from data.digits import Digits
+from data.image_folder import SUFFIXES, center_crop, find_images
+from data.loader import read_ahead
+from paper.layouts import KINDS
+from support.command_line import Parser, check_outputs, checked, stop
+from support.distributed import chunks, shard
+from support.files import load_checkpoint
+
+# Rows of OPTIONS, see read_options()
+DATA = ("--data", None, "", "digits, or a folder with train/ and val/ (what the checkpoint was trained on)")
+REF = ("--ref", None, "", "what samples are compared with, see evaluate_fid.py (the training digits)")
+INCEPTION = ("--inception", None, "", "file of Inception's weights (downloaded to torch's cache)")
+WORKERS = ("--workers", 0, "[0, inf)", "processes that read images")
+SEED = ("--seed", 0, "[0, inf)", "another seed gives other random numbers")
+DEVICE = ("--device", "auto", "", "auto, cpu or cuda")
+NUM = "--num --num_images"  # under torchrun, which has a --num of its own, only the second can be used
+
+
+def read_options(table, script, description, argv):
+    """The options of a script, from a table of them and its command line.
+
+    A row: one or more names, the default (a tuple for an option with several values), for an integer the interval that
+    it must lie in, else "", and the meaning, which for the default None says what is done without the option.
+    """
+    parser = Parser(prog=f"python -m paper.{script}", description=description)
+    for names, default, interval, meaning in table:
+        parser.add_argument(*names.split(), default=default, type=checked(int if interval else str, interval),
+                            nargs="+" if isinstance(default, tuple) else None,
+                            help=meaning if default in (None, ()) else f"{meaning} ({default})")
+    args = parser.parse_args(argv)
+    if "out" in args and not args.out.endswith(".png"):
+        parser.error(f"--out must end in .png, got {args.out}")
+    check_outputs(vars(args).get("out"))
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers and their test images
+
+
+def open_tokenizer(path, data, device, kinds=("tokenizer",)):
+    """(the tokenizer of a checkpoint of one of these kinds, without gradients; the test images of data; data).
+
+    data: None for what the tokenizer was trained on. Exits with one sentence if the images do not fit the tokenizer.
+    """
+    checkpoint = load_checkpoint(path, "python train_tokenizer.py (or -m paper.layouts)", *kinds)
+    data = data or checkpoint.get("config", {}).get("data")
+    try:
+        tokenizer, dataset = evaluate_fid.open_tokenizer(path, checkpoint, data, device, KINDS[checkpoint["kind"]])
+    except ValueError as problem:
+        stop(str(problem))
+    return tokenizer.requires_grad_(False), dataset, data
+
+
+def read_batches(dataset, num, image_size, device, rank, world_size, workers):
+    """This rank's share of num images spread evenly over a dataset: yields their indices, a list, and the images
+    (n, ch, H, W) in [-1, 1]."""
+    at_once = min(250, max(1, 2 ** 20 // image_size ** 2))  # a million pixels, to bound memory
+    chosen = evaluate_fid.evenly(len(dataset), num).tolist()
+    indices = [chosen[part] for part in chunks(shard(len(chosen), rank, world_size), at_once)]
+    images = read_ahead(dataset, ([(i, 0) for i in batch] for batch in indices), workers)
+    for batch, (pixels, _) in zip(indices, tqdm(images, total=len(indices), disable=None)):
+        yield batch, pixels.to(device) / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images in files and folders
+
+
+def read_images(paths, num, tokenizer):
+    """The first num images in files and folders, or the word digits, as a tokenizer takes them: (N, ch, H, W) uint8.
+
+    Exits with one sentence if there are none.
+    """
+    size, channels = tokenizer.image_size, tokenizer.channels
+    if list(paths) == ["digits"]:
+        if (size, channels) != (28, 1):
+            stop(f"the digits are 28 pixels wide and grey, the tokenizer's images {size} with {channels} channels")
+        return Digits("test").images[:num]
+    files = [file for path in paths for file in find_files(path)]
+    return torch.from_numpy(np.stack([read_image(file, size, channels) for file in files[:num]])).permute(0, 3, 1, 2)
+
+
+def find_files(path):
+    """A file, or the images in a folder and its subfolders."""
+    found = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in find_images(path)]
+    if not found:
+        stop(f"there is no image {path}, and no folder of that name with images ({', '.join(SUFFIXES)})")
+    return found
+
+
+def read_image(path, size, channels):
+    """The center crop of an image file, as ADM crops it, (size, size, ch) uint8."""
+    with Image.open(path) as file:
+        image = center_crop(file, size)
+    return np.asarray(image if channels == 3 else image.convert("L")).reshape(size, size, channels)
