@@ -18,7 +18,7 @@ from support.training import run
 SIDE, SET, BARS, GAP, TOP = 140, 200, 440, 40, 24  # pixels: images, the text of the set, the bars, arrows, titles
 BLUE = "#3a6ea5"
 OPTIONS = [
-    ("--ckpt", "fsdd.pt", "", "checkpoint of train_fsdd.py"),
+    ("--ckpt", sample.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
     ("--images", "digits", "", "an image file, or the word digits: the first test digit"),
     ("--out", "figure1.png", "", "the picture"),
 ]

@@ -23,7 +23,7 @@ TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # 0 = data, 1 = noise
 LEFT, WIDTH, HEIGHT = 40, 960, 112      # where the bars begin, size of a row of bars, pixels
 GREY, GREEN, RED = "#8a8f98", "#2e9d57", "#d0473a"
 OPTIONS = [
-    ("--ckpt", "fsdd.pt", "", "checkpoint of train_fsdd.py"),
+    ("--ckpt", sample.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
     ("--images", "digits", "", "an image file, or the word digits: the first test digit"),
     ("--out", "figure3.png", "", "the picture"),
     SEED,

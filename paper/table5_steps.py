@@ -10,6 +10,7 @@ import time
 
 from PIL import Image, ImageDraw
 
+import sample
 from evaluate_fid import NUM_DIGITS
 from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, NUM, REF, read_options
@@ -23,7 +24,7 @@ SETTINGS = {"exchange": {"guidance": "0.5:12", "top_p": 1.0, "top_k": 0},  # the
 COLOURS = {"exchange": "#2e9d57", "paper": "#d0473a"}
 WIDTH, HEIGHT, MARGIN = 560, 300, 48  # of the figure, pixels
 OPTIONS = [
-    ("--ckpt", "fsdd.pt", "", "checkpoint of train_fsdd.py"),
+    ("--ckpt", sample.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
     (NUM, None, "[2, inf)", f"images to generate (digits: {NUM_DIGITS})"),
     ("--out", "steps.png", "", "the figure"),
     DATA, REF, INCEPTION, DEVICE,
