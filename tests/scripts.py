@@ -92,28 +92,31 @@ def send_sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stop_and_resume(monkeypatch, script, options, out, step, stop, saved):
-    """Stop a training in this process and resume it to its end. The checkpoint in between must be of a given step.
+def stop_and_resume(monkeypatch, script, options, out, stops):
+    """Train in this process, stopped and resumed several times, to the end.
 
-    script: a module.  out: the path of its checkpoint.  step: the one in which stop(), crash or send_sigterm, is
-    called, counted from 1.  saved: the step of the checkpoint.
+    script: a module.  out: the path of its checkpoint.  stops: for each (the step in which it happens, counted from 1,
+    send_sigterm or crash, the step of the checkpoint that must exist then).
     """
-    steps, set_lr = [], script.set_lr
+    done, set_lr = 0, script.set_lr
+    for step, stop, saved in stops:
+        calls = []
 
-    def count(*args):
-        steps.append(args)
-        if len(steps) == step:
-            stop()
-        set_lr(*args)
+        def count(*args):
+            calls.append(args)
+            if done + len(calls) == step:
+                stop()
+            set_lr(*args)
 
-    with monkeypatch.context() as context:
-        context.setattr(script, "set_lr", count)
-        try:
-            finished = run_here(script.main, *options, folder=out.parent)
-            assert finished.returncode == 143 and "stopped by SIGTERM" in finished.stderr, finished.stderr
-        except Crash:
-            assert stop is crash
-    assert torch.load(out, weights_only=True)["step"] == saved
+        with monkeypatch.context() as context:
+            context.setattr(script, "set_lr", count)
+            try:
+                finished = run_here(script.main, *options, folder=out.parent)
+                assert finished.returncode == 143 and "stopped by SIGTERM" in finished.stderr, finished.stderr
+            except Crash:
+                assert stop is crash
+        assert torch.load(out, weights_only=True)["step"] == saved
+        done, options = saved, ["--resume"]
     finished = run_here(script.main, "--resume", folder=out.parent)
     assert finished.returncode == 0, finished.stderr
 

@@ -73,15 +73,15 @@ def test_a_batch_is_the_same_for_any_number_of_ranks(times):
 def test_a_stopped_training_resumes_to_the_same_numbers(stage1, few_to_train_on, tmp_path, monkeypatch):
     """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
-    for name in ("whole", "send_sigterm", "crash"):
-        (tmp_path / name).mkdir()
-    finished = run_here(train_fsdd.main, *TINY, stage1, folder=tmp_path / "whole")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    finished = run_here(train_fsdd.main, *TINY, stage1, folder=whole)
     assert finished.returncode == 0, finished.stderr
-    for stop, saved in ((send_sigterm, 5), (crash, 3)):
-        out = tmp_path / stop.__name__ / "fsdd.pt"
-        stop_and_resume(monkeypatch, train_fsdd, [*TINY, stage1], out, 5, stop, saved)
-        assert read_log(tmp_path / "whole" / "fsdd.csv") == read_log(out.with_suffix(".csv"))
-        assert_same_checkpoint(tmp_path / "whole" / "fsdd.pt", out)
+    stop_and_resume(monkeypatch, train_fsdd, [*TINY, stage1], stopped / "fsdd.pt",
+                    [(5, send_sigterm, 5), (8, crash, 6)])
+    assert read_log(whole / "fsdd.csv") == read_log(stopped / "fsdd.csv")
+    assert_same_checkpoint(whole / "fsdd.pt", stopped / "fsdd.pt")
 
 
 def test_any_number_of_ranks_trains_alike(stage1, few_to_train_on, tmp_path):

@@ -20,15 +20,15 @@ TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--d
 def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_path, monkeypatch):
     """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
-    for name in ("whole", "send_sigterm", "crash"):
-        (tmp_path / name).mkdir()
-    finished = run_here(train_tokenizer.main, *TINY, folder=tmp_path / "whole")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    finished = run_here(train_tokenizer.main, *TINY, folder=whole)
     assert finished.returncode == 0, finished.stderr
-    for stop, saved in ((send_sigterm, 5), (crash, 3)):
-        out = tmp_path / stop.__name__ / "tokenizer.pt"
-        stop_and_resume(monkeypatch, train_tokenizer, TINY, out, 5, stop, saved)
-        assert read_log(tmp_path / "whole" / "tokenizer.csv") == read_log(out.with_suffix(".csv"))
-        assert_same_checkpoint(tmp_path / "whole" / "tokenizer.pt", out)
+    stop_and_resume(monkeypatch, train_tokenizer, TINY, stopped / "tokenizer.pt",
+                    [(5, send_sigterm, 5), (8, crash, 6)])
+    assert read_log(whole / "tokenizer.csv") == read_log(stopped / "tokenizer.csv")
+    assert_same_checkpoint(whole / "tokenizer.pt", stopped / "tokenizer.pt")
 
 
 def test_any_number_of_ranks_trains_alike(few_to_train_on, tmp_path):
