@@ -49,8 +49,6 @@ LEARNING_RATES = ((0.5, 0.5), (1.0, 1.0), (2.0, 2.0), (4.0, 1.0))
 GUIDANCE = ("1", "2", "4", "4,30,30", "1.2:7")  # see sample.parse_guidance()
 TRUNCATIONS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 FIRST = {"guidance": "4", **TRUNCATIONS[0]}
-
-
 METHODS = {  # which properties the paper ascribes to it: set, discrete, fixed sum; its gFID in the paper; its loss
     "AR-order1": (" ", "x", " ", 6.55, baselines.autoregressive_loss),
     "AR-order2": (" ", "x", " ", 6.62, baselines.autoregressive_loss),
@@ -69,7 +67,7 @@ FIXED = {"training_times": "uniform", "sampler": "paper", "denoiser": "dense", "
 TRAINING = [(name, CHANGED.get(name, digits), *rest) for name, digits, *rest in train_fsdd.HYPERPARAMETERS
             if name not in ("tokenizer", "tokens", "out", "picture_every", *FIXED)]
 HYPERPARAMETERS = [
-    # name               digits          imagenet256     allowed
+    # name               digits          imagenet256     allowed     meaning
     ("ckpt",             "tokenizer.pt", "tokenizer.pt", "",         "checkpoint of train_tokenizer.py"),
     ("methods",          ",".join(METHODS), ",".join(METHODS), "",   "which, separated by commas"),
     ("seeds",            3,              1,              "[1, inf)", "trainings of every method with its best setting"),
@@ -172,7 +170,7 @@ def measure(method, factors, seed, setting, purpose, num, task, cfg):
 
 def measure_samples(method, model, setting, key, num, task, cfg):
     """Of num samples, on rank 0: {"fid", "classified_as_label": the share that the digits' classifier classifies as
-    their label, or None, "broken": the share whose sum is not M, "by": by how many tokens these are off, on average}.
+    their label, or None, "wrong_sum": the share whose sum is not M, "tokens_off": by how many, on average over these}.
 
     setting, key: see generate_counts().
     """
@@ -190,8 +188,8 @@ def measure_samples(method, model, setting, key, num, task, cfg):
     off = (torch.cat(all_gather(torch.cat(sums))) - task.M).abs().double()
     return found and {
         "fid": evaluate_fid.frechet_distance(found.mu, found.sigma, *task.reference),
-        "classified_as_label": found.classified_as_label, "broken": (off > 0).double().mean().item(),
-        "by": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
+        "classified_as_label": found.classified_as_label, "wrong_sum": (off > 0).double().mean().item(),
+        "tokens_off": (off.sum() / (off > 0).sum().clamp(min=1)).item()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,10 +342,10 @@ def print_table(found, cfg):
         *properties, paper, _ = METHODS[method]
         fids = torch.tensor([result["fid"] for result in row.results])
         deviation = f" ± {fids.std():.1f}" if len(fids) > 1 else ""
-        broken, by, classified = (sum(result[name] or 0 for result in row.results) / len(row.results)
-                                  for name in ("broken", "by", "classified_as_label"))
+        wrong_sum, tokens_off, classified = (sum(result[name] or 0 for result in row.results) / len(row.results)
+                                             for name in ("wrong_sum", "tokens_off", "classified_as_label"))
         cells = [method, *properties, paper, f"{fids.mean():.1f}{deviation}", f"{classified:.1%}" if classified else "",
-                 f"{broken:.1%}", f"{by:.1f}" if broken else "", f"{row.parameters / 1e6:.3f} M",
+                 f"{wrong_sum:.1%}", f"{tokens_off:.1f}" if wrong_sum else "", f"{row.parameters / 1e6:.3f} M",
                  f"x {multiples(row.factors, ' and ')}; " + "; ".join(map(str, row.setting.values()))]
         print(f"| {' | '.join(map(str, cells))} |")
 

@@ -1,6 +1,7 @@
 """The baselines of Table 5."""
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from dual_transform import tokens_to_counts
 from fsdd import Denoiser, sample_noise
 from paper import baselines
-from tokenizer import Attention
 
 SIZE = {"num_classes": 2, "width": 16, "layers": 2, "heads": 2}
 STATES = torch.tensor([[2, 0, 1], [0, 3, 0], [1, 1, 1], [0, 0, 3]])  # a tiny world: C = 3, M = 3
@@ -30,55 +30,57 @@ def shares_of(found, states):
 # Autoregressive
 
 
-@pytest.mark.parametrize("fused", ["on", "off"])
-def test_no_position_sees_what_comes_after(fused):
-    """Broken: a symbol would be predicted from itself, and nothing be left to learn."""
-    model = random_weights(baselines.autoregressive(7, 5, **SIZE))
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.fused_attention = fused
+def autoregressive_logits(model, x, label):
+    """The logits (N, length, symbols) of sequences x (N, length), all with one label."""
+    return model(x[:, :-1], torch.zeros(len(x)), torch.full((len(x),), label))
+
+
+def test_no_position_sees_what_comes_after():
+    """Broken: a symbol would be predicted from itself, or generation, which knows a prefix only, would have other
+    logits than training."""
+    model = random_weights(baselines.CausalDenoiser(7, 5, **SIZE))
     x, labels = torch.randint(5, (4, 7)), torch.tensor([0, 1, 2, 0])
-    logits = baselines.autoregressive_logits(model, x, labels, 5)
+    logits = model(x[:, :-1], torch.zeros(4), labels)
     assert logits.shape == (4, 7, 5)
-    for i in range(7):
+    for i in range(6):
         other = x.clone()
         other[:, i] = (x[:, i] + 1) % 5
-        changed = (baselines.autoregressive_logits(model, other, labels, 5) - logits).abs().amax((0, 2)) > 1e-5
+        changed = (model(other[:, :-1], torch.zeros(4), labels) - logits).abs().amax((0, 2)) > 1e-5
         assert changed.tolist() == [j > i for j in range(7)]
+        assert torch.allclose(model(x[:, :i], torch.zeros(4), labels), logits[:, :i + 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("length, symbols", [(3, 4), (5, 2), (1, 6)])
 def test_likelihoods_sum_to_one(length, symbols):
-    """Broken: the model would give weight to what is no sequence, such as the symbol that starts one."""
-    model = random_weights(baselines.autoregressive(length, symbols, **SIZE))
+    """Broken: the model would give probability to what is no sequence, such as the symbol that starts one."""
+    model = random_weights(baselines.CausalDenoiser(length, symbols, **SIZE))
     x = torch.tensor(list(itertools.product(range(symbols), repeat=length)))
     for label in range(3):
-        log_p = log_likelihood(model, x, label, symbols)
+        log_p = log_likelihood(model, x, label)
         assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
         assert log_p.exp().std() > 0.01 / len(x)  # and not the uniform distribution, which always sums to one
-        loss = baselines.autoregressive_loss(model, x, torch.full((len(x),), label), symbols).item()
-        assert loss == pytest.approx(-log_p.mean().item() / length, rel=1e-5)
+        batch = SimpleNamespace(x0=x, labels=torch.full((len(x),), label))
+        assert baselines.autoregressive_loss(model, batch).item() == pytest.approx(-log_p.mean().item() / length, 1e-5)
 
 
-def log_likelihood(model, x, label, symbols):
-    logits = baselines.autoregressive_logits(model, x, torch.full((len(x),), label), symbols)
+def log_likelihood(model, x, label):
+    logits = autoregressive_logits(model, x, label)
     return F.log_softmax(logits.double(), -1).gather(2, x[:, :, None])[:, :, 0].sum(1)  # (N,)
 
 
-@pytest.mark.parametrize("label, weight", [(0, 1.0), (1, 1.0), (0, 3.0)])
+@pytest.mark.parametrize("label, weight", [(1, 1.0), (0, 3.0)])
 def test_sequences_come_as_often_as_their_likelihood_says(label, weight):
     """Broken: generation would not be that of the model that was trained, or guidance act at another position."""
-    model = random_weights(baselines.autoregressive(3, 3, **SIZE))
+    model = random_weights(baselines.CausalDenoiser(3, 3, **SIZE))
     x = torch.tensor(list(itertools.product(range(3), repeat=3)))
-    found = baselines.autoregressive_generate(model, torch.full((20000,), label), (weight,) * 3,
+    found = baselines.autoregressive_generate(model, torch.full((10000,), label), (weight,) * 3,
                                               generator=torch.Generator().manual_seed(0))
-    expected = log_likelihood(model, x, label, 3).exp()
+    expected = log_likelihood(model, x, label).exp()
     if weight != 1:  # guided position by position, each renormalized
-        p, null = (F.softmax(baselines.autoregressive_logits(model, x, torch.full((27,), number), 3).double(), -1)
-                   for number in (label, 2))
+        p, null = (autoregressive_logits(model, x, number).double().softmax(-1) for number in (label, 2))
         guided = (null + weight * (p - null)).clamp(min=0)
         expected = (guided / guided.sum(-1, keepdim=True)).gather(2, x[:, :, None])[:, :, 0].prod(1)
-    assert (shares_of(found, x) - expected).abs().max() < 0.015
+    assert (shares_of(found, x) - expected).abs().max() < 0.02
 
 
 # Discrete flow matching
@@ -112,43 +114,36 @@ class Exact:
 @pytest.mark.parametrize("label", [0, 1])
 def test_flow_matching_reaches_a_known_distribution(label):
     """Broken: the steps from noise to data would not follow the process that the denoiser is trained for."""
-    labels = torch.full((8000,), label)
+    labels = torch.full((4000,), label)
     generator = torch.Generator().manual_seed(1)
-    found = baselines.flow_generate(Exact(), labels, steps=100, generator=generator)
+    found = baselines.flow_generate(Exact(), labels, steps=50, generator=generator)
     assert (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.03
-    few = baselines.flow_generate(Exact(), labels, steps=1, generator=generator)  # all at once: each count by itself
-    assert (few.sum(1) != 3).double().mean() > 0.2 or label == 1
 
 
 def test_flow_loss_is_least_for_the_exact_denoiser():
     """Broken: training would aim at something else than p(x_0 | X_t)."""
     labels = torch.arange(2).repeat(10000)
     x0 = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]]
-    t, x1, uniform = 1 - torch.rand(20000), sample_noise(20000, 3, 3, "multinomial"), torch.rand(20000, 3)
+    batch = SimpleNamespace(x0=x0, labels=labels, t=1 - torch.rand(20000), uniform=torch.rand(20000, 3),
+                            x1=sample_noise(20000, 3, 3, "multinomial"))
     exact = Exact()
-    loss = lambda change: baselines.flow_loss(change, x0, labels, t, x1, uniform).item()  # noqa: E731
-    best = loss(exact)
-    assert best < 1.0
-    for change in (lambda *a: 0.7 * exact(*a), lambda *a: 1.5 * exact(*a),
-                   lambda x, t, y: exact(x, (t + 0.2).clamp(max=1), y),
-                   lambda x, t, y: exact(x, t, 1 - y)):
-        assert loss(change) > best + 0.003
+    best = baselines.flow_loss(exact, batch)
+    assert best < 1
+    for other in (lambda *a: 0.7 * exact(*a), lambda *a: 1.5 * exact(*a), lambda x, t, y: exact(x, t, 1 - y),
+                  lambda x, t, y: exact(x, (t + 0.2).clamp(max=1), y)):
+        assert baselines.flow_loss(other, batch) > best + 0.003
 
 
 # Continuous
 
 
-def test_standardized_counts():
-    """Broken: noise and data would be of different scales, or a state not sum to M."""
+def test_standardized_and_quantized_counts():
+    """Broken: noise and data would be of different scales; or rounding would lose the sum that every state of the
+    continuous diffusion has, or change more than it must."""
     counts = sample_noise(5000, 12, 30, "multinomial")
     x = baselines.standardize(counts, 30)
     assert x.sum(1).abs().max() < 1e-4 and x.std().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(baselines.quantize(x, 30), counts)
-
-
-def test_quantized_numbers_are_the_nearest_counts():
-    """Broken: rounding would lose the sum that every state of the continuous diffusion has, or go farther than it
-    must."""
     C, M = 4, 5
     every = torch.tensor([x for x in itertools.product(range(M + 1), repeat=C) if sum(x) == M])
     for spread in (0.5, 1.0, 3.0):
@@ -156,9 +151,9 @@ def test_quantized_numbers_are_the_nearest_counts():
         counts = baselines.quantize(x, M)
         assert (counts.sum(1) == M).all() and counts.min() >= 0
         if spread == 0.5:  # no number is far below 0 or above M
-            aim = (x * (M / C * (1 - 1 / C)) ** 0.5 + M / C).clamp(0, M)
-            distance = (every - aim[:, None]).square().sum(2).amin(1)
-            assert torch.allclose((counts - aim).square().sum(1), distance, atol=1e-4)
+            exact = (x * (M / C * (1 - 1 / C)) ** 0.5 + M / C).clamp(0, M)
+            distance = (every - exact[:, None]).square().sum(2).amin(1)
+            assert torch.allclose((counts - exact).square().sum(1), distance, atol=1e-4)
     wild = torch.tensor([[math.nan, 1.0, 0.0, 2.0], [math.inf, -math.inf, 0.0, 0.0], [1e30, 1e30, -1e30, 0.0]])
     assert (baselines.quantize(wild, M).sum(1) == M).all()
 
@@ -187,42 +182,17 @@ def test_continuous_loss_is_least_for_the_exact_velocity():
     """Broken: training would aim at something else than the mean of X_1 - X_0 at X_t."""
     labels = torch.arange(2).repeat(10000)
     x0 = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]]
-    t, normal, exact = 1 - torch.rand(20000), torch.randn(20000, 3), ExactVelocity()
-    loss = lambda model: baselines.continuous_loss(model, x0, labels, t, normal, 3).item()  # noqa: E731
-    best = loss(exact)
-    for change in (lambda *a: 0.9 * exact(*a), lambda *a: 1.1 * exact(*a), lambda x, t, y: exact(x, t, 1 - y)):
-        assert loss(change) > best + 0.003
-
-
-@pytest.mark.parametrize("method", ["flow", "continuous"])
-def test_training_reaches_a_known_distribution(method):
-    """Broken: model, loss and generation would not fit together."""
-    size = {"num_classes": 2, "width": 32, "layers": 1, "heads": 2}
-    model = baselines.continuous(3, 3, **size) if method == "continuous" else Denoiser(3, 3, **size)
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
-    for step in range(500):
-        labels = torch.randint(2, (128,))
-        x0, t = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]], 1 - torch.rand(128)
-        if method == "continuous":
-            loss = baselines.continuous_loss(model, x0, labels, t, torch.randn(128, 3), 3)
-        else:
-            loss = baselines.flow_loss(model, x0, labels, t, sample_noise(128, 3, 3, "multinomial"), torch.rand(128, 3))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    generate = baselines.continuous_generate if method == "continuous" else baselines.flow_generate
-    for label in (0, 1):
-        found = generate(model, torch.full((3000,), label), steps=50, generator=torch.Generator().manual_seed(2))
-        assert (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.1
+    batch = SimpleNamespace(x0=x0, labels=labels, t=1 - torch.rand(20000), uniform=torch.rand(20000, 3))
+    exact = ExactVelocity()
+    best = baselines.continuous_loss(exact, batch)
+    for other in (lambda *a: 0.9 * exact(*a), lambda *a: 1.1 * exact(*a), lambda x, t, y: exact(x, t, 1 - y)):
+        assert baselines.continuous_loss(other, batch) > best + 0.003
 
 
 def test_all_have_as_many_parameters():
     """Broken: Table 5 would compare models of different sizes."""
     size = {"num_classes": 10, "width": 96, "layers": 3, "heads": 3}
-    models = [Denoiser(96, 32, **size), baselines.autoregressive(32, 96, **size),
-              baselines.autoregressive(96, 33, **size),
-              baselines.continuous(96, 32, **size)]
+    models = [Denoiser(96, 32, **size), baselines.CausalDenoiser(32, 96, **size),
+              baselines.CausalDenoiser(96, 33, **size), baselines.ContinuousDenoiser(96, 32, **size)]
     numbers = [sum(weight.numel() for weight in model.parameters()) for model in models]
     assert max(numbers) < 1.03 * min(numbers)

@@ -6,28 +6,29 @@ from torch import nn
 from paper import cost
 
 
-def test_flops_of_the_denoiser():
-    """Broken: the table's FLOPs would leave attention out, count a backward pass twice, or be those of another
-    model."""
-    trained, state, forward, training, step, fixed, each = cost.denoiser_cost("S")
+@pytest.mark.slow
+@pytest.mark.parametrize("num_codes", [0, 384])
+def test_flops_of_the_denoiser(num_codes):
+    """Broken: the table's FLOPs would leave out attention, count a backward pass twice, or not be those of the set's
+    codes; generation needs all codes."""
+    found = cost.denoiser_cost("S", num_codes)
     width, layers, C, M = 384, 12, 4096, 128
-    expected = layers * (2 * C * 12 * width ** 2 + 4 * C ** 2 * width + 2 * 6 * width ** 2) + 2 * C * width * (M + 1)
-    assert forward == pytest.approx(expected, rel=0.01) and training == pytest.approx(3 * forward, rel=0.01)
-    assert round(trained / 1e6, 1) == 36.0 and state == 24 * trained and step == pytest.approx(training, rel=0.01)
-    # bytes an image: more than one row a block, fewer than 100
-    assert layers * C * width * 2 < each < layers * C * width * 200
+
+    def forward(L):  # logits of L codes, which attend to all codes or to the tokens
+        keys = M if num_codes else L
+        block = 2 * width ** 2 * (10 * L + 2 * keys) + 4 * L * keys * width + 12 * width ** 2
+        return layers * block + 2 * L * width * (M + 1)
+
+    assert found.forward == pytest.approx(forward(C), rel=0.01)
+    assert found.training == pytest.approx(3 * forward(num_codes or C), rel=0.01)
+    assert found.step == pytest.approx(found.training, rel=0.01)
+    assert round(found.trained / 1e6, 1) == 36.0 and found.state_bytes == 24 * found.trained
+    # bytes for an image: more than one row for each block and code, fewer than 100
+    rows = layers * (num_codes or C) * width * 2
+    assert rows < found.image_bytes < 100 * rows
 
 
-def test_flops_of_the_sparse_denoiser():
-    """Broken: the table would not show that a training step costs what the set costs; generation needs all codes."""
-    _, _, forward, training, step, _, _ = cost.denoiser_cost("S", 384)
-    width, layers, C, M = 384, 12, 4096, 128
-    by_rows = [layers * (2 * width ** 2 * (10 * L + 2 * M) + 4 * L * M * width + 12 * width ** 2) + 2 * L * width * 129
-               for L in (C, 384)]
-    assert forward == pytest.approx(by_rows[0], rel=0.01) and training == pytest.approx(3 * by_rows[1], rel=0.01)
-    assert step == pytest.approx(training, rel=0.01)
-
-
+@pytest.mark.slow
 def test_timed_steps(monkeypatch, capsys):
     """Broken: a time would be that of another step, so that the sparse one would seem as slow as the dense one."""
     seconds = {num_codes: cost.timed_step("digits", 512, 16, 4, num_codes)[0] for num_codes in (0, 48)}

@@ -5,19 +5,21 @@ import torch
 from paper import cpu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [cpu.stage1, lambda: cpu.stage2("digits", 64, 8, 4, 24)], ids=["stage 1", "stage 2"])
 def test_shares_of_a_step(made):
     """Broken: an operation would count twice, or the optimizers' time as the model's."""
-    total, *shares = cpu.where_it_goes(*made(), times=2)
+    total, *shares = cpu.shares_of_time(*made(), repetitions=2)
     assert float(total) > 0 and len(shares) == len(cpu.KINDS) + 3
     shares = [int(share.rstrip("%")) for share in shares]
     assert all(share >= 0 for share in shares) and abs(sum(shares) - 100) <= len(shares)
     assert shares[0] > 0 and shares[-2] > 0  # matrix products, Muon
 
 
+@pytest.mark.slow
 def test_variations_are_other_steps_of_the_same_training():
     """Broken: a column of the table would show the step as it is; or a comparison would change the gradient beyond
-    rounding, so that it were no alternative."""
+    rounding, so that it would be no alternative."""
     gradients, kernels, threads = {}, {}, torch.get_num_threads()
     for name, options in [("", {}), *cpu.VARIATIONS.items()]:
         if options.get("compile"):

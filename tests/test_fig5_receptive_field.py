@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from paper import fig5_receptive_field, table2_noise
+from paper import fig5_receptive_field
+from paper.inputs import open_tokenizer, read_options
 from paper.layouts import GridTokenizer
 from tests.conftest import few_digits
-from tests.test_common import assert_one_sentence, run_here
-from tests.test_table2_noise import quick, save_tokenizer, table  # noqa: F401 (a fixture)
+from tests.scripts import assert_one_sentence, run_here
+from tests.test_table2_noise import CPU, save_tokenizer, table
 from tests.test_tokenizer import small_tokenizer
 
 
-@pytest.mark.parametrize("settings", [{}, {"channels": 3}, 
-                                      {"model_class": GridTokenizer, "num_tokens": 4}, {"reshaped_latents": True}])
+@pytest.mark.parametrize("settings", [{"channels": 3}, {"model_class": GridTokenizer, "num_tokens": 4},
+                                      {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
     """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a
     dimension."""
@@ -35,10 +36,10 @@ def test_sensitivity_is_that_of_finite_differences(settings):
         assert torch.allclose(maps[:, :, row, column], squared.sqrt(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_token_that_sees_one_patch():
+def test_a_token_that_depends_on_one_patch():
     """Broken: the map of a token with a position would not lie there, or the measure would call it global."""
     model = small_tokenizer(model_class=GridTokenizer, num_tokens=4)
-    for block in model.encoder.blocks:  # without attention a position sees its own patch only
+    for block in model.encoder.blocks:  # without attention a position depends on its own patch only
         torch.nn.init.zeros_(block.attention.proj.weight)
     maps = fig5_receptive_field.sensitivity(model, torch.rand(5, 1, 8, 8), 4)
     for token, (row, column) in enumerate(((0, 0), (0, 4), (4, 0), (4, 4))):
@@ -57,43 +58,32 @@ def test_spread_by_hand():
     assert outside.tolist() == pytest.approx([0.75, 0, 0, 0.11])
     assert pixels.tolist() == pytest.approx([58 / 64, 1 / 64, 15 / 64, 2 / 64])  # 57.6 of 64, 14.4 of 16
     again = fig5_receptive_field.spread(torch.stack([maps, 1e-6 * maps]), 4)  # any shape in front
-    for name, expected in zip(again, (outside, pixels)):
-        assert name.shape == (2, 4) and torch.allclose(name[0], expected) and torch.allclose(name[1], expected)
-
-
-def test_heat():
-    """Broken: the colours would not grow with the map, or depend on the other maps."""
-    ramp = torch.linspace(0, 1, 128 * 128).view(1, 128, 128)
-    image = fig5_receptive_field.heat(torch.cat([ramp, 1e-5 * ramp]))
-    assert image.shape == (2, 3, 136, 136) and torch.equal(image[0], image[1])
-    assert (image[:, :, :4] == 255).all() and (image[:, :, :, -4:] == 255).all()
-    inside = image[0, :, 4:-4, 4:-4].flatten(1).int()
-    assert inside[:, 0].tolist() == [0, 0, 0] and inside[:, -1].tolist() == [255] * 3
-    assert (inside.diff(dim=1) >= 0).all() and (inside[0] >= inside[1]).all() and (inside[1] >= inside[2]).all()
+    for found, expected in zip(again, (outside, pixels)):
+        assert found.shape == (2, 4) and torch.allclose(found[0], expected) and torch.allclose(found[1], expected)
 
 
 def test_single_images_are_measured_one_by_one(tmp_path, monkeypatch):
-    """Broken: a token that looks elsewhere in every image would be called global, or the mean would not be that over
-    images."""
-    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 100))
+    """Broken: a token that depends on another patch in every image would be called global, or the mean would not be
+    that over images."""
+    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 96))
     save_tokenizer(tmp_path / "set.pt")
-    tokenizer, dataset = table2_noise.load(f"{tmp_path}/set.pt", None, torch.device("cpu"))
+    tokenizer, dataset, _ = open_tokenizer(f"{tmp_path}/set.pt", None, CPU)
 
-    def elsewhere(tokenizer, images, number):  # image i is looked at in the patch i % 16
+    def other_patches(tokenizer, images, number):  # image i depends on the patch i % 16
         maps = torch.zeros(len(images), number, 16, 49)
         for i, image in enumerate(images):
-            position = next(j for j in range(100) if torch.equal(image, dataset.images[j] / 127.5 - 1)) % 16
+            position = next(j for j in range(96) if torch.equal(image, dataset.images[j] / 127.5 - 1)) % 16
             maps[i, :, position] = 1
         return F.fold(maps.flatten(0, 1).transpose(1, 2), (28, 28), 7, stride=7).view(len(images), number, 28, 28)
 
-    monkeypatch.setattr(fig5_receptive_field, "sensitivity", elsewhere)
-    args = fig5_receptive_field.parse(["--num=96"])
-    dataset.images = dataset.images[:96]
-    maps, shares = fig5_receptive_field.measure(tokenizer, dataset, 7, 2, args, torch.device("cpu"), 0, 1)
+    monkeypatch.setattr(fig5_receptive_field, "sensitivity", other_patches)
+    args = read_options(fig5_receptive_field.OPTIONS, "", "", ["--num=96"])
+    maps, shares = fig5_receptive_field.measure(tokenizer, dataset, 7, 2, args, CPU, 0, 1)
     assert maps.shape == (2, 28, 28) and torch.allclose(maps, torch.full((), 1 / 16, dtype=torch.float64))
     assert shares == pytest.approx([15 / 16, 706 / 784, 0, 45 / 784])  # 90 % of 784 and of 49 pixels
 
 
+@pytest.mark.slow
 def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
     """Broken: a tokenizer would be missing from the table or the picture, or a smaller M would break it."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 30))
@@ -101,33 +91,13 @@ def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
     save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
     fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png",
                                "--device=cpu"])
-    said = capsys.readouterr().out
-    rows = table(said)
-    assert [row[0] for row in rows] == ["set, M = 3", "grid, M = 16", "evenly spread"] and "3 tokens of each" in said
+    output = capsys.readouterr().out
+    rows = table(output)
+    assert [row[0] for row in rows] == ["set, M = 3", "grid, M = 16", "evenly spread"] and "3 tokens of each" in output
     assert rows[2][1:] == ["93.8%", "90.1%"] * 2
     assert all(0 < float(share.strip("%")) < 100 for row in rows for share in row[1:])
     with Image.open(tmp_path / "f.png") as page:
         assert page.height == 18 + 2 * 120 and page.width > 3 * 120
-
-
-def test_the_digits_are_trained(quick, capsys):
-    """Broken: without checkpoints there would be no figure, or the grid and the set would not be those of Table 2."""
-    fig5_receptive_field.main(["--device=cpu", f"--out={quick}/figure5.png", "--tokens=2"])
-    rows = table(capsys.readouterr().out)
-    assert [row[0] for row in rows] == ["grid, M = 16", "set, M = 16", "evenly spread"]
-    assert (quick / "figure5.png").exists()
-    for layout in fig5_receptive_field.LAYOUTS:
-        assert table2_noise.trained(layout, "cpu")
-    assert "mean squared error" not in capsys.readouterr().out  # nothing was trained again
-
-
-def test_mistakes_get_one_sentence(tmp_path):
-    """Broken: a mistake would end in a traceback, or only after the work."""
-    main = fig5_receptive_field.main
-    assert_one_sentence(run_here(main, "--ckpt=none.pt", folder=tmp_path), "no checkpoint none.pt",
-                        "train_tokenizer.py")
-    assert_one_sentence(run_here(main, "--tokens=0", folder=tmp_path), "--tokens", "at least 1")
-    assert_one_sentence(run_here(main, "--out=no/f.png", folder=tmp_path), "no folder no")
-    assert_one_sentence(run_here(main, "--out=f.pngg", folder=tmp_path), "--out", ".png")
-    save_tokenizer(tmp_path / "a.pt"), save_tokenizer(tmp_path / "b.pt", patch_size=14)
-    assert_one_sentence(run_here(main, "--ckpt", "a.pt", "b.pt", folder=tmp_path), "(28, 7) and (28, 14)")
+    save_tokenizer(tmp_path / "other.pt", patch_size=14)
+    assert_one_sentence(run_here(fig5_receptive_field.main, "--ckpt", "set.pt", "other.pt", folder=tmp_path),
+                        "(28, 7) and (28, 14)")

@@ -3,35 +3,30 @@ import torch
 from PIL import Image
 
 from paper import fig6_clusters
-from tests.test_common import assert_one_sentence, run_here
 from tests.conftest import few_digits
+from tests.scripts import assert_one_sentence, run_here
 
 
 def test_purity_by_hand():
     """Broken: the share of the most frequent class would be another's, or counted over all images."""
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
-    holds = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
-    shares, classes = fig6_clusters.purity(holds, labels)
+    contains = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
+    shares, classes = fig6_clusters.purity(contains, labels)
     assert torch.allclose(shares, torch.tensor([2 / 3, 2 / 4, 1.0], dtype=torch.float64))
     assert classes.tolist() == [0, 1, 2]
 
 
 def test_the_table_and_the_figure(digits, tmp_path, capsys, monkeypatch):
-    """Broken: the clusters would not be those of the tokens, or chance not that of clusters of the same sizes."""
+    """Broken: the clusters would not be those of the tokens, or chance not that of clusters of the same sizes; without
+    a cluster the script would end in a traceback."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 500))
-    fig6_clusters.main([f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--k=1", "--least=5", "--shown=4"])
-    said = capsys.readouterr().out
-    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 4 and "mean purity of the" in said
+    arguments = [f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png"]
+    fig6_clusters.main([*arguments, "--k=1", "--least=5", "--shown=4"])
+    output = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 4 and "mean purity of the" in output
     shares = [float(row[3].strip(" %")) for row in rows]
     assert shares == sorted(shares, reverse=True) and all(int(row[1]) >= 5 for row in rows)
     with Image.open(tmp_path / "f.png") as page:
         assert page.height == 4 * 56
-
-
-def test_mistakes_get_one_sentence(digits, tmp_path, monkeypatch):
-    """Broken: without a checkpoint or a cluster the script would end in a traceback."""
-    assert_one_sentence(run_here(fig6_clusters.main, folder=tmp_path), "no checkpoint tokenizer.pt",
-                        "train_tokenizer.py")
-    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 50))
-    assert_one_sentence(run_here(fig6_clusters.main, f"--ckpt={digits}/tokenizer.pt", "--k=7", folder=tmp_path), "--k")
+    assert_one_sentence(run_here(fig6_clusters.main, *arguments, "--k=7", folder=tmp_path), "no code", "--k")

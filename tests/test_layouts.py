@@ -2,11 +2,10 @@
 import pytest
 import torch
 
-import common
 from paper import layouts
 from paper.layouts import GridTokenizer, SequenceTokenizer, layout_of
 from tests.conftest import few_digits
-from tests.test_common import assert_one_sentence, run_here
+from tests.scripts import assert_one_sentence, run_here
 from tests.test_tokenizer import assert_every_weight_is_trained, small_tokenizer
 from tests.test_train_tokenizer import TINY
 
@@ -15,12 +14,11 @@ LAYOUTS = {"set": {}, "sequence": {"model_class": SequenceTokenizer},  # for sma
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_who_sees_the_order(layout):
+def test_the_order_matters_but_to_a_set(layout):
     """Broken: a sequence or a grid would be a set in disguise, or the set a sequence."""
     model = small_tokenizer(**LAYOUTS[layout])
     M = model.num_tokens
-    # no token twice, so that every order is another one
-    tokens = torch.stack([torch.randperm(10)[:M] for _ in range(20)])
+    tokens = torch.stack([torch.randperm(10)[:M] for _ in range(20)])  # no token twice, so that every order is another
     pixels = model.decode(tokens)
     for order in (tokens.flip(1), tokens.roll(1, 1)):
         change = (model.decode(order) - pixels).abs().amax((1, 2, 3))
@@ -28,22 +26,22 @@ def test_who_sees_the_order(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_sees_what_decoding_sees(layout):
+def test_training_decodes_as_decode_does(layout):
     """Broken: the tokens of a sequence or a grid would be shuffled in training, or forward() and decode() would
     differ."""
     model, images = small_tokenizer(**LAYOUTS[layout]), torch.rand(7, 1, 8, 8) * 2 - 1
     assert model.encode(images).shape == (7, model.num_tokens)
-    latents = torch.randn(7, model.num_tokens, 5)  # this encoder's own tell few tokens apart
+    latents = torch.randn(7, model.num_tokens, 5)  # this encoder's own give few different tokens
     model.encoder.forward = lambda images: latents
-    trained, tokens, _, _ = model(images, torch.rand(7, model.num_tokens))
+    reconstructions, tokens, _, _ = model(images, torch.rand(7, model.num_tokens))
     assert torch.equal(tokens, model.encode(images)) and all(len(row.unique()) > 1 for row in tokens)
-    assert torch.allclose(trained, model.decode(tokens), atol=1e-5)
+    assert torch.allclose(reconstructions, model.decode(tokens), atol=1e-5)
 
 
 def test_tokens_of_a_grid_have_their_positions():
     """Broken: token p of a grid would not be that of patch p, row by row."""
     model = small_tokenizer(**LAYOUTS["grid"])
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:  # without attention a position sees only itself
+    for block in model.encoder.blocks:  # without attention a position depends on its own patch only
         torch.nn.init.zeros_(block.attention.proj.weight)
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     latents = model.encoder(images)
@@ -55,13 +53,11 @@ def test_tokens_of_a_grid_have_their_positions():
 
 
 def test_layouts_differ_only_in_their_positions():
-    """Broken: checkpoints of sets would no longer load, or the layouts compared would differ in more than what they
-    say."""
+    """Broken: the layouts that are compared would differ in more than what they say."""
     models = {layout: small_tokenizer(**LAYOUTS[layout]) for layout in LAYOUTS}
     assert [layout_of(model) for model in models.values()] == list(LAYOUTS)
     shapes = {layout: {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
               for layout, model in models.items()}
-    assert "decoder.token_positions" not in shapes["set"]
     assert shapes["sequence"] == shapes["set"] | {"decoder.token_positions": (6, 32)}
     assert shapes["grid"] == shapes["set"] | {"decoder.token_positions": (4, 32), "encoder.latents": (0, 32)}
 
@@ -76,7 +72,6 @@ def test_every_weight_is_trained(layout):
     (lambda: small_tokenizer(model_class=GridTokenizer), "each of the 4 patches, got num_tokens 6"),
     (lambda: small_tokenizer(**LAYOUTS["sequence"]).decode(torch.zeros(2, 5, dtype=torch.int64)),
      "a sequence has 6 tokens, got 5"),
-    (lambda: small_tokenizer(**LAYOUTS["grid"]).decode(torch.tensor([[0] * 5])), "a grid has 4 tokens, got 5"),
     (lambda: small_tokenizer(**LAYOUTS["grid"]).decode(torch.tensor([[0, 1, 2, 10]])),
      r"tokens\[0, 3\] = 10 is outside"),
 ])
@@ -86,10 +81,11 @@ def test_bad_input_is_refused(wrong, words):
         wrong()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, M", [("sequence", 5), ("grid", 16)])
 def test_both_are_trained(layout, M, tmp_path, monkeypatch):
     """Broken: what the paper compares with could not be trained or resumed, or would be a set again in a checkpoint."""
-    monkeypatch.setattr("data.reading.open_dataset", lambda where, split, size, **_: few_digits(split, 40))
+    monkeypatch.setattr("data.loader.open_dataset", lambda where, split, size, **_: few_digits(split, 40))
     arguments = [layout, *TINY, f"--num_tokens={M}"]
     assert not run_here(layouts.main, *arguments, "--steps=2", folder=tmp_path).returncode
     before = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
@@ -103,28 +99,8 @@ def test_both_are_trained(layout, M, tmp_path, monkeypatch):
         assert not weight.numel() or not torch.equal(weight, before["training"]["model"][name]), name
 
 
-@pytest.mark.parametrize("layout, kind", [("set", "tokenizer"), ("sequence", "sequence tokenizer"),
-                                          ("grid", "grid tokenizer")])
-def test_checkpoints_with_a_layout_open(layout, kind, tmp_path):
-    """Broken: checkpoints from when SetTokenizer had a layout would not open, or open as what they are not."""
-    model = small_tokenizer(**LAYOUTS[layout])
-    config = vars(model.config) | {"layout": layout}
-    stage1 = {"kind": "tokenizer", "model_config": config, "weights": model.state_dict()}
-    torch.save(stage1, tmp_path / "old.pt")
-    torch.save({"kind": "fsdd", "model_config": {"width": 8}, "tokenizer": stage1}, tmp_path / "fsdd.pt")
-    opened = [common.load_checkpoint(str(tmp_path / "old.pt"), "", *layouts.KINDS),
-              common.load_checkpoint(str(tmp_path / "fsdd.pt"), "", "fsdd")["tokenizer"]]
-    for checkpoint in opened:
-        assert checkpoint["kind"] == kind
-        layouts.KINDS[kind](**checkpoint["model_config"]).load_state_dict(checkpoint["weights"])
-    if layout != "set":
-        with pytest.raises(SystemExit, match=f"not a tokenizer checkpoint but a {kind} checkpoint"):
-            common.load_checkpoint(str(tmp_path / "old.pt"), "", "tokenizer")
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["bag", *TINY], ["bag", "sequence", "grid"]), (["grid", *TINY], ["each of the 16 patches", "num_tokens 4"]),
-    (["grid", *TINY, "--stepz=3"], ["--stepz"])])
+@pytest.mark.parametrize("arguments, words", [(["bag"], ["bag", "sequence", "grid"]),
+                                              (["grid", *TINY], ["each of the 16 patches", "num_tokens 4"])])
 def test_mistakes_get_one_sentence(arguments, words, tmp_path):
     """Broken: a mistake on the command line would end in a traceback."""
     assert_one_sentence(run_here(layouts.main, *arguments, folder=tmp_path), *words)

@@ -3,21 +3,23 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate_fid
-from data.digits_classifier import DigitsClassifier
-from paper import table1_order, variants
-from tests.test_common import assert_one_sentence, run_here
+from paper import table1_order
+from paper.inputs import open_tokenizer, read_options
+from published.digits_classifier import DigitsClassifier
+from support.seeds import generator
 from tests.test_evaluate_fid import evaluate
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def table(digits, small_digits, tmp_path, capsys, monkeypatch):
     """A function: options -> the table's two rows of numbers, over 400 test digits."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
 
     def rows(*options):
-        table1_order.main([f"--ckpt={digits}/tokenizer.pt", "--device=cpu", *options])
+        table1_order.main([f"--ckpt={digits}/tokenizer.pt", f"--classifier={digits}/digits_classifier.pt",
+                           "--device=cpu", *options])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         assert lines[0].split(" | ")[1:] == ["as encoded", "reversed", "shuffled", "ascending", "descending |"]
         assert lines[2].startswith("| digits FID |") and lines[3].startswith("| largest change of a pixel, of 255 |")
@@ -26,6 +28,7 @@ def table(digits, small_digits, tmp_path, capsys, monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 def test_the_table(table, digits, tmp_path):
     """Broken: the orders would be compared with other images than the validation images, by another distance than
     rFID."""
@@ -38,48 +41,37 @@ def test_the_table(table, digits, tmp_path):
         assert page.size == (6 * 56, 18 + 10 * 56)
 
 
-def test_a_decoder_that_sees_the_order_shows(table, monkeypatch):
+@pytest.mark.slow
+def test_a_decoder_that_depends_on_the_order_shows(table, digits, monkeypatch):
     """Broken: the five columns would not be five orders, or the change not the largest of all pixels and batches."""
-    def first_token_shines(self, tokens):
+    def first_token_as_brightness(self, tokens):
         light = (tokens[:, 0] - 32) / 127.5  # that many steps of brightness away from the middle
         return light[:, None, None, None].expand(-1, 1, 28, 28)
 
-    monkeypatch.setattr("tokenizer.SetTokenizer.decode", first_token_shines)
+    monkeypatch.setattr("tokenizer.SetTokenizer.decode", first_token_as_brightness)
     fids, changes = table("--seed=1")
     assert max(fids) > 1.01 * min(fids)
-    with torch.no_grad():
-        checkpoint = torch.load(variants.CLASSIFIER.replace("digits_classifier", "tokenizer"), weights_only=True)
-        tokenizer, dataset = evaluate_fid.open_tokenizer("", checkpoint, "digits", torch.device("cpu"))
-        tokens = tokenizer.encode(dataset.images / 127.5 - 1)  # (400, 6)
-    shuffle = torch.randperm(6, generator=table1_order.common.generator("cpu", "order", 1))
+    tokenizer, dataset, _ = open_tokenizer(f"{digits}/tokenizer.pt", None, CPU)
+    tokens = tokenizer.encode(dataset.images / 127.5 - 1)  # (400, 6)
+    shuffle = torch.randperm(6, generator=generator("cpu", "order", 1))
     leading = [tokens[:, 0], tokens[:, -1], tokens[:, shuffle[0]], tokens.amin(1), tokens.amax(1)]
     assert shuffle[0] not in (0, 5)  # else the columns would be alike
     expected = [(other - tokens[:, 0]).abs().max().item() for other in leading]
     assert changes == pytest.approx(expected, abs=1) and min(expected[1:]) > 3  # 1: a brightness may be rounded
 
 
-def test_processes_see_every_image_once(digits, small_digits, tmp_path):
+def test_every_image_is_measured_by_one_rank(digits, small_digits, tmp_path, monkeypatch):
     """Broken: under torchrun an image would count twice or not at all."""
-    args = table1_order.parse([f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--num=230"])
-    checkpoint = torch.load(args.ckpt, weights_only=True)
-    tokenizer, dataset = evaluate_fid.open_tokenizer(args.ckpt, checkpoint, "digits", torch.device("cpu"))
+    monkeypatch.setattr("evaluate_fid.NETWORK_BATCH", 20)
+    arguments = [f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--num=70"]
+    args = read_options(table1_order.OPTIONS, "", "", arguments)
+    tokenizer, dataset, _ = open_tokenizer(args.ckpt, None, CPU)
     net = DigitsClassifier()
     net.load_state_dict(torch.load(digits / "digits_classifier.pt", weights_only=True)["weights"])
-    sums = []
-    for processes in (1, 3):
-        statistics = [evaluate_fid.Statistics(net.dims) for _ in range(6)]
-        for rank in range(processes):
-            table1_order.measure(tokenizer, dataset, net, statistics, args, torch.device("cpu"), rank, processes)
-        sums.append(torch.cat([tensor.flatten() for one in statistics for tensor in one.sums()]))
-    assert sums[0][0] == 230 and torch.allclose(*sums, rtol=1e-5)
 
+    def sums(rank, world_size):
+        statistics, _ = table1_order.measure(tokenizer, dataset, net, args, CPU, rank, world_size)
+        return torch.cat([tensor.flatten() for one in statistics for tensor in one.sums()])
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--ckpt=none.pt"], ["no checkpoint none.pt", "train_tokenizer.py"]), (["--num=1"], ["--num", "at least 2"]),
-    (["--data=nowhere"], ["no folder nowhere"]), (["--out=a.jpg"], ["--out", "a.jpg"]),
-    (["--out=no/a.png"], ["no folder no"]),
-    (["--inception=none.pth"], ["no file none.pth"]),
-])
-def test_mistakes_get_one_sentence(arguments, words, digits):
-    """Broken: a mistake on the command line would end in a traceback."""
-    assert_one_sentence(run_here(table1_order.main, *arguments, folder=digits), *words)
+    alone = sums(0, 1)
+    assert alone[0] == 70 and torch.allclose(sum(sums(rank, 3) for rank in range(3)), alone, rtol=1e-5)

@@ -1,22 +1,29 @@
 """Table 5: seven ways to model the sets, trained, tuned and measured alike."""
 import signal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-import common
 import sample
-import train_fsdd
-from data import records
-from dual_transform import counts_to_tokens
+from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import sample_noise
 from paper import table5_priors
-from tests.test_common import ROOT, assert_one_sentence, run_here, run_ranks
-from tests.test_train_tokenizer import assert_same_checkpoint
+from paper.inputs import open_tokenizer
+from support.distributed import local_batch
+from support.files import read_json
+from tests.scripts import assert_one_sentence, assert_same_checkpoint, run_here, run_ranks, send_sigterm
 
 SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40",
-         "--num_search=20",
-         "--search_steps=2", "--device=cpu"]
+         "--num_search=20", "--search_steps=2", "--device=cpu"]
+
+
+@pytest.fixture
+def few_settings(monkeypatch):
+    """A search of two kinds of guidance and two kinds of truncation."""
+    monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
+    monkeypatch.setattr(table5_priors, "TRUNCATIONS", table5_priors.TRUNCATIONS[1:])
 
 
 def table(capsys, ckpt, *options, steps=3, seeds=2):
@@ -25,138 +32,122 @@ def table(capsys, ckpt, *options, steps=3, seeds=2):
     return rows_of(capsys.readouterr().out)
 
 
-def rows_of(said):
-    rows = [line.split("|")[1:-1] for line in said.splitlines() if line.startswith("| ")][1:]
+def rows_of(output):
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][1:]
     return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
 
 
-def test_the_table(digits, cache, capsys, monkeypatch):
+@pytest.mark.slow
+def test_the_table(digits, cache, few_settings, capsys, monkeypatch):
     """Broken: a method would be left out, be given other models or searches than the rest, or break the sum
     unnoticed."""
     monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((1.0, 1.0), (2.0, 1.0)))
-    monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
-    monkeypatch.setattr(table5_priors, "CUTS", table5_priors.CUTS[1:])
     rows = table(capsys, f"{digits}/tokenizer.pt")
     assert list(rows) == list(table5_priors.METHODS)
-    for method, (*priors, paper, fid, read, broken, by, parameters, setting) in rows.items():
+    for method, (*properties, paper, fid, classified, broken, by, parameters, setting) in rows.items():
         assert "±" in fid and float(fid.split("±")[0]) > 0 and parameters.endswith(" M")
         assert setting.startswith(("x 1; ", "x 2 and 1; "))
-        keeps = method.startswith("AR-") or priors[2] == "x"  # M tokens one by one, or a sum that the model knows
+        keeps = method.startswith("AR-") or properties[2] == "x"  # M tokens one by one, or a sum that the model knows
         assert (broken == "0.0%") == keeps and bool(by) != keeps
-        # two learning rates, the best for longer
+        # two learning rates, the best for longer, and with another seed
         assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3
-        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed1-*.pt"))) == 1  # the best of them
-    monkeypatch.setattr(table5_priors, "train", None)  # what is there is not trained or measured again
+        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed1-*.pt"))) == 1
+    monkeypatch.setattr(table5_priors, "train", None)  # nothing is trained or measured again
     monkeypatch.setattr(table5_priors.evaluate_fid, "frechet_distance", None)
     assert table(capsys, f"{digits}/tokenizer.pt") == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["AR-random", "Continuous Diffusion"])
-def test_a_run_that_was_cut_off_goes_on(method, digits, cache, capsys, monkeypatch):
-    """Broken: hours of training would be lost, or go on in another way than without the break."""
+def test_an_interrupted_run_resumes(method, digits, cache, capsys, monkeypatch):
+    """Broken: hours of training would be lost, or continue in another way than without the interruption."""
     options = [f"--methods={method}", "--search_lr=no", "--save_every=2"]
     whole = table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1)
     path, = cache.glob("*-seed0-*.pt")
     path.rename("unbroken.pt")
     for file in cache.glob("*-seed0-*"):
         file.unlink()
-    save = records.save_training
+    save = table5_priors.save_training
 
     def save_and_stop(*args, **state):
         save(*args, **state)
-        signal.raise_signal(signal.SIGTERM)
+        send_sigterm()
 
-    monkeypatch.setattr(records, "save_training", save_and_stop)
-    with pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as interrupted, pytest.raises(SystemExit) as stopped:
+        interrupted.setattr(table5_priors, "save_training", save_and_stop)
         table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1)
     assert stopped.value.code == 128 + signal.SIGTERM and torch.load(path, weights_only=True)["step"] < 4
-    monkeypatch.setattr(records, "save_training", save)
     assert table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1) == whole
     assert_same_checkpoint(path, "unbroken.pt")
 
 
 def test_counts_of_any_sum_are_decoded(digits):
-    """Broken: samples that break the sum would be left out, cut, or change rows."""
-    checkpoint = common.load_checkpoint(f"{digits}/tokenizer.pt", "", "tokenizer")
-    tokenizer = table5_priors.train_fsdd.SetTokenizer(**checkpoint["model_config"])
-    tokenizer.load_state_dict(checkpoint["weights"])
-    tokenizer.eval()
+    """Broken: samples that break the sum would be left out, truncated, or change rows."""
+    tokenizer = open_tokenizer(f"{digits}/tokenizer.pt", None, torch.device("cpu"))[0]
     counts = torch.cat([sample_noise(3, 64, M, "multinomial") for M in (5, 6, 0, 19, 6)])[torch.randperm(15)]
     one_by_one = [sample.decode(tokenizer, counts_to_tokens(row[None])) for row in counts]
     difference = table5_priors.decode(tokenizer, counts).int() - torch.cat(one_by_one).int()
     assert difference.abs().max() <= 1  # rounding
 
 
-def test_orders(digits, cache, monkeypatch):
-    """Broken: AR-order1 and 2 would learn more than one order, or AR-random only one."""
-    seen = []
-    monkeypatch.setattr(table5_priors.baselines, "autoregressive_loss",
-                        lambda model, x, labels, symbols: seen.append(x) or 0 * next(model.parameters()).sum())
-    tokens = torch.arange(6).expand(8, 6)
-    get_batch = train_fsdd.get_batch
-    monkeypatch.setattr(train_fsdd, "get_batch", lambda *args: (tokens, *get_batch(*args)[1:]))
+def test_batches():
+    """Broken: AR-order1 and 2 would learn more than one order, or AR-random only one; a method would learn other images
+    or labels than the rest, or other ones in a world of several ranks."""
+    tokens = torch.stack([torch.randperm(64)[:6] for _ in range(100)])
+    cfg = SimpleNamespace(batch_size=20, seed=3, label_drop=0.1, prior="multinomial", training_times="uniform")
+    task = SimpleNamespace(tokens=tokens.numpy().astype(np.uint16)[None], M=6, C=64, device=torch.device("cpu"),
+                           size={"num_classes": 10},
+                           train_set=SimpleNamespace(labels=torch.randint(10, (100,))))
     orders = {}
+    rows, _ = local_batch(20, 20)
+    expected = table5_priors.draw_batch("FSDD", task, rows, 5, cfg)
     for method in ("AR-order1", "AR-order2", "AR-random"):
-        table5_priors.main([f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=2", "--seeds=1", "--search_lr=no",
-                            f"--methods={method}"])
-        orders[method] = {tuple(row.tolist()) for x in seen for row in x}
-        seen.clear()
-        assert all(sorted(order) == list(range(6)) for order in orders[method])
-    assert len(orders["AR-order1"]) == len(orders["AR-order2"]) == 1 != len(orders["AR-random"])
+        batch = table5_priors.draw_batch(method, task, rows, 5, cfg)
+        assert torch.equal(tokens_to_counts(batch.x0, 64), expected.x0) and torch.equal(batch.labels, expected.labels)
+        second_half = table5_priors.draw_batch(method, task, slice(10, 20), 5, cfg)
+        assert torch.equal(second_half.x0, batch.x0[10:])
+        images = [next(row for row in tokens.tolist() if sorted(row) == sorted(x)) for x in batch.x0.tolist()]
+        orders[method] = {tuple(map(image.index, x)) for image, x in zip(images, batch.x0.tolist())}
+    assert len(orders["AR-order1"]) == len(orders["AR-order2"]) == 1 < len(orders["AR-random"])
     assert orders["AR-order1"] != orders["AR-order2"]
 
 
 def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
     """Broken: a mistake would end in a traceback, or be found after hours."""
-    main = table5_priors.main
-    assert_one_sentence(run_here(main, folder=tmp_path), "no checkpoint tokenizer.pt", "python train_tokenizer.py")
-    ckpt = f"--ckpt={digits}/tokenizer.pt"
-    assert_one_sentence(run_here(main, ckpt, "--methods=FSDD,VAE", folder=tmp_path), "--methods", "VAE", "SetAR")
-    monkeypatch.setattr(train_fsdd, "encode_training_set", None)  # of ImageNet it takes an hour
-    assert_one_sentence(run_here(main, ckpt, *SMALL, "--ref=none.npz", folder=tmp_path), "there is no none.npz")
-    for option, words in {"--seeds=0": "--seeds", "--num_images=1": "--num_images", "--out=a.jpg": "--out"}.items():
-        assert_one_sentence(run_here(main, ckpt, option, folder=tmp_path), words)
-    checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
-    torch.save(checkpoint | {"kind": "grid tokenizer"}, tmp_path / "grid.pt")
-    assert_one_sentence(run_here(main, "--ckpt=grid.pt", folder=tmp_path),
-                        "not a tokenizer checkpoint but a grid tokenizer")
+    main, ckpt = table5_priors.main, f"--ckpt={digits}/tokenizer.pt"
+    monkeypatch.setattr(table5_priors, "encode_training_set", None)  # of ImageNet it takes an hour
+    for arguments, words in (([], ["no checkpoint tokenizer.pt", "train_tokenizer.py"]),
+                             ([ckpt, "--methods=FSDD,VAE"], ["--methods", "VAE", "SetAR"]),
+                             ([ckpt, "--out=a.jpg"], ["--out", "a.jpg"]), ([ckpt, "--seeds=0"], ["--seeds"]),
+                             ([ckpt, "--ref=none.npz"], ["there is no none.npz"])):
+        assert_one_sentence(run_here(main, *SMALL, *arguments, folder=tmp_path), *words)
 
 
-def test_what_is_measured_depends_on_all_its_settings(digits, cache, capsys, monkeypatch):
+@pytest.mark.slow
+def test_what_is_measured_depends_on_all_its_settings(digits, cache, few_settings, capsys):
     """Broken: a distance measured with one setting would be shown for another; or that of the search for the
     table's."""
-    monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
     options = ["--methods=FSDD", "--search_lr=no"]
     first = table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)["FSDD"]
     # as many as the search
     assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first
     kept, = cache.glob("*.pt.json")
-    before = len(records.read_json(kept))
-    settings = len(table5_priors.GUIDANCE) * len(table5_priors.CUTS)
-    assert before == settings + 2
+    assert len(read_json(kept)) == 4 + 2
     for more in ("--sample_steps=3", "--batch=30"):
         table(capsys, f"{digits}/tokenizer.pt", *options, more, seeds=1)
-    assert len(records.read_json(kept)) == before + 2 * (settings + 1)
+    assert len(read_json(kept)) == 4 + 2 + 2 * 5
 
 
-def test_the_same_table_from_two_processes(digits, cache, capsys, tmp_path, monkeypatch):
-    """Broken: under torchrun a process would train or measure something else, or wait for another forever."""
-    (tmp_path / "few.py").write_text(f"""import sys
-sys.path.insert(0, {ROOT!r})
-import common, data.digits_classifier, data.reading, evaluate_fid
-from paper import table5_priors, variants
-from tests.conftest import few_digits
-table5_priors.GUIDANCE = ("1", "4")
-variants.CLASSIFIER, variants.FOLDER = "{digits}/digits_classifier.pt", "cache2"
-data.reading.open_dataset = lambda where, split, size, **training: few_digits(split, 300)
-open_few = lambda where, split, size: few_digits(split, 600 if split == "train" else 400)
-evaluate_fid.open_dataset = data.digits_classifier.open_dataset = open_few
-common.run(table5_priors.main)
-""")
-    options = ["--methods=AR-random,Continuous Diffusion", "--search_lr=no", "--bf16=off", "--batch=15"]
-    finished = run_ranks(tmp_path / "few.py", f"--ckpt={digits}/tokenizer.pt", *SMALL, "--steps=3", "--seeds=1",
-                         *options, folder=tmp_path, processes=2)
+@pytest.mark.slow
+def test_the_same_table_from_two_ranks(digits, cache, few_settings, capsys, tmp_path, monkeypatch):
+    """Broken: under torchrun a rank would train or measure something else, or wait for another forever."""
+    script = tmp_path / "table5.py"
+    script.write_text("from paper import table5_priors\nfrom support.training import run\nrun(table5_priors.main)\n")
+    options = [f"--ckpt={digits}/tokenizer.pt", "--methods=AR-random,Continuous Diffusion", "--search_lr=no",
+               "--bf16=off", "--batch=15"]
+    with monkeypatch.context() as other_folder:
+        other_folder.setattr(table5_priors.variants, "FOLDER", "cache2")
+        finished = run_ranks(script, *SMALL, "--steps=3", "--seeds=1", *options, folder=tmp_path, world_size=2)
     assert finished.returncode == 0, finished.stderr
     rows = rows_of(finished.stdout)
-    monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
-    assert len(rows) == 2 and rows == table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)
+    assert len(rows) == 2 and rows == table(capsys, f"{digits}/tokenizer.pt", *options[1:], seeds=1)
