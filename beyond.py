@@ -71,9 +71,9 @@ def start_from_codebook(denoiser, codes):
 # changes of other codes. In the limit of small steps this exchanges tokens as often as independent codes would change.
 # Its sampling times are denser where counts change, and so is the change of its guidance weight.
 #
-# With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4; pytest -rP tests/test_beyond.py -k oracle), samples in 100
-# steps differ from the data by a total variation of 0.168 with the paper's step, 0.218 with the posterior and
-# Algorithm 1, and 0.049 with exchange. Samples of the data itself differ by 0.017.
+# With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4), samples in 100 steps differ from the data by a total
+# variation of 0.168 with the paper's step, 0.218 with the posterior and Algorithm 1, and 0.049 with exchange. Samples of
+# the data itself differ by 0.017 (pytest --slow -rP tests/test_beyond.py -k oracle).
 # @MEASURED3@
 
 
@@ -81,7 +81,8 @@ def exchange_times(steps):
     """Sampling times t_0 = 1 > ... > t_steps = 0: the mean of evenly spaced times and of times evenly spaced in the
     share of flips. The former spend half of the steps where little changes; the latter leave too few for counts that
     change by 2 or more."""
-    return [u if u in (0, 1) else (u + 0.5 + math.log(u / (1 - u)) / 16) / 2 for u in uniform_times(steps)]
+    times = [u if u in (0, 1) else (u + 0.5 + math.log(u / (1 - u)) / 16) / 2 for u in uniform_times(steps)]
+    return [min(1.0, max(0.0, t)) for t in times]  # thousands of steps would begin before 1 and end below 0
 
 
 def guidance_ramp(first, last):
@@ -107,7 +108,7 @@ def exchange_step(x, p, t, s, generator=None, prior="multinomial", top_p=1.0, to
     if order is not None:
         p = torch.zeros_like(p).scatter(2, order, p)
     p = p / p.sum(2, keepdim=True)  # (B, C, K + 1)
-    F_t, F_s = distribution_function(t, b, K), distribution_function(s, b, K)
+    F_t, F_s = distribution_function(t, b, K), distribution_function(s, b, K)  # each (K + 1, N, K + 2)
     q = torch.empty_like(p)  # p(X_s | X_t), (B, C, K + 1)
     for k in x.unique().tolist():  # a few small counts: nearly all are 0 or 1
         table = posterior(k, F_t, F_s, p_b).to(x.device)
@@ -149,7 +150,7 @@ def distribution_function(t, b, largest):
 
 def noise_of_a_code(C, M, prior):
     """The distribution of one code's count in X_1: its values b (N,) and their probabilities (N,). A new prior needs an
-    entry here and in fsdd.sample_noise()."""
+    entry here, in fsdd.sample_noise() and in the row "prior" of train_fsdd.py."""
     if prior == "distinct":
         return torch.tensor([0, 1]), torch.tensor([1 - M / C, M / C], dtype=torch.float64)
     assert prior == "multinomial", prior
@@ -171,7 +172,8 @@ def exchange(x, q, generator=None):
     delta = y.sum(1, keepdim=True) - M  # (B, 1)
     stepped = y - delta.sign()  # as in greedy_adjust()
     log_q = look_up(q, stepped.clamp(0, K)).log().masked_fill((stepped < 0) | (stepped > K), -math.inf)
-    score = log_q - (-v.log()).log()  # Gumbel noise: the best are a draw without replacement, in proportion to q
+    # (B, C), with Gumbel noise: the best are a draw without replacement, in proportion to q
+    score = log_q - (-v.log()).log()
     surplus = (y - x) * delta.sign() > 0  # codes that changed in the direction of which there is too much
     undone = (delta.abs() + coin) // 2  # (B, 1), half of them; if odd, a coin decides
     y = take_steps(y, score.masked_fill(~surplus, -math.inf), undone, -delta.sign())

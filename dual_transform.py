@@ -16,7 +16,7 @@ def tokens_to_counts(tokens, codebook_size):
 
     tokens: (B, M) int64 in [0, C), any order, any device.  codebook_size: C.
     Returns counts (B, C) int64, every row sums to M (Eq. 3).
-    Raises RuntimeError (by scatter_add) for another dtype, or a token outside [0, C).
+    Raises RuntimeError (by scatter_add, on the CPU) for another dtype, or a token outside [0, C).
     """
     counts = tokens.new_zeros(tokens.shape[0], codebook_size)
     return counts.scatter_add_(1, tokens, torch.ones_like(tokens))
@@ -27,7 +27,8 @@ def counts_to_tokens(counts):
 
     counts: (B, C) int64, none negative, every row with the same sum M, any device.
     Returns tokens (B, M) int64, ascending in every row.
-    Raises ValueError for rows with unequal sums, and RuntimeError (by repeat_interleave) for a negative count.
+    Raises ValueError for rows with unequal sums, and RuntimeError (by repeat_interleave, on the CPU)
+    for a negative count.
     """
     B, C = counts.shape
     sums = counts.sum(1)

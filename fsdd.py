@@ -1,14 +1,15 @@
 """Fixed-Sum Discrete Diffusion (FSDD, Sec. 3.3): a generative model of count vectors whose every state sums to M.
 
     X_0, data: the counts of an image's tokens.  X_1, noise: the counts of M codes drawn at random (Eq. 4).
-    forward process   X_t: a discrete Gaussian between the two, made to sum to M by greedy adjusting (Eq. 5-7, Alg. 1)
+    forward process   X_t: a discrete Gaussian between the two, made to sum to M by greedy adjusting (Eq. 5-6, Alg. 1)
     denoiser          a DiT with one position per code, X_t -> a distribution over 0..M for every count of X_0
     generation        from X_1 to X_0 in a few steps (Eq. 8-10)
 
-Shapes: B vectors, C codes, counts 0..M.  Time t runs from data (0) to noise (1), as in the paper; the denoiser receives
+Shapes: B vectors, C codes, counts 0..M.  Time t runs from data (0) to noise (1), as in the paper; the denoiser embeds
 1 - t, as in the authors' release.
 """
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def sample_noise(batch, codebook_size, num_tokens, prior, generator=None, device
 
 
 def forward_process(x0, x1, t, uniform=None):
-    """X_t ~ q(X_t | X_1, X_0), Eq. 5-7 and Algorithm 1.
+    """X_t ~ q(X_t | X_1, X_0), Eq. 5-6 and Algorithm 1. (Eq. 7, that the sum is M on average, holds for the continuous
+    Gaussian, and for the discrete one where counts differ by at most 1. Greedy adjusting corrects the rest as well.)
 
     x0, x1: (B, C) int64, every row sums to M.  t: (B,) in [0, 1], 0 = data, 1 = noise.
     uniform: (B, C) in [0, 1), the random number that decides the draw of each count; drawn here by default.
@@ -74,7 +76,7 @@ def forward_process(x0, x1, t, uniform=None):
 
 
 def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
-    """Draw counts from Gaussians made discrete by their density at the integers 0..M (Eq. 5 and 9):
+    """Draw counts from Gaussians restricted to the integers 0..M and normalized (Eq. 5 and 9):
 
         p(k) = exp(-(k - mean)^2 / (2 std^2)) / Z,   Z such that the sum over k = 0..M is 1.
 
@@ -85,14 +87,14 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
     nearest = mean.round()
     x, log_z = nearest.long(), torch.zeros_like(mean)
     # Most codes do not move (std = 0), and for the n that do, 8 std either side hold all but exp(-32) of the weight.
-    # So a table (n, K) of few integers stands for the (B, C, M + 1) of the formula.
+    # So we tabulate K integers for each of n counts, not M + 1 for each of B C.
     moving = std > 0
-    m, s = mean[moving, None], std[moving, None]  # (n, 1)
-    if len(m):
-        first = (m - 8 * s).floor().clamp(min=0)
-        last = (m + 8 * s).ceil().clamp(max=num_tokens)
+    mu, sigma = mean[moving, None], std[moving, None]  # (n, 1)
+    if len(mu):
+        first = (mu - 8 * sigma).floor().clamp(min=0)
+        last = (mu + 8 * sigma).ceil().clamp(max=num_tokens)
         k = first + torch.arange(int((last - first).max()) + 1, device=mean.device)  # (n, K)
-        log_p = (-((k - m) / s) ** 2 / 2).masked_fill(k > last, -math.inf)
+        log_p = (-((k - mu) / sigma) ** 2 / 2).masked_fill(k > last, -math.inf)
         x[moving] = k.long().gather(1, draw(log_p.softmax(1), uniform[moving], top_k=top_k)[:, None])[:, 0]
         log_z[moving] = log_p.logsumexp(1)
 
@@ -137,7 +139,7 @@ def greedy_adjust(x, log_prob, num_tokens):
 
     x: (B, C) integers of any sum.  num_tokens: M.
     log_prob: log-probability of every count: a function, counts (B, C) -> (B, C), for counts up to M; or a table
-    (B, C, K + 1), and then no count exceeds K.
+    (B, C, K + 1), and then no count exceeds K; C K must be at least M.
     Returns (B, C) int64, none negative, every row sums to M.
 
     Algorithm 1 is one round, which falls short when there is more to remove than there are codes with a count above 0
@@ -167,6 +169,7 @@ def step_score(x, step, log_prob, largest):
     # a term too small to matter elsewhere. The release orders them by index.
     ratio = (after - before).nan_to_num(0.0)
     d = d + 1e-12 * ratio.sign() * ratio.abs().log1p()
+    # a denoiser that gives NaN must not keep greedy_adjust() from ending
     return d.nan_to_num(-1.0).masked_fill((stepped < 0) | (stepped > largest), -math.inf)
 
 
@@ -221,8 +224,8 @@ class Denoiser(nn.Module):
     gelu: "tanh" (DiT) or "exact", which differs by less than 0.001 and is faster on CPUs.
     """
 
-    attention_class = Attention
-    recompute = False  # see tokenizer.run_blocks()
+    attention_class = Attention  # a subclass may have another one
+    recompute = False  # see tokenizer.run_blocks(); set by support.hardware.set_switches()
 
     def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False, gelu="tanh"):
         super().__init__()
@@ -256,12 +259,12 @@ class Denoiser(nn.Module):
         """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1)."""
         c = self.condition(t, labels)
         x = self.count_embedding(x_t) + self.code_embedding  # (B, C, width)
-        x = run_blocks(self.blocks, x.to(c.dtype), c, recompute=self.recompute)
+        x = run_blocks(self.blocks, x.to(c.dtype), c, recompute=self.recompute)  # bfloat16 under autocast
         return self.head(x, c)
 
     def condition(self, t, labels):
         """The embedding of time and class, (B, width); bfloat16 under autocast."""
-        c = self.time_mlp(time_features(1 - t))
+        c = self.time_mlp(time_features(1 - t))  # (B, 256) -> (B, width)
         return c + self.class_embedding(labels).to(c.dtype)
 
     def head(self, x, c):
@@ -308,14 +311,14 @@ def paper_step(x, p, t, s, generator=None, prior=None, top_p=TOP_P, top_k=0):
     Returns X_s (B, C), every row sums to M.
     """
     M = p.shape[2] - 1
-    u0, u = torch.rand(2, *x.shape, generator=generator, device=x.device)
-    x0 = draw(p, u0, top_p, top_k)
+    u0, u = torch.rand(2, *x.shape, generator=generator, device=x.device)  # each (B, C)
+    x0 = draw(p, u0, top_p, top_k)  # x_0 ~ p(x_0 | X_t) of Eq. 8, (B, C)
     if 1 - t >= ADJUST_FROM and not top_k:
         x0 = greedy_adjust(x0, p.log(), M)
     # Eq. 10. The noise end that X_t and x_0 imply is X_1 = x_0 + (X_t - x_0) / t, so |X_1 - x_0| = |X_t - x_0| / t
     mean = x + (t - s) / t * (x0 - x)
     f = 1 / (1 + math.exp(NOISE_SLOPE * (NOISE_UNTIL - s)))  # noise in the first 80 % of the steps, then none
-    std = (x - x0).abs() / t / 4 * f
+    std = (x - x0).abs() / t / 4 * f  # mean, std (B, C)
     x, log_prob = discrete_gaussian(mean, std, M, u, top_k)  # Eq. 9
     # In the last step the Gaussian is a spike at x_0 and cannot rank the steps; the denoiser's p can.
     return greedy_adjust(x, log_prob if s > 0 else p.log(), M)
@@ -332,12 +335,11 @@ def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE
     steps: their number.  guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see paper_step().
     The defaults, except for the prior (theirs is "distinct"), are the authors' for the best FID; top_k = 2 and
     top_p = 1 are their sharper, less diverse setting.
-    step, times: the sampler: a function X_t -> X_s like paper_step(), and one that gives the sampling times.
+    step, times: the sampler: a function X_t -> X_s like paper_step(), and one like uniform_times().
     """
     x = sample_noise(len(labels), denoiser.codebook_size, denoiser.num_tokens, prior, generator, labels.device)
     yield x
-    t_and_s = list(times(steps))
-    for t, s in zip(t_and_s, t_and_s[1:]):
+    for t, s in pairwise(times(steps)):
         p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
         x = step(x, p, t, s, generator=generator, prior=prior, top_p=top_p, top_k=top_k)
         yield x
@@ -345,7 +347,9 @@ def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE
 
 def generate(denoiser, labels, **settings):
     """Generate counts X_0 (B, C) int64, every row sums to M, for labels (B,). The settings are those of refine()."""
-    return list(refine(denoiser, labels, **settings))[-1]
+    for x in refine(denoiser, labels, **settings):
+        pass
+    return x
 
 
 def guidance_weight(guidance, t):
@@ -357,7 +361,7 @@ def guidance_weight(guidance, t):
     if callable(guidance):
         return guidance(t)
     weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
-    return weights[int(len(weights) * (1 - t + 1e-9))]
+    return weights[min(int(len(weights) * (1 - t + 1e-9)), len(weights) - 1)]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ The same seed gives the same images for any number of processes. Settings that a
 """
 import os
 import time
+from collections import deque
 
 import torch
 from tqdm import tqdm
@@ -24,8 +25,8 @@ from support.seeds import generator
 from support.training import run
 from tokenizer import SetTokenizer
 
-# Settings of fsdd.refine(), for the pictures during training and as options of all scripts that generate. A new one is
-# a parameter of refine() and a row here.
+# Settings of fsdd.refine(), for the pictures during training and as options of all scripts that generate. To add one,
+# add a parameter to refine() and a row here; to add a sampler, an entry of SAMPLERS and its name in the first row.
 GENERATION = [
     # name               digits          imagenet256      allowed               meaning
     ("sampler",          "exchange",     "paper",         "paper | exchange",   "Eq. 9-10, or beyond.py's"),
@@ -47,7 +48,8 @@ def main(argv=None):
     denoiser, tokenizer, checkpoint = load(args.ckpt, device)
     class_names = checkpoint["class_names"]
     try:
-        labels = choose_labels(args.labels, args.num, class_names, len(class_names) if args.out[-3:] == "npz" else 10)
+        at_most = len(class_names) if args.out.endswith(".npz") else 10
+        labels = choose_labels(args.labels, args.num, class_names, at_most)
         settings = generation_settings(checkpoint["generation"], args)
     except ValueError as problem:
         stop(str(problem))
@@ -87,8 +89,9 @@ def draw_images(denoiser, tokenizer, labels, settings, chunk, args, every_step=F
     device = next(denoiser.parameters()).device
     random = generator(device, "sample", args.seed, chunk)
     with autocast(device, args.bf16):
-        states = list(refine(denoiser, labels.to(device), **refine_arguments(settings), generator=random))
-    return torch.stack([decode(tokenizer, counts_to_tokens(x)) for x in states[0 if every_step else -1:]])
+        states = refine(denoiser, labels.to(device), **refine_arguments(settings), generator=random)  # each (n, C)
+        states = list(states) if every_step else deque(states, maxlen=1)
+    return torch.stack([decode(tokenizer, counts_to_tokens(x)) for x in states])
 
 
 def decode(tokenizer, tokens):
@@ -157,7 +160,7 @@ def choose_labels(text, num, class_names, at_most):
     Without text: over all classes, or at_most of them. ValueError for what is no class.
     """
     every = len(class_names)
-    numbers = {name: i for i, name in enumerate(class_names)} | {str(i): i for i in range(every)}
+    numbers = {str(i): i for i in range(every)} | {name: i for i, name in enumerate(class_names)}  # names count first
     try:
         classes = [numbers[name.strip()] for name in text.split(",")] if text else range(0, every, -(-every // at_most))
     except KeyError:

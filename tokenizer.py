@@ -44,7 +44,8 @@ class Attention(nn.Module):
         if options or self.fused_attention == "on" or self.fused_attention == "auto" and many:
             x = F.scaled_dot_product_attention(q, k, v, **options)
         else:  # with few keys on a CPU, the plain formula is up to several times faster than the fused kernel
-            x = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, L, N)
+            x = scores.softmax(-1) @ v
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, L, width)
 
 
@@ -125,7 +126,7 @@ class SetTokenizer(nn.Module):
         Returns reconstructions (B, ch, H, W), tokens (B, M), the encoder's latents (B, M, code_dim) of length 1, and
         the quantizer's loss.
         """
-        latents = F.normalize(self.encoder(images).float(), dim=-1)
+        latents = self.latents(images)
         q, tokens, loss = self.quantizer(latents)
         if unquantized is not None:
             q = torch.where(unquantized[:, None, None], latents, q)
@@ -137,10 +138,14 @@ class SetTokenizer(nn.Module):
         decoded = self.pixel_head(self.decoder(q))
         return decoded if proxy else self.pixel_decoder(decoded), tokens, latents, loss
 
+    def latents(self, images):
+        """Images (B, ch, H, W) in [-1, 1] -> latents (B, M, code_dim) of length 1, before quantization."""
+        return F.normalize(self.encoder(images).float(), dim=-1)
+
     @torch.no_grad()
     def encode(self, images):
         """Images (B, ch, H, W) in [-1, 1] -> tokens (B, M) int64 in [0, C)."""
-        return self.quantizer(F.normalize(self.encoder(images).float(), dim=-1))[1]
+        return self.quantizer(self.latents(images))[1]
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -169,14 +174,14 @@ def initialize(module):
 class Encoder(nn.Module):
     """ViT encoder: images (B, ch, H, W) in [-1, 1] -> latents (B, M, code_dim)."""
 
-    recompute = False  # see run_blocks()
+    recompute = False  # see run_blocks(); set by support.hardware.set_switches()
 
     def __init__(self, channels, patch_size, num_patches, num_tokens, code_dim, width, heads, layers,
                  reshaped_latents=False):
         super().__init__()
         self.reshaped_latents = reshaped_latents
         self.patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)
+        self.class_embedding = nn.Parameter(torch.randn(width) * width ** -0.5)  # of a ViT; its output is not used
         self.positions = nn.Parameter(torch.randn(1 + num_patches, width) * width ** -0.5)
         self.latents = nn.Parameter(torch.randn(num_tokens, width) * width ** -0.5)
         self.norm_in = nn.LayerNorm(width)
@@ -235,7 +240,7 @@ class Quantizer(nn.Module):
 class Decoder(nn.Module):
     """ViT decoder: a set of codes (B, any number, code_dim) -> features of every patch position (B, P, width)."""
 
-    recompute = False  # see run_blocks()
+    recompute = False  # see run_blocks(); set by support.hardware.set_switches()
 
     def __init__(self, num_patches, code_dim, width, heads, layers):
         super().__init__()

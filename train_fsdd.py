@@ -25,7 +25,7 @@ from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_
 from fsdd import fsdd_loss, generate, sample_noise
 from sample import DENOISERS, GENERATION, decode, refine_arguments
 from support.command_line import HARDWARE, parse, stop
-from support.distributed import all_reduce, chunks, local_batch, rank_and_world_size
+from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size
 from support.files import load_checkpoint
 from support.hardware import autocast, init_distributed, parallel, set_switches
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
@@ -121,7 +121,9 @@ def prepare(stage1, device, cfg):
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     check_token_file(cfg.tokens, C)
-    sample_noise(1, C, M, cfg.prior)  # refuses M > C where the prior can't have it
+    sample_noise(1, C, M, cfg.prior)  # refuses M > C if the prior can't have it
+    if cfg.flip and cfg.data == "digits":
+        raise ValueError("the digits are not mirrored, got --flip true")
     generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
     refine_arguments(generation)
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
@@ -220,20 +222,20 @@ def draw_batch(tokens, labels, model, rows, step, cfg):
     B, C, M, device = cfg.batch_size, model.codebook_size, model.num_tokens, model.code_embedding.device
     random = generator(device, "step", cfg.seed, step)
     indices = batch_indices(len(labels), B, cfg.seed, step)[rows]
-    mirrored, dropped, t = torch.rand(3, B, generator=random, device=device)[:, rows]  # each (rows,)
-    version = (mirrored * len(tokens)).long().cpu()  # 0: the image; 1, if tokens has it: its mirror image
-    x = torch.from_numpy(tokens[version.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (rows, M)
-    y = torch.where(dropped < cfg.label_drop, model.num_classes, labels[indices].to(device))
+    u_mirror, u_drop, u_time = torch.rand(3, B, generator=random, device=device)[:, rows]  # each (n,)
+    version = (u_mirror * len(tokens)).long().cpu()  # 0: the image; 1, if tokens has it: its mirror image
+    x = torch.from_numpy(tokens[version.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (n, M)
+    y = torch.where(u_drop < cfg.label_drop, model.num_classes, labels[indices].to(device))
     x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
     uniform, order = (torch.rand(B, C, generator=random, device=device)[rows] for _ in range(2))
-    t = flip_times(t) if cfg.training_times == "flips" else 1 - t
+    t = flip_times(u_time) if cfg.training_times == "flips" else 1 - u_time
     return Batch(tokens_to_counts(x, C), y, t, x1, uniform, order)
 
 
 @torch.no_grad()
 def evaluate(model, tokenizer, dataset, device, cfg):
-    """The loss on a dataset, of all codes and at uniform times whatever cfg says, so that runs can be compared; one
-    time t and one noise vector an image, the same at every call."""
+    """The loss on a dataset, always over all codes and at uniform times, so that runs can be compared. Each image gets
+    one time and one noise vector, the same at every call."""
     (rank, world_size), C, M = rank_and_world_size(), model.codebook_size, model.num_tokens
     total = torch.zeros((), dtype=torch.float64, device=device)
     parts = chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::world_size]
@@ -251,7 +253,7 @@ def evaluate(model, tokenizer, dataset, device, cfg):
 
 def draw_samples(model, tokenizer, header, device, cfg):
     """A page of samples, a row for each of up to ten classes."""
-    if rank_and_world_size()[0] == 0:
+    if is_main():
         class_names, settings = header["class_names"], refine_arguments(header["generation"])
         classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
         random = generator(device, "sample", cfg.seed)

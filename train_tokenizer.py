@@ -153,7 +153,7 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
     """Phase 1: the tokenizer learns to predict the codes that MaskGIT-VQGAN gives the image. Returns the model with
     averaged weights."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
-    ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=True)
+    ddp, ema, optimizers, usage, start = start_phase(model, checkpoint, cfg, proxy=True)
     rows, micro_batches = local_batch(B, cfg.device_batch)
     world_size = rank_and_world_size()[1]
     batches = training_batches(train_set, B, rows, cfg.seed, start, cfg.proxy_steps, cfg.workers)
@@ -172,7 +172,7 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
             loss = proxy + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, proxy, quantizer_loss]).detach() * (len(tokens) / B)
-            codes.record(tokens, latents)
+            usage.record(tokens, latents)
 
         # clip, learning rate, step, moving average, dead codes
         check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
@@ -182,16 +182,16 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
             optimizer.step()
             optimizer.zero_grad()
         ema.update_parameters(model)
-        codes.update(step, rows, random)
+        usage.update(step, rows, random)
 
         # once in a while: log, save, reconstruct test images
         done, last = step + 1, step + 1 == cfg.proxy_steps
         if done % cfg.log_every == 0 or last:
             losses = dict(zip(("loss", "proxy", "quantizer"), means))
-            report(log, progress, done, losses, codes.in_use, lr_scale * cfg.lr)
+            report(log, progress, done, losses, usage.in_use, lr_scale * cfg.lr)
         stopped = signals.received()
         if stopped or done % cfg.save_every == 0 or last:
-            save_training(header, done, cfg, model, ema, optimizers, idle=codes.idle)
+            save_training(header, done, cfg, model, ema, optimizers, idle=usage.idle)
             if stopped:
                 stop_by_signal(stopped, cfg.out)
         if done % cfg.picture_every == 0 or last:
@@ -202,7 +202,7 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
 def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals):
     """Phase 2, the digits' only one: the decoder (without phase 1 the whole tokenizer) learns pixels. As above."""
     B, device = cfg.batch_size, model.quantizer.codebook.device
-    ddp, ema, optimizers, codes, start = start_phase(model, checkpoint, cfg, proxy=False)
+    ddp, ema, optimizers, usage, start = start_phase(model, checkpoint, cfg, proxy=False)
     rows, micro_batches = local_batch(B, cfg.device_batch)
     world_size = rank_and_world_size()[1]
     batches = training_batches(train_set, B, rows, cfg.seed, start, cfg.steps, cfg.workers)
@@ -222,7 +222,7 @@ def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, c
             loss = loss + pixel_losses(recon.float(), images[part], step)  # perceptual, adversarial; digits: 0
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, mse, quantizer_loss]).detach() * (len(tokens) / B)
-            codes.record(tokens, latents)
+            usage.record(tokens, latents)
 
         # clip, learning rate, step, moving average, dead codes, discriminator
         check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
@@ -232,17 +232,17 @@ def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, c
             optimizer.step()
             optimizer.zero_grad()
         ema.update_parameters(model)
-        codes.update(step, rows, random)
+        usage.update(step, rows, random)
         more = pixel_losses.train_discriminator(images, step)
 
         # once in a while: log, save, reconstruct test images
         done, last = step + 1, step + 1 == cfg.steps
         if done % cfg.log_every == 0 or last:
             losses = dict(zip(("loss", "mse", "quantizer"), means)) | more
-            report(log, progress, done, losses, codes.in_use, lr_scale * cfg.lr)
+            report(log, progress, done, losses, usage.in_use, lr_scale * cfg.lr)
         stopped = signals.received()
         if stopped or done % cfg.save_every == 0 or last:
-            save_training(header, done, cfg, model, ema, optimizers + pixel_losses.optimizers, idle=codes.idle,
+            save_training(header, done, cfg, model, ema, optimizers + pixel_losses.optimizers, idle=usage.idle,
                           **pixel_losses.state())
             if stopped:
                 stop_by_signal(stopped, cfg.out)
@@ -261,11 +261,11 @@ def start_phase(model, checkpoint, cfg, proxy):
     first = 0 if proxy else cfg.proxy_steps
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = make_optimizers(model, cfg, cfg.proxy_beta2 if proxy else cfg.beta2)
-    codes = CodebookUsage([model.quantizer.codebook, ema.module.quantizer.codebook], cfg)
+    usage = CodebookUsage([model.quantizer.codebook, ema.module.quantizer.codebook], cfg)
     start = restore_training(checkpoint, model, ema, optimizers, first)
     if start > first:
-        codes.idle.copy_(checkpoint["training"]["idle"])
-    return parallel(model, codes.idle.device, cfg), ema, optimizers, codes, start
+        usage.idle.copy_(checkpoint["training"]["idle"])
+    return parallel(model, usage.idle.device, cfg), ema, optimizers, usage, start
 
 
 def prepare_batch(images, rows, step, device, cfg):

@@ -1,4 +1,4 @@
-"""Checks that the tokenizer.pt and fsdd.pt here, made by the README's first command, are good. Exits non-zero if not.
+"""Checks that the tokenizer.pt and fsdd.pt here, made by the README's second command, are good. Exits non-zero if not.
 
 The bounds are those that a reader may count on; the README has the numbers that were reached. Processors without
 bfloat16 instructions have bounds of their own, for time and for what comes out: without them digits FID lies between 42
@@ -29,7 +29,7 @@ from support.seeds import generator  # noqa: E402
 
 failed = []
 BOUNDS = {  # with, without bfloat16 instructions
-    "seconds of the first command": (540, 1320),
+    "seconds of the training command": (540, 1320),
     "seconds for 100 digits": (2.5, 8),
     "digits FID": (55, 66),
     "classified, of 1000": (0.97, 0.95),
@@ -58,14 +58,14 @@ def spread(images, labels):
 
 
 def check_command(command):
-    """Run the README's first command; its time and memory."""
+    """Run the README's second command; its time and memory."""
     began = time.time()
     subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
     seconds = time.time() - began
-    at_most = bound("seconds of the first command")
-    check("time of the first command", f"{seconds:.0f} s", seconds <= at_most, f"<= {at_most} s")
+    at_most = bound("seconds of the training command")
+    check("time of the training command", f"{seconds:.0f} s", seconds <= at_most, f"<= {at_most} s")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2 ** 20  # of the largest process; KiB on Linux
-    check("peak memory of the first command", f"{peak:.2f} GiB", peak <= 4, "<= 4 GiB")
+    check("peak memory of the training command", f"{peak:.2f} GiB", peak <= 4, "<= 4 GiB")
 
 
 def check_tokenizer(tokenizer, test):

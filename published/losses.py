@@ -42,7 +42,7 @@ class PixelLosses:
                 optimizer.load_state_dict(state)
 
     def state(self):
-        """What a checkpoint holds of this, without the optimizers."""
+        """The state to save in a checkpoint, without the optimizers."""
         return {"lecam": self.lecam, "discriminator": self.discriminator.state_dict() if self.discriminator else None}
 
     def __call__(self, recon, images, step):

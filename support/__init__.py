@@ -1,4 +1,5 @@
-"""What the scripts share and no lesson leads through: command line, ranks, hardware, optimizers, files, training state.
+"""What all scripts share: command line, ranks, hardware, optimizers, files, training state. The method can be
+understood without reading it.
 
 Nothing here imports anything else of the project.
 """

@@ -96,7 +96,8 @@ def parse(table, description, kind, argv=None, prog=None):
     recipe, why = given.get("recipe"), "as given"
     if recipe is None:
         found = os.path.isdir("data/imagenet/train")
-        recipe, why = RECIPES[found], f"data/imagenet/train {'exists' if found else 'does not exist'}"
+        recipe = "imagenet256" if found else "digits"
+        why = f"data/imagenet/train {'exists' if found else 'does not exist'}"
     settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + RECIPES.index(recipe)] for row in table}
     checkpoint = None
     if given.get("resume"):

@@ -39,7 +39,7 @@ def init_distributed(device, tf32=True):
 
 
 def set_tf32(on):
-    """Whether GPUs that have TF32 use it for float32 products."""
+    """Turn TF32 on or off for float32 products, on GPUs that have it."""
     torch.set_float32_matmul_precision("high" if on else "highest")
     torch.backends.cudnn.allow_tf32 = on
 

@@ -59,8 +59,9 @@ def make_optimizers(model, cfg, beta2, decay_all=False):
     matrices = {m.weight for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     for_muon = {name for name, w in trained.items() if cfg.optimizer == "muon" and "blocks." in name and w.ndim == 2}
     rest = [weight for name, weight in trained.items() if name not in for_muon]
-    groups = [{"params": [w for w in rest if w in matrices], "weight_decay": cfg.weight_decay},
-              {"params": [w for w in rest if w not in matrices], "weight_decay": cfg.weight_decay * decay_all}]
+    decay = cfg.weight_decay
+    groups = [{"params": [w for w in rest if w in matrices], "weight_decay": decay},
+              {"params": [w for w in rest if w not in matrices], "weight_decay": decay if decay_all else 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=cfg.fused_adamw)]
     if for_muon:
         optimizers.append(Muon([trained[name] for name in trained if name in for_muon], cfg.muon_lr, cfg.weight_decay))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from support.files import atomic_open, check_output
+from support.files import atomic_open
 
 
 def to_uint8(images):
@@ -74,13 +74,3 @@ def save_npz(path, chunks, labels, size):
                 member.write(images[-1].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy().tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels.numpy())
-
-
-def check_picture(parser, path):
-    """Exit before any work if a picture can't be written to path."""
-    if not path.endswith(".png"):
-        parser.error(f"--out must end in .png, got {path}")
-    try:
-        check_output(path)
-    except ValueError as problem:
-        parser.error(str(problem))

@@ -51,7 +51,7 @@ class StoppedBySignal(SystemExit):
 
 class Signals:
     """In this context a SIGTERM, SIGINT (Ctrl-C) or SIGHUP is only recorded, so that the training loop can save first.
-    One that comes more than 2 seconds after another (torchrun passes on at once what it receives) ends the process."""
+    A second signal ends the process, unless it comes within 2 seconds: torchrun repeats each signal at once."""
 
     def __enter__(self):
         self.number, self.first = 0, math.inf
@@ -140,7 +140,7 @@ def check_finite(norm, step, cfg):
 
 
 def check_result(value, cfg):
-    """End, on all ranks, if what the trained model is measured to be, the same on all, is not finite."""
+    """End the run on all ranks if the final measurement, the same on all, is not finite."""
     if not math.isfinite(value):
         diverged(f"{cfg.out} gives {value} on the test images", cfg)
 
