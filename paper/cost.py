@@ -25,6 +25,7 @@ import train_tokenizer
 from beyond import SparseDenoiser
 from fsdd import Denoiser, sample_noise
 from paper.cpu import in_turn, stage2
+from paper.inputs import read_options
 from published.convnext import ConvNeXt
 from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
@@ -47,7 +48,8 @@ TIMED = [                 # model, C, M and images of the training steps that ar
 ]
 
 
-def main():
+def main(argv=None):
+    read_options([], "cost", __doc__, argv)  # there are none but --help
     keep_freed_memory()  # as both trainings
     print("| | parameters, trained | GFLOPs an image, forward | training "
           f"| GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n|---|---|---|---|---|---|")

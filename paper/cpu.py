@@ -19,6 +19,7 @@ import train_fsdd
 import train_tokenizer
 from beyond import SparseDenoiser, sparse_loss
 from fsdd import Denoiser, fsdd_loss, sample_noise
+from paper.inputs import read_options
 from support.hardware import autocast, keep_freed_memory, parallel, set_switches
 from support.optimizers import make_optimizers
 from tokenizer import SetTokenizer
@@ -46,7 +47,8 @@ VARIATIONS = {  # arguments of stage2()
 }
 
 
-def main():
+def main(argv=None):
+    read_options([], "cpu", __doc__, argv)  # there are none but --help
     keep_freed_memory()  # as both trainings
     print(f"{torch.get_num_threads()} threads; where the time of a step of the digits' recipe goes\n\n"
           f"| | ms | {' | '.join(KINDS)} | other | Muon | AdamW |\n|---|---|" + "---|" * (3 + len(KINDS)))
