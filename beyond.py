@@ -72,8 +72,8 @@ def start_from_codebook(denoiser, codes):
 # Its sampling times are denser where counts change, and so is the change of its guidance weight.
 #
 # With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4), samples in 100 steps differ from the data by a total
-# variation of 0.168 with the paper's step, 0.218 with the posterior and Algorithm 1, and 0.049 with exchange. Samples of
-# the data itself differ by 0.017 (pytest --slow -rP tests/test_beyond.py -k oracle).
+# variation of 0.168 with the paper's step, 0.218 with the posterior and Algorithm 1, and 0.049 with exchange. Samples
+# of the data itself differ by 0.017 (pytest --slow -rP tests/test_beyond.py -k oracle).
 # @MEASURED3@
 
 
