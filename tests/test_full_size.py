@@ -1,7 +1,6 @@
-"""The recipe imagenet256 at its full size takes real training steps on a CPU: pytest --slow -s tests/test_full_size.py
+"""The recipe imagenet256 at its full size takes training steps on a CPU: pytest --slow -s tests/test_full_size.py
 
-Two images, random weights in the formats of the published files, steps few enough for a CPU; everything else as the
-recipe has it.
+Two images, random weights in the formats of the published files, and few steps; all other settings are the recipe's.
 """
 import time
 
@@ -12,19 +11,17 @@ from PIL import Image
 
 from published.convnext import ConvNeXt
 from published.maskgit_vqgan import VQGAN
-from tests.test_common import run
-from tests.test_train_tokenizer import read_log
+from tests.scripts import read_log, run
 
 SHORT = ["--recipe=imagenet256", "--data=images", "--batch_size=2", "--device_batch=1", "--flip=false",
-         "--compile=false",
-         "--workers=0", "--log_every=1", "--save_every=1000", "--picture_every=1000"]
+         "--compile=false", "--workers=0", "--log_every=1", "--save_every=1000", "--picture_every=1000"]
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two smooth random images for training, which a crop leaves as they are, one to test with, and the published
+    """Two smooth random images to train on, which a crop leaves as they are, one to test with, and the published
     networks."""
     folder, random = tmp_path_factory.mktemp("full_size"), np.random.default_rng(0)
     for name in ("train/n01/a.png", "train/n01/b.png", "val/n01/c.png"):
