@@ -33,9 +33,10 @@ def read_options(table, script, description, argv):
     """
     parser = Parser(prog=f"python -m paper.{script}", description=description)
     for names, default, interval, meaning in table:
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         parser.add_argument(*names.split(), default=default, type=checked(int if interval else str, interval),
                             nargs="+" if isinstance(default, tuple) else None,
-                            help=meaning if default in (None, ()) else f"{meaning} ({default})")
+                            help=meaning if shown in (None, "") else f"{meaning} ({shown})")
     args = parser.parse_args(argv)
     if "out" in args and not args.out.endswith(".png"):
         parser.error(f"--out must end in .png, got {args.out}")
