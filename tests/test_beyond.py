@@ -52,15 +52,17 @@ def test_similar_codes_start_with_similar_embeddings(C, code_dim):
 # --- 3. the exchange sampler -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2, 6, 12, 100, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 6, 12, 100, 1000, 10_000])
 def test_sampling_times_are_denser_where_counts_change(steps):
     """Broken: generation would not begin at noise and end at data, or go back in time, or not spend more steps where
     more flips happen."""
     uniform, ours = uniform_times(steps), exchange_times(steps)
     assert len(ours) == steps + 1 and ours[0] == 1 and ours[-1] == 0
-    assert all(s < t for t, s in zip(ours, ours[1:])) and ours == pytest.approx([1 - t for t in reversed(ours)])
-    for u, t in zip(uniform[1:-1], ours[1:-1]):  # the other half of t is the quantile of the flips
-        assert 1 / (1 + math.exp(-8 * (2 * (2 * t - u) - 1))) == pytest.approx(u)
+    assert ours == sorted(ours, reverse=True) and ours == pytest.approx([1 - t for t in reversed(ours)])
+    for u, t in zip(uniform, ours):  # the other half of t is the quantile of the flips
+        if 0 < t < 1:
+            assert 1 / (1 + math.exp(-8 * (2 * (2 * t - u) - 1))) == pytest.approx(u)
+    assert len(set(ours)) > 0.99 * steps  # only with thousands of steps some times are equal
     assert sum(0.25 < t < 0.75 for t in ours) >= sum(0.25 < t < 0.75 for t in uniform)
 
 

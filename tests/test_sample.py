@@ -143,8 +143,8 @@ def test_decoding_in_parts_changes_nothing(checkpoint):
 def test_labels_are_numbers_or_names(draw):
     """Broken: a name would be taken for another class, or it would not be printed which class a label is."""
     names = ["cat", "dog", "2", "0"]
-    for text, labels in (("dog,0, cat", [1, 0, 0]), ("2,3", [2, 2, 3, 3]), (None, [0, 1, 2, 3])):
-        assert sample.choose_labels(text, len(labels), names, 10).tolist() == labels  # numbers come before names
+    for text, labels in (("dog,0, cat", [1, 3, 0]), ("2,3", [2, 2, 3, 3]), (None, [0, 1, 2, 3])):
+        assert sample.choose_labels(text, len(labels), names, 10).tolist() == labels  # names come before numbers
     for wrong in ("bird", "4", "-1", "dog,", ",", "1.0"):
         with pytest.raises(ValueError, match="numbers from 0 to 3 or names of classes, such as cat"):
             sample.choose_labels(wrong, 3, names, 10)
