@@ -30,25 +30,31 @@ def command(script, args, world_size):
     return [sys.executable, *start, os.path.join(ROOT, script), *map(str, args)]
 
 
-def run_ranks(script, *args, folder, world_size):
-    """run() on several ranks that are forked from this process, which takes a second; torchrun takes several. What a
-    test has patched stays patched. The output is rank 0's, the errors are those of all ranks."""
+def rank_variables(world_size):
+    """The environment variables of each rank, as torchrun sets them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost",
+             "MASTER_PORT": str(port)} for rank in range(world_size)]
+
+
+def run_ranks(script, *args, folder, world_size):
+    """run() on several ranks that are forked from this process, which takes a second; torchrun takes several. What a
+    test has patched stays patched. The output is rank 0's, the errors are those of all ranks."""
     with tempfile.TemporaryDirectory() as captured:
-        def run_rank(rank):
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        def run_rank(variables):
+            os.environ |= variables
             os.chdir(folder)
             sys.argv = [script, *map(str, args)]
-            sys.stdout, sys.stderr = (open(f"{captured}/{name}{rank}", "w") for name in ("output", "errors"))
+            sys.stdout, sys.stderr = (open(f"{captured}/{name}{variables['RANK']}", "w")
+                                      for name in ("output", "errors"))
             torch.set_num_threads(1)
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
 
         gc.freeze()  # the ranks' garbage collection would copy the memory they share with this process
         fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=run_rank, args=[rank]) for rank in range(world_size)]
+        ranks = [fork.Process(target=run_rank, args=[variables]) for variables in rank_variables(world_size)]
         for process in ranks:
             process.start()
         for process in ranks:

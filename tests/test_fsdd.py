@@ -131,7 +131,7 @@ def test_equal_counts_stay():
 @pytest.mark.parametrize("x0, x1, t", [(0, 1, 0.2), (0, 1, 0.5), (3, 1, 0.7), (0, 9, 0.3), (32, 0, 0.5), (0, 32, 0.02),
                                        (31, 32, 0.9), (2, 10, 1.0), (5, 0, 1e-4)])
 def test_the_discrete_gaussian_is_the_dense_formula(x0, x1, t):
-    """Broken: X_t before adjusting would not follow Eq. 5-6 with the density at the integers 0..M."""
+    """Broken: X_t before adjusting would not follow Eq. 5-6; it must not be a rounded Gaussian, for example."""
     M, n = 32, 50_000
     mean, std = torch.full((1, n), t * x1 + (1 - t) * x0), torch.full((1, n), abs(x1 - x0) / 4)
     x, log_prob = discrete_gaussian(mean, std, M, torch.rand(1, n, generator=generator(7)))
@@ -141,15 +141,6 @@ def test_the_discrete_gaussian_is_the_dense_formula(x0, x1, t):
     k = torch.arange(M + 1, dtype=torch.float64)
     by_formula = (-((k - mean[0, 0].double()) / std[0, 0].double()) ** 2 / 2).log_softmax(0)
     assert torch.allclose(ours.double(), by_formula, atol=1e-3, rtol=1e-4)
-
-
-def test_density_is_not_rounding():
-    """Broken: the Gaussian would be rounded instead of taken at the integers. Mean .2, std .25: p(1) = .008 against
-    .115."""
-    n = 100_000
-    x, _ = discrete_gaussian(torch.full((1, n), 0.2), torch.full((1, n), 0.25), 4,
-                             torch.rand(1, n, generator=generator(8)))
-    assert 0.006 < (x == 1).double().mean() < 0.010
 
 
 def test_no_tensor_over_all_counts():
@@ -194,6 +185,7 @@ def test_greedy_adjusting_makes_the_best_choice():
     assert (x.sum(1) > M).any() and (x.sum(1) < M).any() and (x.sum(1) - M).abs().max() > C  # and more than one round
     ours = greedy_adjust(x, log_p, M)
     assert torch.equal(ours, torch.stack([brute_force_adjust(x[i], log_p[i], M) for i in range(B)]))
+    assert torch.equal(ours, greedy_adjust(x, lambda k: log_p.gather(2, k[..., None])[..., 0], M))  # as a function
 
 
 @pytest.mark.parametrize("C, M", [(6, 4), (64, 32), (3, 50), (1, 7), (200, 5)])
@@ -214,16 +206,6 @@ def test_adjusting_gives_the_sum_M_with_as_few_changes_as_possible(C, M, scores)
     assert out.dtype == torch.int64 and (out.sum(1) == M).all() and out.min() >= 0 and out.max() <= M
     possible = x.clamp(0, M)
     assert torch.equal((out - possible).abs().sum(1), (possible.sum(1) - M).abs())
-
-
-def test_function_and_table_agree():
-    """Broken: the same probabilities, given as a function or as a table, would adjust differently."""
-    C, M = 10, 8
-    g = generator(13)
-    table = torch.randn(40, C, M + 1, generator=g).log_softmax(2)
-    x = torch.randint(4, (40, C), generator=g)
-    by_function = greedy_adjust(x, lambda k: table.gather(2, k[..., None])[..., 0], M)
-    assert torch.equal(by_function, greedy_adjust(x, table, M))
 
 
 def test_ties_go_to_the_nearest_mean():
@@ -399,10 +381,3 @@ def test_guidance_by_thirds(monkeypatch):
 def test_sampling_times_are_evenly_spaced():
     """Broken: generation would not begin at noise and end at data, or the paper's steps would not be equal."""
     assert fsdd.uniform_times(4) == [1, 0.75, 0.5, 0.25, 0] and fsdd.uniform_times(1) == [1, 0]
-
-
-def test_generation_depends_on_the_generator_alone():
-    """Broken: the same seed would not give the same images."""
-    denoiser, labels = small_denoiser(), torch.arange(9) % 3
-    first, again, other = (fsdd.generate(denoiser, labels, generator=generator(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
