@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 evaluate_fid.py --ckpt fsdd.pt --ref VIRTUAL_imagenet256_labeled.npz     as in the paper
 
 Features are those of Inception-v3 of 2015-12-05 (published/inception.py), as in all published FIDs; its weights are
-downloaded, or given by --inception. The embedded digits need no download: their distance is taken in the features of a
-small classifier (published/digits_classifier.py), and called "digits FID". The two are not comparable.
+downloaded, or given by --inception. The embedded digits need no download: their distance is computed from the features
+of a small classifier (published/digits_classifier.py) and called "digits FID". The two are not comparable.
 """
 import os
 import sys
@@ -34,55 +34,59 @@ from tokenizer import SetTokenizer
 # The defaults of --batch, --seed, --device, --bf16 and of the options of generation are those of sample.py.
 NUM = 50000               # images that an fsdd checkpoint generates, spread evenly over the classes, as in the papers
 NUM_DIGITS = 2000         # the same for the digits
-NETWORK_BATCH = 50        # images that Inception sees at once: about 1 GiB
-SPLITS = 10               # parts that the Inception Score is the mean over
+NETWORK_BATCH = 50        # images in a forward pass of Inception: about 1 GiB
+SPLITS = 10               # parts of the images; the Inception Score is the mean over them
 NEIGHBOURS = 3            # k of precision and recall
-NEIGHBOUR_IMAGES = 50000  # images of a side, spread evenly, for precision and recall; their features stay in memory
+NEIGHBOUR_IMAGES = 50000  # at most so many images, spread evenly, for precision and recall; their features are kept
 NEEDS = ("this takes two files: Inception's weights, which are downloaded or given by --inception, and a reference, "
          "--ref: for gFID on ImageNet ADM's VIRTUAL_imagenet256_labeled.npz (github.com/openai/guided-diffusion, "
-         "evaluations), else statistics that --save_stats wrote, an .npz of images, a folder of them or a checkpoint")
+         "evaluations), otherwise statistics that --save_stats wrote, images as .npz or folder, or a checkpoint")
 
 
 def main(argv=None):
     args = parse(argv)
-    device, rank, world_size = init_distributed(args.device, tf32=False)  # the same number on every GPU
+    device, rank, world_size = init_distributed(args.device, tf32=False)  # TF32 differs from one GPU to another
     began = time.time()
     try:
-        results = evaluate(args, device, rank, world_size)
+        results, found = measure_and_compare(args, device, rank, world_size)
     except ValueError as problem:
         stop(str(problem))
     if rank > 0:
         return
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    print(f"measured in {(time.time() - began) / 60:.1f} min", flush=True)
     if args.json:
         write_json(results, args.json)
-    print(f"measured in {(time.time() - began) / 60:.1f} min")
+    if args.save_stats:
+        with atomic_open(args.save_stats) as file:  # as ADM's, with the number of images and the name of the features
+            np.savez(file, mu=found.mu.numpy(), sigma=found.sigma.numpy(), num=found.num, features=results["features"])
 
 
 def evaluate(args, device, rank=0, world_size=1):
     """The numbers that a command line asks for, {name: value}, on rank 0; None on the others.
 
-    args: of parse(). ValueError where something is missing or does not fit.
+    args: of parse(). ValueError if something is missing or does not fit.
     """
+    return measure_and_compare(args, device, rank, world_size)[0]
+
+
+def measure_and_compare(args, device, rank, world_size):
+    """The numbers of evaluate(), and what measure() returns for the images, None if these are statistics."""
     images, reference, data = open_inputs(args, device)
-    both = bool(images.read and reference and reference.read)  # precision and recall need images on both sides
+    both = bool(images.read and reference and reference.read)  # precision and recall compare images with images
     measured = bool(reference and reference.read and (both or not reference.statistics))
-    net = None  # two statistics need none
-    if images.read or measured:
-        net = network(args, data, device, rank)
+    net = network(args, data, device, rank) if images.read or measured else None  # not for statistics
     features = check_features(images, reference, net)
     against = measure(net, reference, args.batch, both, device, rank, world_size) if measured else None
     found = measure(net, images, args.batch, both, device, rank, world_size) if images.read else None
     if rank > 0:
-        return None
-    if args.save_stats:
-        save_statistics(args.save_stats, found, net)
+        return None, None
     results = compare(features, images, found, reference, against, device)
     if found and found.classified_as_label is not None:
         results |= {"classified_as_label": found.classified_as_label,
                     "test_digits_classified_as_label": net.accuracy.item()}
-    return results
+    return results, found
 
 
 def network(args, data, device, rank):
@@ -90,42 +94,34 @@ def network(args, data, device, rank):
     if data == "digits" and not args.inception:
         path = args.classifier or os.path.join(os.path.dirname(args.ckpt or ""), digits_classifier.FILE)
         return digits_classifier.open_classifier(path, device, rank)
-    return inception(args.inception, device, rank)
-
-
-def inception(path, device, rank):
-    """Inception-v3 with the weights in a file, or without one the published ones, which rank 0 downloads."""
-    try:
-        net = on_every_rank(lambda: load_inception(path, progress=True) if rank == 0 else None)
-        return on_every_rank(lambda: net or load_inception(path)).to(device)
+    try:  # rank 0 downloads the weights, the others read the file
+        net = on_every_rank(lambda: load_inception(args.inception, progress=True) if rank == 0 else None)
+        return on_every_rank(lambda: net or load_inception(args.inception)).to(device)
     except ValueError as problem:
         raise ValueError(f"{problem}; --inception names the file") from None
 
 
 def parse(argv):
     parser = Parser(description=__doc__)
-    parser.add_argument("--ckpt", help="fsdd.pt: generates images and measures them; tokenizer.pt: reconstructs images")
-    parser.add_argument("--images", help="in place of --ckpt: a folder of images, or an .npz of them, "
-                                         "arr_0 uint8 (N, H, W, 3), or of their statistics mu and sigma")
-    parser.add_argument("--ref", help="what to compare with: what --images takes, or a checkpoint, .pt "
-                                      "(tokenizer.pt: the images themselves; the digits' fsdd.pt: the training digits)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", help="fsdd.pt: generates images and measures them; tokenizer.pt: reconstructs images")
+    source.add_argument("--images", help="instead of --ckpt: a folder of images, or an .npz of images, arr_0 uint8 "
+                        "(N, H, W, 3), or of their statistics, mu and sigma")
+    parser.add_argument("--ref", default="", help="what to compare with: anything that --images takes, or a checkpoint "
+                        "(tokenizer.pt: the images themselves; the digits' fsdd.pt: the training digits)")
     parser.add_argument("--data", help="digits, or a folder with train/ and val/ (what the checkpoint was trained on)")
-    parser.add_argument("--num", "--num_images", type=checked(int, "[1, inf)"),
-                        help=f"images to generate ({NUM}, digits {NUM_DIGITS}) or to reconstruct (all); "
-                             "under torchrun write --num_images")
-    parser.add_argument("--image_size", type=checked(int, "[1, inf)"),
-                        help="crop the images of folders to so many pixels, as ADM does")
-    parser.add_argument("--inception", help="file of Inception's weights (downloaded to torch's cache)")
-    parser.add_argument("--classifier", help="the digits' classifier, trained where the file does not exist "
-                                             f"({digits_classifier.FILE} beside the checkpoint)")
+    parser.add_argument("--num", "--num_images", type=checked(int, "[1, inf)"), help="images to generate "
+                        f"({NUM}, digits {NUM_DIGITS}) or to reconstruct (all); under torchrun write --num_images")
+    parser.add_argument("--image_size", type=checked(int, "[1, inf)"), help="crop images in folders, as ADM does")
+    parser.add_argument("--inception", default="", help="file of Inception's weights (downloaded to torch's cache)")
+    parser.add_argument("--classifier", help="file of the digits' classifier, trained if it does not exist "
+                        f"({digits_classifier.FILE} in the checkpoint's folder)")
     parser.add_argument("--save_stats", help="write mu and sigma of the measured images to this .npz, for --ref")
     parser.add_argument("--json", help="write the results to this file")
     sample.add_generation_options(parser)
     args = parser.parse_args(argv)
-    if bool(args.ckpt) == bool(args.images):
-        parser.error("either --ckpt or --images must say what to measure")
-    if args.num and not (args.ckpt or is_checkpoint(args.ref)):
-        parser.error("--num needs a checkpoint; of --images, all are measured")
+    if args.num and not (args.ckpt or args.ref.endswith(".pt")):
+        parser.error("--num needs a checkpoint; --images are all measured")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save_stats must end in .npz, got {args.save_stats}")
     check_outputs(args.save_stats, args.json)
@@ -135,22 +131,21 @@ def parse(argv):
 def compare(features, images, found, reference, against, device):
     """The numbers, {name: value}, of measured images and, where there is a reference, of their distance to it.
 
-    features: the name of the features.  found, against: what measure() returns for either side, None for a side of
-    given statistics only. Given statistics take precedence over those of the images beside them, as in ADM's
-    references.
+    features: the name of the features.  found, against: what measure() returns for images and reference, None for one
+    of which only statistics are known. Statistics from a file take precedence over those of the images in the same
+    file, as with ADM's references.
     """
-    prefix = "digits_" if features.startswith("digits") else ""  # so that nobody takes them for Inception's
+    prefix = "digits_" if features.startswith("digits") else ""  # not to be confused with Inception's
     results = {"images": images.name} | ({"num_images": found.num} if found else {}) | {"features": features}
     if reference:
         results["reference"] = reference.name
         statistics = []
-        for given, measured in ((images, found), (reference, against)):
-            mu, sigma = given.statistics or (measured.mu, measured.sigma)
+        for source, measured in ((images, found), (reference, against)):
+            mu, sigma = source.statistics or (measured.mu, measured.sigma)
             statistics += [mu, sigma]
-            if not given.statistics and measured.num <= len(mu):  # N images span N - 1 dimensions
-                print(f"warning: {measured.num} images are no more than the {len(mu)} features: their covariance is "
-                      "singular and the FID is too large; compare it only with one from as many images",
-                      file=sys.stderr)
+            if not source.statistics and measured.num <= len(mu):  # N images span N - 1 dimensions
+                print(f"warning: {measured.num} images for {len(mu)} features: their covariance is singular and FID is "
+                      "too large; compare it only with an FID of as many images", file=sys.stderr)
         results[prefix + "fid"] = frechet_distance(*statistics)
     if found and found.score:
         results["inception_score"], results["inception_score_std"] = found.score
@@ -161,34 +156,24 @@ def compare(features, images, found, reference, against, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is measured and what it is compared with (data/evaluation_inputs.py), here also from checkpoints
+# The images to measure and the reference: from files (data/evaluation_inputs.py), or made by checkpoints
 
 
 def open_inputs(args, device):
-    """(what is measured, what it is compared with or None, the data: "digits", a folder or None)."""
-    originals, data = None, args.data
-    if args.ckpt:
-        images, originals, data = open_checkpoint(args.ckpt, args, device)
-    else:
-        images = open_images(args.images, args.image_size)
+    """(the Images to measure, the Images to compare with or None, the data: "digits", a folder or None)."""
+    images, reference, data = open_source(args.ckpt or args.images, args, device)
     if images.read is None and args.save_stats:
         raise ValueError(f"{args.images} holds statistics already; --save_stats needs images")
-    if is_checkpoint(args.ref):
-        reference, _, trained_on = open_checkpoint(args.ref, args, device)
+    if args.ref:
+        reference, _, trained_on = open_source(args.ref, args, device)
         data = data or trained_on
-    elif args.ref:
-        reference = open_images(args.ref, args.image_size)
-    elif originals:
-        reference = originals
-    elif data == "digits":
+    elif reference is None and data == "digits":
         reference = training_digits()  # as ADM's statistics are of the training set
-    elif args.save_stats:
-        reference = None
-    else:
+    if not (reference or args.save_stats):
         raise ValueError(f"there is nothing to compare {images.name} with; {NEEDS}")
-    for one in filter(None, (images, reference)):  # before any is generated
-        if not one.statistics and one.num < 2:
-            raise ValueError(f"a covariance needs at least two images, got {one.num} ({one.name})")
+    for source in filter(None, (images, reference)):  # before any is generated
+        if not source.statistics and source.num < 2:
+            raise ValueError(f"a covariance needs at least two images, got {source.num} ({source.name})")
     return images, reference, data
 
 
@@ -197,34 +182,32 @@ def training_digits():
     return Images("the training digits", len(digits), lambda part: digits.images[part])
 
 
-def is_checkpoint(path):
-    return bool(path) and path.endswith(".pt")
-
-
-def open_checkpoint(path, args, device):
-    """(images that a checkpoint generates or reconstructs, originals of the latter or None, what it was trained on)."""
+def open_source(path, args, device):
+    """(the Images of a folder, an .npz or a checkpoint; the originals of reconstructions, otherwise None; the data)."""
+    if not (path == args.ckpt or path.endswith(".pt")):
+        return open_images(path, args.image_size), None, args.data
     checkpoint = load_checkpoint(path, "python train_fsdd.py (or train_tokenizer.py)", "fsdd", "tokenizer")
-    data = args.data or checkpoint.get("config", {}).get("data")
+    data = args.data or checkpoint.get("config", {}).get("data")  # what it was trained on
     if checkpoint["kind"] == "fsdd":
         return generated(path, checkpoint, args, data, device), None, data
     return *reconstructed(path, checkpoint, args, data, device), data
 
 
 def generated(path, checkpoint, args, data, device):
-    """Images of a checkpoint of train_fsdd.py, the same for any number of processes."""
+    """Images generated by a checkpoint of train_fsdd.py, the same for any number of ranks."""
     denoiser, tokenizer = sample.models(checkpoint, device)
     names = checkpoint["class_names"]
     labels = sample.choose_labels(None, args.num or (NUM_DIGITS if data == "digits" else NUM), names, len(names))
     settings = sample.generation_settings(checkpoint["generation"], args)
 
-    def read(part):  # measure() reads slices of args.batch images: the chunks that sample.py generates
+    def read(part):  # measure() reads slices of args.batch images, the chunks that sample.py generates
         return sample.draw_images(denoiser, tokenizer, labels[part], settings, part.start // args.batch, args)[-1]
 
     return Images(f"generated by {path}", len(labels), read, labels)
 
 
 def reconstructed(path, checkpoint, args, data, device):
-    """(the reconstructions of the validation images by a checkpoint of train_tokenizer.py, those images)."""
+    """Reconstructions of the validation images by a checkpoint of train_tokenizer.py, and these images."""
     tokenizer, dataset = open_tokenizer(path, checkpoint, data, device)
     chosen = evenly(len(dataset), args.num)
 
@@ -239,49 +222,43 @@ def reconstructed(path, checkpoint, args, data, device):
 
 
 def open_tokenizer(path, checkpoint, data, device, model_class=SetTokenizer):
-    """(the tokenizer of a checkpoint, the validation images of data). ValueError where they don't fit.
+    """The tokenizer of a checkpoint, and the validation images of data. ValueError if these do not fit together.
 
-    model_class: of the checkpoint's kind, see paper/layouts.py.
+    model_class: the class of this kind of checkpoint (paper/layouts.py has others).
     """
     if data is None:
-        raise ValueError(f"{path} does not say what it was trained on; give the images by --data: digits, or a folder "
+        raise ValueError(f"{path} does not say what it was trained on; give the images as --data: digits, or a folder "
                          "that holds train/ and val/")
     tokenizer = model_class(**checkpoint["model_config"]).to(device).eval()
     tokenizer.load_state_dict(checkpoint["weights"])
     dataset = open_dataset(data, "test", tokenizer.image_size)
-    if dataset.channels != checkpoint["model_config"]["channels"]:
+    if dataset.channels != tokenizer.channels:
         raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} "
-                         f"{checkpoint['model_config']['channels']}; give by --data what it was trained on")
+                         f"{tokenizer.channels}; give the --data that it was trained on")
     return tokenizer, dataset
 
 
 def evenly(total, num):
-    """The indices of num of total images, or of all where num is None or larger, evenly spread: (n,) int64."""
+    """The indices (n,) int64 of num images, evenly spread over total; of all if num is None or larger."""
     num = min(num or total, total)
     return torch.arange(num) * total // num
 
 
 def check_features(images, reference, net):
-    """The name of the features that are compared; ValueError where statistics of different features meet."""
-    given = [one for one in (images, reference) if one and one.statistics]
-    named = next((one.features for one in given if one.features), None)
-    dims, features = (net.dims, net.name) if net else (len(given[0].statistics[0]), named)
-    for one in given:
-        if len(one.statistics[0]) != dims or one.features not in (None, features):
-            raise ValueError(f"{one.name} holds statistics of {len(one.statistics[0])} features "
-                             f"({one.features or 'it is not said which'}), which can't be compared with the {dims} of "
-                             f"{features or given[0].name}")
+    """The name of the features that are compared; ValueError for statistics of different features."""
+    sources = [source for source in (images, reference) if source and source.statistics]
+    named = next((source.features for source in sources if source.features), None)
+    dims, features = (net.dims, net.name) if net else (len(sources[0].statistics[0]), named)
+    for source in sources:
+        if len(source.statistics[0]) != dims or source.features not in (None, features):
+            raise ValueError(f"{source.name} holds statistics of {len(source.statistics[0])} features "
+                             f"({source.features or 'of a network that it does not name'}), which can't be compared "
+                             f"with the {dims} of {features or sources[0].name}")
     return features or f"{dims} features that no file names"
 
 
-def save_statistics(path, found, net):
-    """Write mu and sigma as ADM does, and the network that they are of; a kill leaves the old file or the new one."""
-    with atomic_open(path) as file:
-        np.savez(file, mu=found.mu.numpy(), sigma=found.sigma.numpy(), num=found.num, features=net.name)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring: images -> features -> statistics, in a stream
+# Measuring: images -> features -> statistics, batch by batch
 
 
 @torch.no_grad()
@@ -289,7 +266,7 @@ def measure(net, images, batch, keep, device, rank=0, world_size=1):
     """Pass all Images through net, once, in batches divided among the ranks. No image is kept.
 
     net: images (B, ch, H, W) uint8 -> features (B, net.dims), logits.  keep: keep features for precision and recall.
-    Returns on rank 0 num, mu (D,), sigma (D, D), features (n, D) or None, score (mean, deviation) or None,
+    Returns on rank 0 num, mu (D,), sigma (D, D), the features that are kept (n, D), score (mean, deviation) or None,
     and classified_as_label, the share of images that net classifies as their label, or None; on the others None.
     """
     N = images.num
@@ -312,34 +289,32 @@ def measure(net, images, batch, keep, device, rank=0, world_size=1):
         elif images.labels is not None:
             right.add_((logits.argmax(1).cpu() == images.labels[part]).sum())
         if keep:
-            kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of N images, evenly
+            kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of the N images, evenly
 
     for first in tqdm(range(0, len(parts), world_size), desc=images.name, disable=rank > 0, mininterval=5):
         on_every_rank(lambda: [measure_slice(part) for part in parts[first + rank:first + rank + 1]])
     for tensor in (*statistics.sums(), *(score.sums() if score else ()), right):
         all_reduce(tensor)
-    features = all_gather(torch.cat(kept)) if keep else []
+    kept = all_gather(torch.cat(kept))
     if rank > 0:
         return None
     mu, sigma = statistics.mean_and_covariance()
-    return SimpleNamespace(num=N, mu=mu, sigma=sigma, features=torch.cat(features) if keep else None,
-                           score=score.result() if score else None,
+    return SimpleNamespace(num=N, mu=mu, sigma=sigma, features=torch.cat(kept), score=score.result() if score else None,
                            classified_as_label=right.item() / N if not score and images.labels is not None else None)
 
 
 class Statistics:
-    """Number, sum and sum of outer products of features (N, D), in float64: what gives their mean and covariance.
+    """Number, sum and sum of outer products of features (N, D), in float64, which give their mean and covariance.
 
-    Sums from several processes add up to those of all images; only the rounding of float64 depends on how images are
-    shared out (1e-12 of the mean squares). Nothing is subtracted before squaring: features of Inception and of the
+    The sums of all ranks add up to those of all images; only the rounding of float64 depends on how images are divided
+    among ranks (1e-12 of the mean squares). Nothing is subtracted before squaring: features of Inception and of the
     classifier are not negative and their means at most a few deviations, which costs one or two of float64's sixteen
     digits.
     """
 
     def __init__(self, dims, device="cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(dims, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+        self.count, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64, device=device)
+                                            for shape in ((), (dims,), (dims, dims)))
 
     def add(self, features):
         features = features.double()  # (B, D)
@@ -353,8 +328,6 @@ class Statistics:
     def mean_and_covariance(self):
         """mu (D,) and the unbiased covariance sigma (D, D) (divided by N - 1, as in ADM), float64 on the CPU."""
         N, total, outer = (tensor.cpu() for tensor in self.sums())
-        if N < 2:
-            raise ValueError(f"a covariance needs at least two images, got {int(N)}")
         mu = total / N
         return mu, (outer - N * mu[:, None] * mu) / (N - 1)
 
@@ -377,8 +350,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if mu1.shape != mu2.shape:
         raise ValueError(f"mu1 and mu2 must have the same length, got {len(mu1)} and {len(mu2)}")
     values, vectors = torch.linalg.eigh((sigma1 + sigma1.T) / 2)  # ascending
-    held = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
-    A = vectors[:, held] * values[held].sqrt()  # (D, rank)
+    positive = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
+    A = vectors[:, positive] * values[positive].sqrt()  # (D, rank)
     eigenvalues = torch.linalg.eigvalsh(A.T @ ((sigma2 + sigma2.T) / 2) @ A).clamp(min=0)  # (rank,)
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * eigenvalues.sqrt().sum()
     return max(0.0, distance.item())
@@ -388,7 +361,7 @@ class InceptionScore:
     """exp of the mean over images of KL(p(y|x) || p(y)), mean over SPLITS parts of the images (Salimans et al., 2016).
 
     As our images come in the order of their classes, they are assigned to the parts at random, with torch-fidelity's
-    seed. Only sums over each part are kept:  mean KL = mean of sum_y p(y|x) log p(y|x)  -  sum_y p(y) log p(y).
+    seed. Only sums over each part are kept:  mean KL = mean of sum_y p(y|x) log p(y|x)  -  sum_y p(y) log p(y)
     """
 
     def __init__(self, num, classes, device="cpu"):
@@ -417,24 +390,20 @@ class InceptionScore:
 
 
 def precision_recall(features, reference, k=NEIGHBOURS):
-    """Precision: share of images within the reach of the reference; recall: the reverse (Kynkaanniemi et al., 2019).
+    """Precision: the share of images on the manifold of the reference; recall: the reverse (Kynkaanniemi et al., 2019).
 
-    features: (N, D), reference: (N', D).  An image reaches as far as its k-th nearest neighbour on its own side.
-    ADM computes the same with distances in float16 where they are finite; here they are float32.
+    The manifold of a set is the union of balls around its points, each as large as the distance to the point's k-th
+    nearest neighbour in the set.  features: (N, D), reference: (N', D), N and N' more than k.
+    ADM computes the distances in float16 where they are finite; here they are float32.
     """
     def distances(points, others):  # (1000, len(others)) at a time
         return (torch.cdist(part, others) for part in points.split(1000))
 
-    def reach(points):  # the nearest, at distance 0, is the point itself
-        return torch.cat([rows.topk(k + 1, largest=False).values[:, -1] for rows in distances(points, points)])
-
     def share_within(points, others):
-        radii = reach(others)
+        # the nearest of all, at distance 0, is the point itself
+        radii = torch.cat([rows.topk(k + 1, largest=False).values[:, -1] for rows in distances(others, others)])
         return torch.cat([(rows <= radii).any(1) for rows in distances(points, others)]).double().mean().item()
 
-    if min(len(features), len(reference)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images a side, "
-                         f"got {len(features)} and {len(reference)}")
     return share_within(features, reference), share_within(reference, features)
 
 
