@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-import sample
-from support.command_line import check_outputs, checked, listed, parse
+from support.command_line import check_outputs, checked, parse
 from support.files import save_checkpoint
 
 TABLE = [
@@ -46,13 +45,10 @@ def test_values_have_the_types_of_the_table():
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--stepz=7", "--stepz"), ("--step=7", "--step"), ("--steps=x", "--steps: invalid int value"),
-    ("--steps=1.5", "--steps: invalid int value"), ("--flip=maybe", "--flip: must be true or false"),
-    ("--steps=0", "--steps: must lie in [1, inf), got 0"), ("--lr=0", "--lr: must lie in (0, inf)"),
-    ("--lr=nan", "--lr"), ("--lr=inf", "--lr"), ("--ema=1", "--ema: must lie in [0, 1)"),
-    ("--steps=" + 20 * "9", "--steps: must lie in [1, inf)"),
+    ("--stepz=7", "--stepz"), ("--step=7", "--step"), ("--steps=1.5", "--steps: invalid int value: '1.5'"),
+    ("--flip=maybe", "--flip: must be true or false"), ("--steps=0", "--steps: must lie in [1, inf), got 0"),
     ("--bf16=maybe", "--bf16: must be one of auto, on, off, got 'maybe'"), ("--recipe=cifar", "--recipe"),
-    ("--out=a.csv", "--out must end in .pt"), ("--out=", "--out must end in .pt"), ("--resume=1", "--resume")])
+    ("--out=a.csv", "--out must end in .pt"), ("--out=", "--out must end in .pt")])
 def test_wrong_options_get_one_sentence(argument, words, capsys):
     """Broken: a misspelt option or a value that makes no sense would be taken for something else."""
     with pytest.raises(SystemExit) as stopped:
@@ -61,14 +57,16 @@ def test_wrong_options_get_one_sentence(argument, words, capsys):
     assert stopped.value.code == 2 and words in said and said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_outputs_are_checked_before_the_work():
-    """Broken: a training would end when it first saves."""
+def test_outputs_are_checked_before_the_work(monkeypatch):
+    """Broken: hours of work would end when their result is to be written."""
     os.mkdir("folder.pt")
-    for path in ("none/a.pt", "folder.pt"):
-        with pytest.raises(SystemExit, match=f"^error: [^\n]*{path}"):
+    for path, words in (("none/a.pt", "there is no folder none"), ("folder.pt", "is a folder")):
+        with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}"):
             settings(f"--out={path}")
-        with pytest.raises(SystemExit, match=path):
-            check_outputs(None, "good", path)
+    check_outputs(None, "good.pt")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root has access to everything
+    with pytest.raises(SystemExit, match="error: good.pt can't be written: permission denied"):
+        check_outputs(None, "good.pt")
 
 
 def test_help_names_every_option(capsys):
@@ -126,14 +124,3 @@ def test_defaults_are_allowed(module):
         assert isinstance(digits, (str, bool)) or allowed, f"{name} is a number without an interval"
         for value in (digits, imagenet256):
             assert checked(type(value), allowed)(str(value)) == value, name
-
-
-def test_every_sampler_is_allowed():
-    """Broken: a sampler could not be chosen, or one that does not exist."""
-    words = {row[0]: row[3].split(" | ") for row in sample.GENERATION}
-    assert words["sampler"] == list(sample.SAMPLERS)
-
-
-def test_long_lists_are_shortened():
-    """Broken: a sentence would list a thousand classes."""
-    assert [listed([]), listed(["a", 1]), listed(range(9), 2)] == ["nothing", "a, 1", "0, 1 and 7 more"]

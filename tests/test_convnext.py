@@ -1,8 +1,9 @@
 """ConvNeXt: the published file loads, and the network computes what torchvision's does."""
+import pytest
 import torch
 import torch.nn.functional as F
 
-from published.convnext import ConvNeXt, convnext_of
+from published.convnext import ConvNeXt, load_convnext
 
 
 def random_convnext():
@@ -16,14 +17,29 @@ def random_convnext():
     return model
 
 
-def test_convnext_is_torchvisions():
-    """Broken: the perceptual loss would not look through the published ConvNeXt-S."""
+def test_published_files(tmp_path):
+    """Broken: the published file would not load, or another one be taken for it."""
     with torch.device("meta"):
         small = ConvNeXt()
     assert len(small.state_dict()) == 344 and sum(weight.numel() for weight in small.parameters()) == 50223688
     assert small.state_dict()["features.5.26.block.3.weight"].shape == (1536, 384)
+    weights, path = random_convnext().state_dict(), str(tmp_path / "convnext.pth")
+    torch.save(weights, path)
+    assert all(map(torch.equal, load_convnext(path).state_dict().values(), weights.values()))
+    name = "features.1.0.block.3.weight"
+    for other, words in (({}, "can't be read as ConvNeXt-S"), (weights | {"x": weights[name]}, "unexpected x"),
+                         (weights | {name: weights[name].double()}, f"of the wrong shape or type {name}"),
+                         (weights | {name: weights[name] / 0}, f"is damaged: {name}")):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=words):
+            load_convnext(path)
+    with pytest.raises(ValueError, match="ConvNeXt-S is needed at none.pth .* get it from https://"):
+        load_convnext("none.pth")
+
+
+def test_convnext_is_torchvisions():
+    """Broken: the perceptual loss would not be that of the published ConvNeXt-S."""
     model = random_convnext()
-    assert str(convnext_of(model.state_dict())) == str(model)
     w = model.state_dict()
 
     def norm(x, name):  # over the channels of (B, channels, h, w)
@@ -48,4 +64,4 @@ def test_convnext_is_torchvisions():
                 y = pointwise(F.gelu(pointwise(norm(y, name + "block.2"), name + "block.3")), name + "block.5")
                 x = x + w[name + "layer_scale"] * y
         x = norm(x.mean((2, 3), keepdim=True), "classifier.0")
-        assert torch.allclose(model.see(images), pointwise(x, "classifier.2")[:, :, 0, 0], atol=1e-4)
+        assert torch.allclose(model.logits_of(images), pointwise(x, "classifier.2")[:, :, 0, 0], atol=1e-4)

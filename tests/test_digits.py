@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from data import open_dataset
-from published.digits_classifier import DigitsClassifier
 
 
 def test_digits_are_mnist():
@@ -27,13 +26,3 @@ def test_digits_have_one_size():
     for options in ({"image_size": 32}, {"image_size": 28, "flip": True}):
         with pytest.raises(ValueError, match="28 pixels wide and not mirrored"):
             open_dataset("digits", "train", **options)
-
-
-def test_the_classifier_takes_digits_only():
-    """Broken: floats in [0, 1] or images of another size would be measured as if they were digits."""
-    net, images = DigitsClassifier(), torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-    features, logits = net(images)
-    assert features.shape == (2, 128) and logits.shape == (2, 10)
-    for wrong in (images / 255, images[0], images[..., 1:]):
-        with pytest.raises(ValueError, match="digits must be"):
-            net(wrong)

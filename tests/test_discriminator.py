@@ -1,18 +1,20 @@
-"""The discriminator's downsampling."""
+"""The discriminator's downsampling; its losses are tested in test_train_tokenizer.py."""
 import torch
+import torch.nn.functional as F
 
-from published.discriminator import halve
+from published.discriminator import Discriminator, halve
 
 
 def test_blur():
     """Broken: the discriminator's downsampling would alias, shift or change the brightness."""
-    ones = torch.ones(1, 2, 8, 8)
-    assert torch.allclose(halve(ones)[:, :, 1:-1, 1:-1], torch.ones(1, 2, 2, 2))
-    point = torch.zeros(1, 1, 8, 8)
-    point[0, 0, 3, 4] = 64
-    weight = torch.tensor([1.0, 3.0, 3.0, 1.0])
-    for row in range(4):
-        for column in range(4):  # position i reads pixels 2 i - 1 .. 2 i + 2
-            expected = sum(weight[i] * weight[j] * (2 * row - 1 + i == 3) * (2 * column - 1 + j == 4)
-                           for i in range(4) for j in range(4))
-            assert halve(point)[0, 0, row, column] == expected
+    image = torch.randn(2, 3, 8, 10)
+    padded, kernel = F.pad(image, (1, 1, 1, 1)), (1, 3, 3, 1)
+    expected = sum(kernel[i] * kernel[j] * padded[:, :, i:i + 7:2, j:j + 9:2] for i in range(4) for j in range(4)) / 64
+    assert torch.allclose(halve(image), expected, atol=1e-6)
+
+
+def test_patches_of_any_image():
+    """Broken: the discriminator would not take grey images, or not give 16 x 16 logits."""
+    grey = torch.rand(2, 1, 40, 28) * 2 - 1
+    logits = Discriminator(32)
+    assert logits(grey).shape == (2, 1, 16, 16) and torch.equal(logits(grey), logits(grey.repeat(1, 3, 1, 1)))

@@ -54,10 +54,8 @@ GOOD = np.zeros((9, 28, 28, 3), np.uint8)
 
 @pytest.mark.parametrize("arrays, words", [
     ({"arr_0": GOOD / 255}, "arr_0 in bad.npz must be images (N, H, W, 3), uint8 in 0..255, got float64"),
-    ({"arr_0": GOOD[0]}, "got uint8 (28, 28, 3)"), ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"),
-    ({"arr_0": GOOD[:0]}, "got uint8 (0, 28, 28, 3)"), ({"arr_0": np.asfortranarray(GOOD)}, "column-major"),
-    ({"arr_0": np.array([None, {}])}, "got object"),
-    ({"images": GOOD}, "bad.npz holds images; needed is arr_0, or mu and sigma"),
+    ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"), ({"arr_0": GOOD[:0]}, "got uint8 (0, 28, 28, 3)"),
+    ({"arr_0": np.asfortranarray(GOOD)}, "column-major"), ({"images": GOOD}, "needed is arr_0, or mu and sigma"),
     ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "mu and sigma in bad.npz must be finite"),
     ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)"),
     ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "in bad.npz must be floating-point numbers, got <U1"),
@@ -75,39 +73,33 @@ def test_damaged_files(tmp_path, monkeypatch):
     """Broken: a file that was copied in part, or is no .npz, would end in a traceback or be measured in part."""
     monkeypatch.chdir(tmp_path)
     np.savez_compressed("good.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
-    with open("good.npz", "rb") as file:
-        content = file.read()
-    (tmp_path / "text.npz").write_bytes(b"no archive")
+    content = (tmp_path / "good.npz").read_bytes()
+    array = zipfile.ZipFile("good.npz").read("arr_0.npy")
     (tmp_path / "half.npz").write_bytes(content[:len(content) // 2])
     (tmp_path / "changed.npz").write_bytes(content[:9000] + bytes([content[9000] ^ 1]) + content[9001:])
-    for name, member, written in (("magic", "arr_0.npy", b"no array at all"), ("bare", "arr_0", b""),
-                                  ("short", "arr_0.npy", zipfile.ZipFile("good.npz").read("arr_0.npy")[:9000])):
+    for name, contents in (("magic", b"no array at all"), ("short", array[:9000])):
         with zipfile.ZipFile(f"{name}.npz", "w") as archive:
-            archive.writestr(member, written)
-    for name, words in (("none", "there is no none.npz"), ("text", "can't be read as an .npz file"),
-                        ("half", "can't be read as an .npz file"), ("magic", "arr_0 in magic.npz can't be read"),
-                        ("bare", "bare.npz holds nothing")):
-        with pytest.raises(ValueError, match=words):
-            open_images(f"{name}.npz", None)
-    for name, words in (("short", "ends before its 9 images do"), ("changed", "arr_0 in changed.npz can't be read")):
+            archive.writestr("arr_0.npy", contents)
+    for name, words in (("none", "there is no none.npz"), ("half", "can't be read as an .npz file"),
+                        ("magic", "arr_0 in magic.npz can't be read"), ("short", "ends before its 9 images do"),
+                        ("changed", "arr_0 in changed.npz can't be read")):
         with pytest.raises(ValueError, match=words):
             open_images(f"{name}.npz", None).read(slice(0, 9))
 
 
-def test_folders_that_can_not_be_measured(tmp_path):
+def test_folders_that_can_not_be_measured(tmp_path, monkeypatch):
     """Broken: images of different sizes, an unreadable one, or none would end in a traceback."""
-    for name, sizes in (("empty", ()), ("mixed", (20, 20, 21)), ("bad", (20,))):
+    monkeypatch.chdir(tmp_path)
+    for name, sizes in (("empty", ()), ("mixed", (20, 20, 21)), ("bad", (20, 20, 20))):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):
             Image.new("RGB", (size, 20)).save(tmp_path / name / f"{i}.png")
-    (tmp_path / "bad" / "1.png").write_text("no image")
-    with pytest.raises(ValueError, match="no images in .*empty"):
-        open_images(str(tmp_path / "empty"), None)
-    with pytest.raises(ValueError, match="mixed/0.png is 20 x 20 pixels and .*mixed/2.png 21 x 20; --image_size"):
-        open_images(str(tmp_path / "mixed"), None).read(slice(0, 3))
-    assert open_images(str(tmp_path / "mixed"), 16).read(slice(0, 3)).shape == (3, 3, 16, 16)
-    with pytest.raises(ValueError, match="bad/1.png can't be read"):
-        open_images(str(tmp_path / "bad"), None).read(slice(0, 2))
+    (tmp_path / "bad" / "2.png").write_text("no image")
+    for name, words in (("empty", "no images in empty"), ("bad", "bad/2.png can't be read"),
+                        ("mixed", "mixed/0.png is 20 x 20 pixels and mixed/2.png 21 x 20; --image_size")):
+        with pytest.raises(ValueError, match=words):
+            open_images(name, None).read(slice(0, 3))
+    assert open_images("mixed", 16).read(slice(0, 3)).shape == (3, 3, 16, 16)
 
 
 def test_matrices_that_are_no_covariance():

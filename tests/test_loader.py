@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from data import loader, open_dataset
 from support.distributed import chunks, shard
+from support.training import run
 from tests.image_folder import add_truncated_image, make_image_folder
 from tests.test_distributed import on_ranks
 
@@ -63,7 +64,7 @@ def test_an_image_that_can_not_be_read(workers, copy):
     first = dataset.__getitems__([(i, 0) for i in range(truncated + 1, truncated + 9)])
     assert all(map(torch.equal, next(batches), first))
     with pytest.raises(SystemExit) as stopped:
-        list(batches)
+        run(lambda: list(batches))  # as a script does; it ends the workers
     assert stopped.value.code.startswith(f"error: {path} can't be read (OSError: image file is truncated")
     assert "\n" not in stopped.value.code
 

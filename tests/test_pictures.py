@@ -1,7 +1,5 @@
 """Pages of images."""
-import numpy as np
 import torch
-from PIL import Image
 
 from support import pictures
 
@@ -17,19 +15,6 @@ def test_a_grid_shows_every_image_in_its_row_and_column():
     assert grey.getpixel((grey.width - 5, 25)) == (7, 7, 7) and grey.height == 18 + 56
     for labels in (grey.crop((0, 18, grey.width - 112, 74)), grey.crop((grey.width - 112, 0, grey.width, 18))):
         assert labels.convert("L").getextrema()[0] < 128  # there is black on white
-
-
-def test_classes_of_different_sizes_have_a_row_each(tmp_path):
-    """Broken: samples would be shown in another class's row, or frames of an animation be lost."""
-    labels = torch.tensor([2, 2, 2, 0])
-    images = torch.arange(4)[:, None, None, None].expand(2, 4, 1, 28, 28).mul(50).to(torch.uint8).clone()
-    images[0] = 200
-    pictures.save_samples(str(tmp_path / "a.png"), images[1:], labels, ["zero", "one", "two"])
-    page = np.asarray(Image.open(tmp_path / "a.png").convert("L"))[28::56, -3 * 56 + 28::56]
-    assert page.tolist() == [[0, 50, 100], [150, 255, 255]]
-    pictures.save_samples(str(tmp_path / "a.gif"), images, labels, ["zero", "one", "two"])
-    film = Image.open(tmp_path / "a.gif")
-    assert film.n_frames == 2 and film.convert("L").getpixel((film.width - 140, 28)) == 200
 
 
 def test_pixels_to_bytes():
