@@ -145,21 +145,14 @@ def test_labels_are_numbers_or_names(draw):
     names = ["cat", "dog", "2", "0"]
     for text, labels in (("dog,0, cat", [1, 3, 0]), ("2,3", [2, 2, 3, 3]), (None, [0, 1, 2, 3])):
         assert sample.choose_labels(text, len(labels), names, 10).tolist() == labels  # names come before numbers
+    many = [str(i) for i in range(1000)]
+    assert sample.choose_labels(None, 1000, many, 1000).tolist() == list(range(1000))
+    assert sample.choose_labels(None, 10, many, 10).tolist() == list(range(0, 1000, 100))
     for wrong in ("bird", "4", "-1", "dog,", ",", "1.0"):
         with pytest.raises(ValueError, match="numbers from 0 to 3 or names of classes, such as cat"):
             sample.choose_labels(wrong, 3, names, 10)
     finished = draw("--num=2", "--labels=class 7,3", out="a.png")
     assert "generating 2 images of the classes 7 (class 7), 3 (class 3):" in finished.stdout
-
-
-def test_a_grid_has_a_row_for_each_class(draw):
-    """Broken: the default picture would not show all classes."""
-    draw(out="a.png")
-    with Image.open("a.png") as page:
-        assert page.size[1] == 10 * 56 and page.size[0] > 10 * 56  # 8 pixels are drawn 7 times as large; and the labels
-    draw("--labels=4", "--num=3", out="a.png")
-    with Image.open("a.png") as page:
-        assert page.size[1] == 56
 
 
 def test_an_animation_shows_every_step(draw):
@@ -174,16 +167,16 @@ def test_an_animation_shows_every_step(draw):
         assert abs(last - np.asarray(page.convert("L"))).mean() < abs(last - first).mean() / 2
 
 
-def test_colour_and_many_classes(tmp_path, monkeypatch):
-    """Broken: three channels, or more classes than a grid shows."""
-    monkeypatch.chdir(tmp_path)
-    save_random_checkpoint("colour.pt", channels=3, num_classes=1000)
-    sample.main(["--ckpt=colour.pt", "--num=20"])
-    with Image.open("samples.png") as page:
-        assert page.size[1] == 10 * 56
-    sample.main(["--ckpt=colour.pt", "--num=1000", "--batch=500", "--out=a.npz", "--steps=1"])
-    images, labels = arrays("a.npz")
-    assert labels.tolist() == list(range(1000)) and (images[..., 0] != images[..., 1]).any()
+@pytest.mark.parametrize("channels, num_classes, options", [(1, 10, []), (3, 1000, ["--num=20"])])
+def test_a_grid_has_a_row_for_each_of_ten_classes(channels, num_classes, options, tmp_path):
+    """Broken: the default picture would not show all classes, or too many of them, or no colours."""
+    save_random_checkpoint(tmp_path / "fsdd.pt", channels, num_classes)
+    finished = run_here(sample.main, *options, folder=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    with Image.open(tmp_path / "samples.png") as page:  # 8 pixels are drawn 7 times as large
+        assert page.size[1] == 10 * 56 and page.size[0] > 10 * 8
+        grey = all(len({*colour}) == 1 for _, colour in page.getcolors(2 ** 20))
+    assert grey == (channels == 1)
 
 
 # --- files and memory ------------------------------------------------------------------------------------------------
