@@ -265,15 +265,6 @@ def test_the_denoiser_uses_all_its_inputs():
     assert changed[0].all() and not changed[1:].any()  # attention reaches every code of that vector and of no other
 
 
-def test_time_features():
-    """Broken: the output would not depend on the counts, their codes, the time or the class."""
-    features = fsdd.time_features(torch.tensor([0.0, 1.0]))
-    assert features.shape == (2, 256)
-    assert (features[0, :128] == 1).all() and (features[0, 128:] == 0).all()
-    assert features[1, 0].item() == pytest.approx(math.cos(1)) and features[1, 128].item() == pytest.approx(math.sin(1))
-    assert features[1, 129].item() == pytest.approx(math.sin(10000 ** (-1 / 128)))
-
-
 # --- generation ------------------------------------------------------------------------------------------------------
 
 

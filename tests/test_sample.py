@@ -182,24 +182,6 @@ def test_a_grid_has_a_row_for_each_of_ten_classes(channels, num_classes, options
 # --- files and memory ------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_leaves_the_old_file(draw, monkeypatch):
-    """Broken: Ctrl-C would destroy the file of an earlier run, or leave half of one."""
-    draw_images, chunks = sample.draw_images, []
-
-    def interrupted(*args):
-        chunks.append(args)
-        if len(chunks) == 3:
-            raise KeyboardInterrupt
-        return draw_images(*args)
-
-    monkeypatch.setattr(sample, "draw_images", interrupted)
-    with open("a.npz", "w") as file:
-        file.write("of an earlier run")
-    with pytest.raises(KeyboardInterrupt):
-        draw("--num=23", "--batch=5")
-    assert os.listdir() == ["a.npz"] and open("a.npz").read() == "of an earlier run"
-
-
 def test_an_npz_is_written_chunk_by_chunk(tmp_path):
     """Broken: 50,000 images of 256 x 256 would take 10 GB before the first of them is written."""
     chunk = torch.randint(256, (1, 100, 3, 64, 64), dtype=torch.uint8)

@@ -48,20 +48,15 @@ def test_any_number_of_ranks_trains_alike(few_to_train_on, tmp_path):
 
 
 def test_what_a_run_writes(few_to_train_on, tmp_path):
-    """Broken: the checkpoint could not be read safely, the picture or the last line would be missing, or the earlier
-    run lost."""
+    """Broken: the checkpoint could not be read safely, or the picture, progress or last line would be missing."""
     finished = run_here(train_tokenizer.main, *TINY, "--steps=3", folder=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("recipe digits: as given")
     for words in ("mean squared error", "codes in use", "distinct codes"):
         assert words in finished.stdout.splitlines()[-1]
     assert all(word in finished.stderr for word in ("step 3", "loss", "PSNR", "codes in use", "images/s"))  # the bar
-    first = (tmp_path / "tokenizer.pt").read_bytes()
     assert (tmp_path / "tokenizer.png").stat().st_size > 1000
     assert torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"] == 3
-    finished = run_here(train_tokenizer.main, *TINY, "--steps=2", folder=tmp_path)
-    assert "kept as tokenizer.pt.previous" in finished.stdout
-    assert (tmp_path / "tokenizer.pt.previous").read_bytes() == first
 
 
 def codebook_usage(idle, **settings):
@@ -117,9 +112,8 @@ def test_uniformity_falls_as_latents_spread():
     (["--width=15"], ["width 15 is not a multiple of heads 2"]),
     (["--patch_size=5"], ["image_size 28", "patch_size 5"]),
     (["--image_size=32", "--patch_size=8"], ["28 pixels"]), (["--flip=true"], ["mirrored"]),
-    (["--data=nowhere"], ["nowhere/train"]), (["--resume", "--out=none.pt"], ["no checkpoint none.pt"]),
-    (["--resume"], ["tokenizer.pt can't be read"]), (["--batch_size=70000"], ["batch_size 70000"]),
-    (["--proxy_steps=2"], ["--vqgan"]),
+    (["--data=nowhere"], ["nowhere/train"]), (["--resume"], ["tokenizer.pt can't be read"]),
+    (["--batch_size=70000"], ["batch_size 70000"]), (["--proxy_steps=2"], ["--vqgan"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, tmp_path):
     """Broken: a mistake on the command line would end in a traceback, or destroy what is on disk."""
