@@ -1,4 +1,4 @@
-"""Images: the embedded digits or a folder of class folders, batches of either, token sets, inputs of an evaluation."""
+"""Images: the embedded digits or a folder of class folders, batches of them, token sets, inputs of an evaluation."""
 from data.digits import Digits
 from data.image_folder import ImageFolder
 

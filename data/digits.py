@@ -12,7 +12,7 @@ FOLDER = os.path.join(os.path.dirname(__file__), "mnist")
 class Digits(torch.utils.data.Dataset):
     """split "train" or "test".
 
-    images: (N, 1, 28, 28) uint8, ink 255 on paper 0.  labels: (N,) int64 in 0..9.
+    images: (N, 1, 28, 28) uint8, ink 255 on background 0.  labels: (N,) int64 in 0..9.
     """
 
     channels, root = 1, "data/mnist"

@@ -55,10 +55,10 @@ def open_folder(path, image_size):
 
 
 def open_npz(path):
-    """Statistics (mu, sigma), a sample batch (arr_0), or both, as in ADM's references, which add 10,000 images for
+    """Statistics (mu, sigma), a sample batch (arr_0), or both, as in ADM's references, which include 10,000 images for
     precision and recall.
 
-    Images are read on demand: 50,000 of 256 x 256 would take 9.8 GB.
+    Images are read on demand, as 50,000 of 256 x 256 would take 9.8 GB.
     """
     archive = zipfile.ZipFile(path)
     held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
@@ -73,7 +73,7 @@ def open_npz(path):
     if "arr_0" in held:
         num, read = open_batch(archive, path)
     if not (statistics or read):
-        raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; needed is arr_0, or mu and sigma")
+        raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; expected are arr_0, or mu and sigma")
     return Images(path, num, read, None, statistics, features)
 
 
@@ -125,7 +125,7 @@ def check_statistics(mu, sigma, name):
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise ValueError(f"{name} must be finite, but contain NaN or infinity")
     sigma = sigma.double().cpu()
-    rounding = 1e-3 * sigma.abs().max() + 1e-9 * mu.double().square().max().cpu() + 1e-30  # the latter of equal images
+    rounding = 1e-3 * sigma.abs().max() + 1e-9 * mu.double().square().max().cpu() + 1e-30  # the second: equal images
     shifted = (sigma + sigma.T) / 2 + rounding * torch.eye(len(mu), dtype=torch.float64)
     if (sigma - sigma.T).abs().max() > rounding or torch.linalg.cholesky_ex(shifted).info:
-        raise ValueError(f"{name} are no mean and covariance: sigma must be symmetric, without negative eigenvalues")
+        raise ValueError(f"{name} are invalid: sigma must be a covariance, symmetric without negative eigenvalues")

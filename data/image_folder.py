@@ -7,22 +7,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in small or capital letters
-# Pillow warns of large images, odd palettes and metadata, but reads them
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in lower or upper case
+# Pillow warns about large images, unusual palettes and metadata, but reads them
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """folder: holds train/ and val/.  split: "train", or "test" for val/; None for all images below folder, without
-    classes.  image_size: side of the square images; None for all of each image.
+    """folder: contains train/ and val/.  split: "train", or "test" for val/; None for all images below folder, without
+    classes.  image_size: width and height of the images; None: images are not cropped.
 
-    crop: "center" (ADM's) or "random" (shorter side to image_size, then a random position).
-    flip: mirror half of the images. Crop and flip depend on (seed, epoch, index) and on nothing else.
+    crop: "center" (ADM's) or "random" (the shorter side resized to image_size, a random position).
+    flip: mirror half of the images. Crop and flip depend on (seed, epoch, index) only.
     labels: (N,) int64, indices into class_names, the sorted names of the class folders that contain an image.
 
-    Class folders may contain folders. Files of any mode become RGB: alpha is dropped, 16 bits lose the lower 8, an
-    animation gives its first image, EXIF rotation is not applied (as in ADM's statistics). Files and folders whose
-    names begin with a dot are left out.
+    Class folders may contain subfolders. Images of any mode become RGB: alpha is dropped, 16 bits are reduced to the
+    upper 8, only the first image of an animation is read, EXIF rotation is not applied (as in ADM's statistics). Files
+    and folders whose names begin with a dot are ignored.
     """
 
     channels = 3
@@ -38,7 +38,7 @@ class ImageFolder(torch.utils.data.Dataset):
         classes = [name.split(os.sep)[0] if split else "" for name in names]
         self.class_names, labels = np.unique(classes, return_inverse=True)
         self.class_names, self.labels = self.class_names.tolist(), torch.from_numpy(labels)
-        # an array of bytes: a list of a million strings would be copied into every process that reads images
+        # an array of bytes, as a list of a million strings would be copied into every worker process
         self.names = np.array([os.fsencode(name) for name in names])
         self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
 
@@ -63,7 +63,7 @@ class ImageFolder(torch.utils.data.Dataset):
                     image = to_rgb(file)
                 else:
                     image = center_crop(file, size) if self.crop == "center" else random_crop(file, size, random)
-        except Exception as problem:  # damaged files make Pillow raise exceptions of many kinds
+        except Exception as problem:  # Pillow raises exceptions of many kinds for damaged files
             raise ValueError(f"{self.path(index)} can't be read ({reason(problem)})") from None
         pixels = np.asarray(image)
         return pixels[:, ::-1] if self.flip and random.random() < 0.5 else pixels
@@ -97,9 +97,10 @@ def to_rgb(image):
 
 
 def center_crop(image, size):
-    """The middle square, exactly as ADM cuts it: halve with BOX while twice too large, BICUBIC, crop.
+    """The center square, exactly as ADM crops it: halve with BOX while at least twice too large, resize with BICUBIC,
+    crop.
 
-    But of a strip, longer than 100 times its width, only the middle is taken, for which ADM would need gigabytes.
+    Exception: of an image more than 100 times longer than wide, only the middle is used, as ADM would need gigabytes.
     """
     image = to_rgb(image)
     longest = 100 * min(image.size)
@@ -115,14 +116,14 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, random):
-    """Shorter side to size, then a square at a random position; only what the square shows is resized.
+    """Resize the shorter side to size, then crop a square at a random position; only this part of the image is resized.
 
-    JPEGs at least twice too large are decoded at 1/2, 1/4 or 1/8 of their size (Pillow's draft).
+    JPEGs that are at least twice too large are decoded at 1/2, 1/4 or 1/8 of their size (Pillow's draft).
     """
     image.draft(None, (size, size))
     image = to_rgb(image)
     scale = size / min(image.size)
-    box = []  # left, top, right, bottom in the image as it is
+    box = []  # (left, right), (top, bottom), in pixels of the image before resizing
     for side in image.size:
         resized = round(side * scale)
         start = random.integers(resized - size + 1)

@@ -12,8 +12,8 @@ from support.seeds import generator
 
 
 def batch_indices(num_images, batch_size, seed, step):
-    """The images in the global batch of a step, (batch_size,) int64: the same for any number of processes."""
-    epoch, i = divmod(step, num_images // batch_size)  # the few images that fill no batch are left out of this epoch
+    """The images in the global batch of a step, (batch_size,) int64: the same for any number of ranks."""
+    epoch, i = divmod(step, num_images // batch_size)  # the last images, fewer than a batch, are left out
     return epoch_order(num_images, seed, epoch)[i * batch_size:(i + 1) * batch_size]
 
 
@@ -34,19 +34,19 @@ def training_batches(dataset, batch_size, rows, seed, start, steps, workers):
 
 
 def read_slices(dataset, slices, workers):
-    """Images and labels for a list of slices of a dataset, in turn."""
+    """Images and labels for each of a list of slices of a dataset."""
     return read_ahead(dataset, ([(i, 0) for i in range(part.start, part.stop)] for part in slices), workers)
 
 
 def read_ahead(dataset, batches, workers):
-    """What the dataset gives for lists of its items, read ahead by worker processes (0 = in this process).
+    """The dataset's batches for lists of its items, read ahead by worker processes (0: in this process).
 
-    An image that can't be read ends the run with one sentence; the last checkpoint stays.
+    An image that can't be read ends the run with one sentence; the last checkpoint remains.
     """
     try:
         yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=unchanged,
                               worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
-    except ValueError as problem:  # of a worker it ends in a traceback, whose last line is the sentence
+    except ValueError as problem:  # an error in a worker is a traceback, whose last line is the sentence
         stop(str(problem).splitlines()[-1].removeprefix("ValueError: "))
 
 
@@ -55,15 +55,16 @@ def unchanged(batch):
 
 
 def ignore_signals(worker):
-    """A worker process leaves signals to the process that it reads images for, which saves a checkpoint first."""
+    """A worker process leaves signals to the training process, which saves a checkpoint before it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def open_datasets(cfg, image_size, **training):
-    """The training set, with further arguments of open_dataset() in training, and the test set, the same for all ranks.
+    """The training set and the test set, the same on all ranks.
 
-    ValueError if one of them can't be used, or their classes differ.
+    training: further arguments of open_dataset() for the training set. ValueError if one of the sets can't be used, or
+    their classes differ.
     """
     train_set = on_every_rank(open_dataset, cfg.data, "train", image_size, **training)
     test_set = on_every_rank(open_dataset, cfg.data, "test", image_size)

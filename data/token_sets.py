@@ -15,8 +15,8 @@ from support.training import replace_suffix
 def encode_training_set(tokenizer, dataset, device, cfg):
     """The tokens of every training image, and of its mirror image if cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
 
-    They are kept at cfg.tokens; a .json file next to it records which tokenizer and images they are from, and as long
-    as these are the same the file is used again. ValueError if a rank can't see it.
+    They are kept in the file cfg.tokens. A .json file next to it records which tokenizer and images they belong to; the
+    tokens are used again as long as these are the same. ValueError if a rank can't read them.
     """
     made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
     for name, weight in tokenizer.state_dict().items():
@@ -30,27 +30,27 @@ def encode_training_set(tokenizer, dataset, device, cfg):
             with atomic_open(cfg.tokens) as file:
                 np.save(file, tokens)
             write_json(note | {"sha256": hashlib.sha256(tokens).hexdigest()}, replace_suffix(cfg.tokens, ".json"))
-        all_gather(None)  # rank 0 has written
+        all_gather(None)  # wait for rank 0
         tokens = open_tokens(cfg.tokens, note)
     elif is_main():
-        print(f"{cfg.tokens} holds the tokens of these images by this tokenizer; used again", flush=True)
+        print(f"{cfg.tokens} already holds the tokens of these images by this tokenizer; it is used again", flush=True)
     if not all(all_gather(tokens is not None)):
-        raise ValueError(f"{cfg.tokens} does not hold what rank 0 wrote: another run writes it too, or not every "
-                         "machine sees it; give --tokens a path of this run's own, in a folder they share")
+        raise ValueError(f"{cfg.tokens} does not hold what rank 0 wrote: another run writes the same file, or not all "
+                         "machines share its folder; give --tokens a path that only this run uses, in a shared folder")
     return tokens
 
 
 def check_token_file(path, codebook_size):
     """ValueError if tokens of a codebook can't be kept at path."""
     check_output(path)
-    if not path.endswith(".npy"):  # such as a checkpoint, which they would overwrite
+    if not path.endswith(".npy"):  # such as a checkpoint, which would be overwritten
         raise ValueError(f"--tokens must end in .npy, got {path}")
     if codebook_size > 2 ** 16:
         raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {codebook_size} codes")
 
 
 def open_tokens(path, note):
-    """Tokens in a file, memory-mapped; None if its own note or its content does not agree with note."""
+    """Tokens in a file, memory-mapped; None if the .json file next to it or its content does not match note."""
     found = read_json(replace_suffix(path, ".json"))
     try:
         tokens = np.load(path, mmap_mode="r")

@@ -1,2 +1,2 @@
-"""Networks that measure images or teach the tokenizer: those that others published, under the names of their tensors,
-the losses made of them, and the classifier that takes Inception's place on the digits."""
+"""Networks that measure images or train the tokenizer: published ones, whose tensors have the names of their files, the
+losses that use them, and the classifier that replaces Inception on the digits."""

@@ -68,7 +68,7 @@ def load_convnext(path):
 
 
 def convnext_of(weights):
-    """A ConvNeXt of the sizes that the tensors of a published file have."""
+    """A ConvNeXt whose sizes are those of a published file's tensors."""
     stages = [f"features.{i}." for i in (1, 3, 5, 7)]
     depths = [sum(name.startswith(stage) and "layer_scale" in name for name in weights) for stage in stages]
     widths = [len(weights[f"{stage}0.layer_scale"]) for stage in stages]

@@ -1,4 +1,4 @@
-"""A small classifier of digits. It stands in for Inception: digits FID is the Frechet distance in its features, and it
+"""A small classifier of digits. It replaces Inception: digits FID is the Frechet distance between its features, and it
 tells which digit a sample shows."""
 import hashlib
 
@@ -40,13 +40,13 @@ class DigitsClassifier(nn.Module):
 
     @property
     def name(self):
-        """Names the weights: statistics in the features of others can't be compared."""
+        """A name for these weights, as statistics of another network's features can't be compared."""
         weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in self.state_dict().values())
         return f"digits classifier {hashlib.sha256(weights).hexdigest()[:8]}"
 
 
 def open_classifier(path, device, rank):
-    """The classifier in a file, the same in all processes; trained on first use (a minute on two cores)."""
+    """The classifier in a file, the same on all ranks; trained on first use (a minute on two cores)."""
     def prepare():
         net = DigitsClassifier()
         if rank == 0 and not load_classifier(net, path):
@@ -71,7 +71,7 @@ def load_classifier(net, path):
         checkpoint = read_checkpoint(path)
         net.load_state_dict(checkpoint["weights"])
         return checkpoint["kind"] == "digits classifier"
-    except Exception:  # missing or unusable: a new one is trained
+    except Exception:  # it is missing or damaged: a new one is trained
         return False
 
 

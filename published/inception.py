@@ -22,7 +22,7 @@ POOLS = {
 }
 
 # A block is a list of branches whose outputs are concatenated. A branch is a list of steps, one after the other: a
-# pool, a convolution (name, channels, size, stride = 1), or a list of convolutions side by side.
+# pool, a convolution (name, channels, size, stride = 1), or a list of parallel convolutions.
 
 
 def inception_a(pool_channels):  # 35 x 35
@@ -85,10 +85,10 @@ class Block(nn.Module):
             for step in branch:
                 if isinstance(step, str):
                     continue
-                side_by_side = step if isinstance(step, list) else [step]
-                for name, *shape in side_by_side:
+                parallel = step if isinstance(step, list) else [step]
+                for name, *shape in parallel:
                     self.add_module(name, Convolution(channels, *shape))
-                channels = side_by_side[0][1]
+                channels = parallel[0][1]
 
     def forward(self, x):
         return torch.cat([self.run(branch, x) for branch in self.branches], dim=1)
@@ -110,7 +110,7 @@ class InceptionV3(nn.Module):
     Grey images (B, 1, H, W) are taken as RGB with three equal channels. ValueError for another shape or dtype.
     weights: the tensors of the published file, by name; None for random ones (load_state_dict() takes the file's too).
     Always in evaluation mode. Differs from torchvision's in the pools and in its 1008 classes. Turn TF32 off before
-    use: its rounding moves an FID from one GPU to another.
+    use: its rounding changes FIDs from one GPU to another.
     """
 
     name, dims = "Inception-v3 2015-12-05", 2048
@@ -187,7 +187,7 @@ def resize(images, size):
 def load_inception(path="", progress=False):
     """InceptionV3 with the weights in a file, or without a path with the published ones, which are downloaded once.
 
-    progress: show a bar while downloading. Raises ValueError where the weights cannot be had or are not Inception's.
+    progress: show a bar while downloading. Raises ValueError if there are no weights or they are not Inception's.
     """
     weights = read_weights(path) if path else download(progress)
     try:
@@ -203,7 +203,7 @@ def read_weights(path):
         raise ValueError(f"there is no file {path}; get it from {ADDRESSES[0]}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch.load fails in many ways on a file that is no checkpoint
+    except Exception as problem:  # torch.load fails in many ways on other files
         raise ValueError(f"{path} can't be read as weights ({type(problem).__name__}); "
                          f"get the file from {ADDRESSES[0]}") from None
 
@@ -216,6 +216,6 @@ def download(progress=False):
     try:
         return torch.hub.load_state_dict_from_url(cached[path], map_location="cpu", check_hash=True,
                                                   weights_only=True, progress=progress)
-    except Exception as problem:  # no network, no room, another hash, a damaged file
+    except Exception as problem:  # no network, a full disk, another hash, a damaged file
         raise ValueError(f"Inception's weights could not be downloaded from {cached[path]} ({problem}); "
-                         f"bring that file here by other means and put it at {path}") from None
+                         f"download that file on another machine and copy it to {path}") from None

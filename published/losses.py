@@ -1,5 +1,5 @@
 """The losses that TiTok's recipe adds to the squared error of pixels (arXiv 2406.07550): perceptual, and adversarial
-with a discriminator that learns at the same time. The digits do without."""
+with a discriminator that is trained at the same time. The digits do not use them."""
 import math
 from collections import defaultdict
 
@@ -25,8 +25,8 @@ class PixelLosses:
 
     def __init__(self, convnext, discriminator, checkpoint, cfg):
         self.cfg, self.convnext, self.discriminator, self.optimizers = cfg, convnext, discriminator, []
-        self.first = cfg.proxy_steps + cfg.adversarial_from  # the step at which the discriminator comes in
-        self.lecam = torch.zeros(2)  # moving averages of the discriminator's mean logits, of images and reconstructions
+        self.first = cfg.proxy_steps + cfg.adversarial_from  # the first step with the adversarial loss
+        self.lecam = torch.zeros(2)  # moving averages of the discriminator's mean logits for images and reconstructions
         self.recon, self.means = [], defaultdict(float)
         if not discriminator:
             return

@@ -10,7 +10,7 @@ from torch import nn
 from published.weights import load_published
 
 ADDRESS = "https://huggingface.co/fun-research/TiTok/resolve/main/maskgit-vqgan-imagenet-f16-256.bin"
-WIDTHS = (1, 1, 2, 2, 4)  # of the five levels, in units of the first; the side halves from one level to the next
+WIDTHS = (1, 1, 2, 2, 4)  # of the five levels, in units of the first; each level halves height and width
 
 
 class VQGAN(nn.Module):
@@ -118,6 +118,6 @@ def load_vqgan(path):
 
 
 def vqgan_of(weights):
-    """A VQGAN of the sizes that the tensors of a published file have."""
+    """A VQGAN whose sizes are those of a published file's tensors."""
     num_codes, dim = weights["quantize.embedding.weight"].shape
     return VQGAN(len(weights["encoder.conv_in.weight"]), dim, num_codes)

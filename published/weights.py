@@ -12,14 +12,14 @@ def load_published(path, what, address, build):
 
     what, address: the network's name and where its file can be downloaded, for messages.
     build: the file's dict of tensors -> a network of its sizes, whose tensors have the same names.
-    Raises ValueError where the file is missing or does not hold these tensors.
+    Raises ValueError if the file is missing or does not contain these tensors.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{what} is needed at {path} and is not there; get it from {address}")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         network = build(weights)
-    except Exception as problem:  # torch.load fails in many ways on another file, and so do sizes that are not there
+    except Exception as problem:  # both fail in many ways on other files
         raise ValueError(f"{path} can't be read as {what} ({type(problem).__name__}: {problem}); "
                          f"get it from {address}") from None
     check_tensors(weights, {name: weight.shape for name, weight in network.state_dict().items()}, path)
@@ -28,13 +28,13 @@ def load_published(path, what, address, build):
 
 
 def check_tensors(found, shapes, path):
-    """Raise ValueError unless what a file holds is the float32 tensors that are needed, all of finite numbers.
+    """Raise ValueError unless a file contains exactly the tensors that are needed, float32 and finite.
 
-    found: what it holds by name.  shapes: the shapes needed by name.  path: the file, for the message.
+    found: its contents by name.  shapes: the shapes needed by name.  path: the file, for the message.
     """
     missing = [name for name in shapes if name not in found]
     unexpected = [name for name in found if name not in shapes]
-    wrong = [f"{name} ({kind_of(found[name])} in place of float32 {tuple(shape)})"
+    wrong = [f"{name} ({kind_of(found[name])} instead of float32 {tuple(shape)})"
              for name, shape in shapes.items() if name in found and kind_of(found[name]) != f"float32 {tuple(shape)}"]
     if missing or unexpected or wrong:
         raise ValueError(f"{path} is not the file that is needed: missing {listed(missing)}; "

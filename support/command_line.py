@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from support.distributed import is_main
 from support.files import check_output, load_checkpoint
 
-RECIPES = ("digits", "imagenet256")  # the columns of the tables HYPERPARAMETERS; a new one needs its name here
+RECIPES = ("digits", "imagenet256")  # the columns of the tables HYPERPARAMETERS; a new column needs its name here
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
-              "log_every", "save_every", "picture_every")  # settings that may be given anew with --resume
+              "log_every", "save_every", "picture_every")  # settings that can change with --resume
 HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
     # name               digits          imagenet256      allowed           meaning
     ("seed",             0,              0,               "[0, inf)",       "all random numbers depend on it"),
@@ -48,8 +48,8 @@ class Parser(argparse.ArgumentParser):
 def checked(kind, allowed):
     """A type for argparse: text -> a value of this kind.
 
-    kind: int, float, str or bool.  allowed: the values it may have. Numbers: an interval such as "[0, 1)"; words: all
-    of them, such as "on | off"; "": any.
+    kind: int, float, str or bool.  allowed: the values that are accepted: an interval such as "[0, 1)" for numbers, all
+    words such as "on | off", or "" for any value.
     """
     def convert(text):
         if kind is bool:
@@ -63,12 +63,12 @@ def checked(kind, allowed):
             raise argparse.ArgumentTypeError(f"must lie in {allowed}, got {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse shows it for a text that is no number
+    convert.__name__ = kind.__name__  # argparse names the type if a text is not a number
     return convert
 
 
 def in_interval(value, interval):
-    """Whether a number lies in an interval such as "[0, 1)" and, if it is an integer, fits into PyTorch's 64 bits."""
+    """Whether a number lies in an interval such as "[0, 1)", and below 2^63, as PyTorch's integers must."""
     low, high = map(float, interval[1:-1].split(","))
     return ((low <= value if interval[0] == "[" else low < value)
             and (value <= high if interval[-1] == "]" else value < high) and not value >= 2 ** 63)
@@ -77,8 +77,8 @@ def in_interval(value, interval):
 def parse(table, description, kind, argv=None, prog=None):
     """Read the settings of a script from its table HYPERPARAMETERS and its command line.
 
-    A row (name, a value for each recipe, allowed, meaning) gives an option --name; allowed: see checked().
-    kind: the kind of checkpoint that the script trains, which --resume reads; None: there is no --resume.
+    A row (name, a value for each recipe, allowed, meaning) defines an option --name; for allowed see checked().
+    kind: the kind of checkpoint that the script trains and --resume reads; None: there is no option --resume.
     Returns the settings, a namespace, and the checkpoint to resume or None.
     """
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
@@ -112,7 +112,7 @@ def parse(table, description, kind, argv=None, prog=None):
     settings |= given
     if checkpoint and settings["steps"] < checkpoint["step"]:
         parser.error(f"--steps must be at least {checkpoint['step']}, the step of {out}, got {settings['steps']}")
-    if kind and not settings["out"].endswith(".pt"):  # the log and the picture have the same name without .pt
+    if kind and not settings["out"].endswith(".pt"):  # log and picture: the same name with other suffixes
         parser.error(f"--out must end in .pt, got {settings['out']}")
     check_outputs(settings["out"])
     if is_main():

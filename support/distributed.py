@@ -9,7 +9,7 @@ def rank_and_world_size():
 
 
 def is_main():
-    """Whether this is rank 0, which prints and writes (known before the process group exists)."""
+    """Whether this is rank 0, which prints and writes files; also before the process group is initialized."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -29,7 +29,7 @@ def all_gather(value):
 
 
 def on_every_rank(function, *args, **settings):
-    """function(...) on every rank. If it fails on one, all raise ValueError, so that none waits for another forever."""
+    """function(...) on every rank. If it fails on one, all raise ValueError, so that no rank waits for it forever."""
     result, problem = None, ""
     try:
         result = function(*args, **settings)
@@ -52,7 +52,7 @@ def chunks(rows, size):
 
 
 def local_batch(batch_size, device_batch):
-    """This rank's rows of the global batch, a slice, and the micro-batches of gradient accumulation within them, slices
-    that start at 0."""
+    """This rank's rows of the global batch, a slice, and the micro-batches of gradient accumulation, slices of these
+    rows that start at 0."""
     rows = shard(batch_size, *rank_and_world_size())
     return rows, chunks(slice(0, rows.stop - rows.start), device_batch)

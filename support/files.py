@@ -1,4 +1,4 @@
-"""Files that a kill or a full disk leaves whole, and the reading of checkpoints."""
+"""Files that stay whole after a kill or a full disk, and reading checkpoints."""
 import contextlib
 import errno
 import json
@@ -23,8 +23,8 @@ def check_output(path):
 
 @contextlib.contextmanager
 def atomic_open(path, mode="wb", **how):
-    """An open file that takes the place of path at the end of this context, so that a kill at any moment or a full disk
-    leaves the old file or the new one, whole. An OSError names path. A link stays, and its target is written."""
+    """Open a file that replaces path at the end of this context. After a kill at any moment or a full disk, path is the
+    old file or the new one, complete. An OSError names path. If path is a link, its target is replaced."""
     target = os.path.realpath(path)
     try:
         with naming(path), open(target + ".tmp", mode, **how) as file:
@@ -33,7 +33,7 @@ def atomic_open(path, mode="wb", **how):
             os.fsync(file.fileno())
             os.replace(target + ".tmp", target)
     finally:
-        with contextlib.suppress(OSError):  # it has been renamed
+        with contextlib.suppress(OSError):  # after os.replace() there is none
             os.remove(target + ".tmp")
 
 
@@ -94,7 +94,7 @@ def read_checkpoint(path):
             if archive.testzip():
                 raise ValueError
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as problem:  # both fail in many ways on a file that is no checkpoint
+    except Exception as problem:  # both fail in many ways if the file is not a checkpoint
         raise ValueError(f"{path} can't be read as a checkpoint ({type(problem).__name__}){previous}") from None
     if where := not_finite(checkpoint):
         raise ValueError(f"{path} holds numbers that are not finite ({where}){previous}")
@@ -102,7 +102,7 @@ def read_checkpoint(path):
 
 
 def not_finite(value, name=""):
-    """The name of the first number, or tensor with one, that is NaN or infinite in nested dicts and lists; "" if there
+    """The name of the first number that is NaN or infinite, or tensor with one, in nested dicts and lists; "" if there
     is none."""
     if isinstance(value, (dict, list, tuple)):
         parts = value.items() if isinstance(value, dict) else enumerate(value)

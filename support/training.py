@@ -20,7 +20,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if 
 
 
 def run(main):
-    """Run a script's main() and leave the process group. Errors that a user can mend become one sentence."""
+    """Run a script's main() and leave the process group. Errors that a user can fix become one sentence."""
     code = 0
     try:
         main()
@@ -34,7 +34,7 @@ def run(main):
         if "allocate" not in str(problem):
             raise
         stop(f"out of memory: {str(problem).splitlines()[0]}; take a smaller model, or fewer images at once")
-    finally:  # the workers that read images ignore SIGTERM, by which Python would end them
+    finally:  # Python ends workers by SIGTERM, which those that read images ignore
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -93,7 +93,7 @@ def check_training(cfg, checkpoint, dataset):
         raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {world_size}, and the "
                          f"number of training images, {len(dataset)}")
     if len(set(all_gather(checkpoint and checkpoint["step"]))) > 1:
-        raise ValueError("the processes see different checkpoints; --out must lie in a folder that all machines share")
+        raise ValueError("the ranks have different checkpoints; --out must lie in a folder that all machines share")
     if checkpoint and checkpoint["images"] != dataset.fingerprint():
         raise ValueError("the training images or classes are not those of the checkpoint, so --resume can't continue "
                          "from it; restore them, or start a new training")
@@ -151,7 +151,7 @@ def diverged(what, cfg):
          f"{f'the last checkpoint is {good}' if good else 'there is no checkpoint'}")
 
 
-# --- what is reported ------------------------------------------------------------------------------------------------
+# --- log and progress bar --------------------------------------------------------------------------------------------
 def replace_suffix(path, suffix):
     """The path of a file next to a checkpoint: tokenizer.pt -> tokenizer.csv."""
     return os.path.splitext(path)[0] + suffix
@@ -176,7 +176,7 @@ def open_log(path, columns, step):
 
 
 def progress_bar(start, steps, batch_size):
-    """A tqdm bar over training steps, on rank 0 only, that counts images; without a terminal, a line now and then."""
+    """A tqdm bar over training steps that counts images, on rank 0; without a terminal, a line now and then."""
     tty = sys.stderr.isatty()
     return tqdm(range(start, steps), total=steps, initial=start, unit=" images", unit_scale=batch_size,
                 disable=not is_main(), mininterval=0.5 if tty else 20, dynamic_ncols=tty)

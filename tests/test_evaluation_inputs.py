@@ -55,7 +55,7 @@ GOOD = np.zeros((9, 28, 28, 3), np.uint8)
 @pytest.mark.parametrize("arrays, words", [
     ({"arr_0": GOOD / 255}, "arr_0 in bad.npz must be images (N, H, W, 3), uint8 in 0..255, got float64"),
     ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"), ({"arr_0": GOOD[:0]}, "got uint8 (0, 28, 28, 3)"),
-    ({"arr_0": np.asfortranarray(GOOD)}, "column-major"), ({"images": GOOD}, "needed is arr_0, or mu and sigma"),
+    ({"arr_0": np.asfortranarray(GOOD)}, "column-major"), ({"images": GOOD}, "expected are arr_0, or mu and sigma"),
     ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "mu and sigma in bad.npz must be finite"),
     ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)"),
     ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "in bad.npz must be floating-point numbers, got <U1"),
@@ -112,5 +112,5 @@ def test_matrices_that_are_no_covariance():
     values[-1] = -1
     for bad in (-torch.eye(64), sigma.tril(), factor.T @ factor.roll(1, 0), torch.ones(64, 64).fill_diagonal_(0),
                 vectors * values @ vectors.T):
-        with pytest.raises(ValueError, match="they are no mean and covariance"):
+        with pytest.raises(ValueError, match="they are invalid: sigma must be a covariance"):
             check_statistics(mu, bad, "they")
