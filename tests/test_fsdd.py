@@ -143,6 +143,16 @@ def test_the_discrete_gaussian_is_the_dense_formula(x0, x1, t):
     assert torch.allclose(ours.double(), by_formula, atol=1e-3, rtol=1e-4)
 
 
+def test_the_forward_process_has_the_mean_and_std_of_equation_6(monkeypatch):
+    """Broken: X_t would follow another path from data to noise."""
+    x0, x1, t, calls = skewed_counts(30, 20, 16, 3), sample_noise(30, 20, 16, "multinomial"), torch.rand(30), []
+    real = fsdd.discrete_gaussian
+    monkeypatch.setattr(fsdd, "discrete_gaussian", lambda *args: calls.append(args) or real(*args))
+    forward_process(x0, x1, t)
+    (mean, std, *_), = calls
+    assert torch.allclose(mean, t[:, None] * x1 + (1 - t[:, None]) * x0) and torch.equal(std, (x1 - x0).abs() / 4)
+
+
 def test_no_tensor_over_all_counts():
     """Broken: at ImageNet's size the forward process would take B x C x (M + 1) numbers."""
     B, C, M = 4, 4096, 128
@@ -332,6 +342,12 @@ def test_the_drawn_x0_is_adjusted_late_or_with_top_k_never(top_k, adjusted, monk
     monkeypatch.setattr(fsdd, "greedy_adjust", lambda *args: calls.append(1) or real(*args))
     fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), top_k=top_k)
     assert len(calls) == 25 + adjusted  # X_s is adjusted in every step
+
+
+def test_the_last_step_is_adjusted_by_the_denoisers_p():
+    """Broken: in the last step, where the Gaussians are spikes, the wrong count would be adjusted."""
+    p = torch.tensor([[[0.1, 0.9, 0], [0.4, 0.6, 0], [0.1, 0.9, 0]]])  # the most probable counts, 1, 1, 1, exceed M = 2
+    assert fsdd.paper_step(torch.tensor([[0, 2, 0]]), p, 0.04, 0, top_p=1, top_k=1).tolist() == [[1, 0, 1]]
 
 
 def test_guidance_of_weight_one_is_the_plain_model():
