@@ -27,7 +27,7 @@ from tokenizer import Attention, run_blocks
 # which is below 2 % for t < 0.25 and above 98 % for t > 0.75. So in half of its training the denoiser sees inputs in
 # which nothing is left to predict, or nothing is known yet. We draw the share of flips v uniformly instead and solve
 # for the time:  v = sigmoid(8 (2 t - 1)), that is  t = 1/2 + logit(v) / 16.
-# @MEASURED1@
+# On the digits, this alone lowers digits FID from 140.3 to 83.6 (beyond.md).
 
 
 def flip_times(uniform):
@@ -48,7 +48,7 @@ def flip_times(uniform):
 #     embedding(e) = 0.3 cos(e W + b),   W ~ N(0, 2^2),  b ~ U(0, 2 pi),
 #
 # whose inner products are about proportional to exp(-2 |e - e'|^2).
-# @MEASURED2@
+# On the digits, this lowers digits FID further, from 83.6 to 61.3 (beyond.md).
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def start_from_codebook(denoiser, codes):
 # With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4), samples in 100 steps differ from the data by a total
 # variation of 0.168 with the paper's step, 0.218 with the posterior and Algorithm 1, and 0.049 with exchange. Samples
 # of the data itself differ by 0.017 (pytest --slow -rP tests/test_beyond.py -k oracle).
-# @MEASURED3@
+# On the digits, digits FID is 41.2 in 12 steps, and 49.0 in 50 steps of the paper's sampler (beyond.md).
 
 
 def exchange_times(steps):
@@ -192,7 +192,8 @@ def exchange(x, q, generator=None):
 # The weights keep their names and shapes. As no code depends on an absent one, the loss can be computed from few codes:
 # all those that X_t or X_0 contains, and a random sample of the others, weighted to represent the rest. The cost of a
 # training step then grows with M, not with C.
-# @MEASURED4@
+# On the digits, a training step takes a quarter of the time, at a loss within the spread of seeds; a step of S at the
+# size of ImageNet takes 46 GFLOPs an image in place of 1451 (python -m paper.cost).
 
 
 class SparseAttention(Attention):

@@ -13,7 +13,8 @@ Two phases, as in TiTok (arXiv 2406.07550), one after the other:
 With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: the digits.
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
-(test images above their reconstructions). @TIME1@
+(test images above their reconstructions). On the digits: 10 minutes on two CPU cores without bfloat16
+instructions, mean squared error 0.036 (README.md).
 """
 import math
 import time
