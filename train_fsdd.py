@@ -6,8 +6,8 @@
 
 Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images). After that
 no training image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
-need), fsdd.csv (a log) and fsdd.png (samples). On the digits: @FSDD_MIN@ minutes on two CPU cores
-without bfloat16 instructions (README.md).
+need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 8 minutes on two CPU cores without bfloat16 instructions
+(README.md).
 """
 import math
 import time
