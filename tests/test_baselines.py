@@ -68,6 +68,7 @@ def log_likelihood(model, x, label):
     return F.log_softmax(logits.double(), -1).gather(2, x[:, :, None])[:, :, 0].sum(1)  # (N,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label, weight", [(1, 1.0), (0, 3.0)])
 def test_sequences_come_as_often_as_their_likelihood_says(label, weight):
     """Broken: generation would not be that of the model that was trained, or guidance act at another position."""
@@ -111,6 +112,7 @@ class Exact:
         return (posterior @ F.one_hot(STATES, 4).double().flatten(1)).view(-1, 3, 4).clamp(min=1e-30).log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [0, 1])
 def test_flow_matching_reaches_a_known_distribution(label):
     """Broken: the steps from noise to data would not follow the process that the denoiser is trained for."""

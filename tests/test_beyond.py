@@ -149,6 +149,7 @@ def test_exchange_moves_as_many_tokens_as_independent_codes():
     assert stalled.sum() / rate.sum() < 0.4
 
 
+@pytest.mark.slow
 def test_an_exchange_step_is_cheap_at_full_size():
     """Broken: at C = 4096, M = 128 a step would take more time outside the denoiser than the paper's, or create a table
     of all counts for every code."""

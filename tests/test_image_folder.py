@@ -93,13 +93,13 @@ def test_files_of_every_kind(folder):
     rotated, faint = Image.Exif(), stripes("RGBA")
     rotated[0x0112] = 6  # "turn by 90 degrees"
     faint.putalpha(9)
-    sixteen_bits = Image.fromarray(np.repeat([[65535] * 24 + [0] * 24], 32, axis=0).astype(np.uint16))
+    sixteen_bits = Image.fromarray(np.repeat([[200 * 256] * 24 + [40 * 256 + 255] * 24], 32, axis=0).astype(np.uint16))
     colour = [encoded(stripes()), encoded(stripes(), progressive=True), encoded(stripes("CMYK")), stripes(), faint,
               encoded(stripes(), exif=rotated), encoded(stripes(), "WEBP"), encoded(stripes(), "WEBP", **two),
               encoded(stripes(), "BMP"), encoded(stripes(), "PNG", **two), stripes("P"),
               *[encoded(stripes("P"), "PNG", transparency=which) for which in (0, bytes([0, 9] * 128))]]
     files = colour + [encoded(stripes("L")), stripes("L"), stripes("LA"), sixteen_bits, stripes("1")]
-    expected = [((255, 0, 0), (0, 255, 0))] * len(colour) + [((76,) * 3, (150,) * 3)] * 3 + [((255,) * 3, (0,) * 3)]
+    expected = [((255, 0, 0), (0, 255, 0))] * len(colour) + [((76,) * 3, (150,) * 3)] * 3 + [((200,) * 3, (40,) * 3)]
     suffixes = ["jpg", "JPEG", "Jpg", "webp", "BMP", "png"]  # which need not be those of the contents
     names = [f"a/{i:02}.{suffixes[i % 6]}" for i in range(len(files))]
     for crop in ("center", "random"):

@@ -158,8 +158,7 @@ def test_other_images_without_published_networks(files, tmp_path):
     (["--discriminator=33"], ["33"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
-    """Broken: a missing or wrong file would end in a traceback, hours into the training or with something else in its
-    place."""
+    """Broken: a missing or wrong file would end in a traceback, or only after hours of training."""
     folder = linked(files, tmp_path / "wrong")
     if "broken" in arguments[0]:
         weights = torch.load(files / "convnext.pth")

@@ -58,8 +58,11 @@ def test_inception_is_the_published_one(weights):
     features, logits = fast(images)
     assert features.shape == (2, 2048) and logits.shape == (2, 1008) and not features.requires_grad
     assert features.std() > 0.1 and (features[0] - features[1]).abs().max() > 0.1  # random weights tell images apart
+    seen = []
+    plain.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     for ours, theirs, close in zip((features, logits), plain(images), (1e-5, 1e-4)):
         assert (ours - theirs).abs().max() < close * theirs.abs().max()
+    assert torch.equal(seen[0], (resize(images.float(), 299) - 128) / 128)
     grey = images[:1, :1]
     assert torch.equal(fast(grey)[0], fast(grey.repeat(1, 3, 1, 1))[0])
     for wrong in (images.float(), images[0], images[:, :2], images / 255):

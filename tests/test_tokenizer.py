@@ -87,7 +87,7 @@ def test_decoder_takes_any_number_of_tokens(number):
 
 
 def test_repeated_tokens_count():
-    """Broken: {a, a, b} and {a, b, b} would decode alike, and counts above one would carry nothing."""
+    """Broken: {a, a, b} and {a, b, b} would decode alike, and counts above one would carry no information."""
     one, two = small_tokenizer().decode(torch.tensor([[1, 1, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]]))
     assert (one - two).abs().max() > 1e-2
 
