@@ -396,13 +396,11 @@ def precision_recall(features, reference, k=NEIGHBOURS):
     nearest neighbour in the set.  features: (N, D), reference: (N', D), N and N' more than k.
     ADM computes the distances in float16 where they are finite; here they are float32.
     """
-    def distances(points, others):  # (1000, len(others)) at a time
-        return (torch.cdist(part, others) for part in points.split(1000))
-
     def share_within(points, others):
-        # the nearest of all, at distance 0, is the point itself
-        radii = torch.cat([rows.topk(k + 1, largest=False).values[:, -1] for rows in distances(others, others)])
-        return torch.cat([(rows <= radii).any(1) for rows in distances(points, others)]).double().mean().item()
+        radii = torch.empty(len(others), device=others.device)
+        for part in chunks(slice(0, len(others)), 1000):  # the nearest of all, at distance 0, is the point itself
+            radii[part] = torch.cdist(others[part], others).topk(k + 1, largest=False).values[:, -1]
+        return sum((torch.cdist(part, others) <= radii).any(1).sum().item() for part in points.split(1000)) / len(points)
 
     return share_within(features, reference), share_within(reference, features)
 
