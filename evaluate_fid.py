@@ -397,10 +397,11 @@ def precision_recall(features, reference, k=NEIGHBOURS):
     ADM computes the distances in float16 where they are finite; here they are float32.
     """
     def share_within(points, others):
+        # Allocated first, as small tensors kept between the large ones of the loop would fragment the memory
         radii = torch.empty(len(others), device=others.device)
         for part in chunks(slice(0, len(others)), 1000):  # the nearest of all, at distance 0, is the point itself
             radii[part] = torch.cdist(others[part], others).topk(k + 1, largest=False).values[:, -1]
-        return sum((torch.cdist(part, others) <= radii).any(1).sum().item() for part in points.split(1000)) / len(points)
+        return sum((torch.cdist(x, others) <= radii).any(1).sum().item() for x in points.split(1000)) / len(points)
 
     return share_within(features, reference), share_within(reference, features)
 
