@@ -102,7 +102,7 @@ def test_resume_takes_the_settings_of_the_checkpoint(capsys):
 
 @pytest.mark.parametrize("interval, inside, outside", [
     ("[0, 1)", (0, 0.5), (-0.1, 1, float("nan"))), ("(0, 1]", (0.5, 1), (0, 1.5)),
-    ("[1, inf)", (1, 2 ** 63 - 1), (0, 2 ** 63, float("inf"))), ("(0, inf)", (1e-9, 1e18), (0.0, float("inf")))])
+    ("[1, inf)", (1, 2 ** 63 - 1), (0, 2 ** 63, float("inf")))])
 def test_intervals(interval, inside, outside):
     """Broken: a number outside would pass, such as one that PyTorch's 64 bits can't hold, or one inside be refused."""
     for value in inside:

@@ -47,8 +47,6 @@ def test_distance_has_its_closed_forms(D):
         assert frechet_distance(mu, first, mu, second) == pytest.approx(commuting, **close)
         assert frechet_distance(mu, second, mu, first) == pytest.approx(commuting, **close)
         assert frechet_distance(mu, first, mu + shift, first) == pytest.approx(shift.square().sum().item(), **close)
-        scaled = (1 - 3) ** 2 * a.sum().item() + (2 * mu).square().sum().item()  # everything 3 times as large
-        assert frechet_distance(mu, first, 3 * mu, 9 * first) == pytest.approx(scaled, **close)
         assert 0 <= frechet_distance(mu, first, mu, first) < close["abs"]
 
 
@@ -147,19 +145,18 @@ def test_generated_digits(digits, small_digits, tmp_path, capsys):
     assert found["classified_as_label"] == pytest.approx((classes == labels).double().mean().item())
 
 
-@pytest.mark.parametrize("number", [400, 37])
-def test_reconstructed_digits(number, digits, small_digits, tmp_path):
+def test_reconstructed_digits(digits, small_digits, tmp_path):
     """Broken: rFID would not compare the validation images with their own reconstructions, or --num would take the
     first ones, which on ImageNet are of few classes."""
-    found = evaluate("--ckpt", digits / "tokenizer.pt", f"--num={number}", folder=tmp_path)
+    found = evaluate("--ckpt", digits / "tokenizer.pt", "--num=37", folder=tmp_path)
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     model = SetTokenizer(**checkpoint["model_config"])
     model.load_state_dict(checkpoint["weights"])
-    chosen = [i * 400 // number for i in range(number)]
+    chosen = [i * 400 // 37 for i in range(37)]
     test = few_digits("test", 400)
     images, labels = test.images[chosen], test.labels[chosen]
     ours, classes = classify(digits, to_uint8(model.decode(model.encode(images / 127.5 - 1))))
-    assert found["digits_fid"] == distance(ours, classify(digits, images)[0]) and found["num_images"] == number
+    assert found["digits_fid"] == distance(ours, classify(digits, images)[0]) and found["num_images"] == 37
     assert found["reference"] == "the validation images of digits"
     assert found["classified_as_label"] == pytest.approx((classes == labels).double().mean().item())
 
@@ -221,19 +218,20 @@ def test_a_checkpoint_as_the_reference(digits, small_digits, tmp_path, monkeypat
     assert one["digits_precision"] == other["digits_recall"] != one["digits_recall"] == other["digits_precision"]
 
 
-def test_the_classifier_is_kept(digits, small_digits, tmp_path, monkeypatch, capsys):
+def test_the_classifier_is_kept(small_digits, tmp_path, monkeypatch, capsys):
     """Broken: it would be trained in every run, a damaged file would end in a traceback, or its weights depend on
     chance."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(digits_classifier, "EPOCHS", 1)
-    results = []
+    np.savez("few.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8))
+    names = []  # with a hash of the weights
     for trained in (True, False, True):
-        torch.manual_seed(len(results))
-        results.append(evaluate("--images", digits / "test.npz", "--data=digits", folder=tmp_path))
+        torch.manual_seed(len(names))
+        names.append(evaluate("--images=few.npz", "--ref=few.npz", "--data=digits", folder=tmp_path)["features"])
         assert ("training the classifier" in capsys.readouterr().out) == trained
         if not trained:
             (tmp_path / "digits_classifier.pt").write_bytes(b"damaged")
-    assert results[0] == results[1] == results[2] and results[0]["digits_fid"] > 0
+    assert names[0] == names[1] == names[2] and names[0].startswith("digits classifier ")
 
 
 # --- Inception -------------------------------------------------------------------------------------------------------
@@ -243,8 +241,9 @@ def test_inception_is_measured(weights, monkeypatch):
     """Broken: FID and Inception Score would not be those of Inception's features and logits, or the digits be measured
     by the classifier in spite of --inception. (The command line: test_yardstick_fid_and_inception_score)"""
     monkeypatch.setattr(evaluate_fid, "SPLITS", 1)
-    net, images = InceptionV3(weights), pictures(4, 32)
-    found = evaluate_fid.measure(net, Images("some", 4, lambda part: images[part]), 3, False, "cpu")
+    net, images = InceptionV3(weights), pictures(3, 32)
+    torch.nn.init.normal_(net.fc.bias)
+    found = evaluate_fid.measure(net, Images("some", 3, lambda part: images[part]), 2, False, "cpu")
     features, _ = net(images)
     np.testing.assert_allclose(found.mu, features.mean(0), rtol=1e-4)
     np.testing.assert_allclose(found.sigma, np.cov(features.T), atol=1e-4)

@@ -50,11 +50,11 @@ def test_classes_are_folders(folder, tmp_path):
     linked = tmp_path / "linked"
     linked.mkdir()
     blue.save(linked / "z.png")
-    others = {"n01/._a.png": b"", "n01/.thumbnails/a.png": red, ".hidden/a.png": red, "n01/a.png.txt": b"",
-              "n01/png": b"", "outside.png": red, "empty/notes.txt": b"", "tiff/a.tif": b""}
-    folder(files | others)
+    others = {"n01/._a.png": b"", "n01/.thumbnails/a.png": red, ".hidden/a.png": red, "n01/png": b"",
+              "outside.png": red, "empty/notes.txt": b"", "tiff/a.tif": b""}
+    (tmp_path / "train" / "n02").mkdir(parents=True)
     (tmp_path / "train" / "n02" / "link").symlink_to(linked)
-    train = folder({}, crop="random", flip=True, seed=1)
+    train = folder(files | others, crop="random", flip=True, seed=1)
     assert train.class_names == ["n01", "n02"] and train.labels.tolist() == [0, 0, 1, 1, 1]
     assert train.names.tolist() == [b"n01/a.png", b"n01/deep/b.PNG", b"n02/c.png", b"n02/d.jpg", b"n02/link/z.png"]
     images, labels = train.__getitems__([(4, 0), (0, 0), (1, 0)])
