@@ -12,13 +12,14 @@ import torch
 
 def check_output(path):
     """ValueError if a file can't be written to path."""
-    folder = os.path.dirname(path) or "."
+    target = os.path.realpath(path) if os.path.islink(path) else path  # as atomic_open(), which also needs its folder
+    folder = os.path.dirname(target) or "."
     if not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder} to write {path} to")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, so no file can be written there; move it away, or choose another name")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ValueError(f"{path} can't be written: permission denied")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} can't be written: permission denied in {folder}")
 
 
 @contextlib.contextmanager

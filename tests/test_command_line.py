@@ -60,7 +60,9 @@ def test_wrong_options_get_one_sentence(argument, words, capsys):
 def test_outputs_are_checked_before_the_work(monkeypatch):
     """Broken: hours of work would end when their result is to be written."""
     os.mkdir("folder.pt")
-    for path, words in (("none/a.pt", "there is no folder none"), ("folder.pt", "is a folder")):
+    os.symlink("gone/a.pt", "link.pt")
+    for path, words in (("none/a.pt", "there is no folder none"), ("folder.pt", "is a folder"),
+                        ("link.pt", "there is no folder [^\n]*gone")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}"):
             settings(f"--out={path}")
     check_outputs(None, "good.pt")
