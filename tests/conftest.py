@@ -22,6 +22,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # with tensors as small as the tests', a second thread only costs time
     config.addinivalue_line("markers", "slow: takes many seconds or minutes; runs only with --slow")
 
 
