@@ -59,8 +59,9 @@ def main(argv=None):
     if args.json:
         write_json(results, args.json)
     if args.save_stats:
-        with atomic_open(args.save_stats) as file:  # as ADM's, with the number of images and the name of the features
-            np.savez(file, mu=found.mu.numpy(), sigma=found.sigma.numpy(), num=found.num, features=results["features"])
+        with atomic_open(args.save_stats) as file:  # as ADM's; num, size and features are ours
+            np.savez(file, mu=found.mu.numpy(), sigma=found.sigma.numpy(), num=found.num, size=found.size,
+                     features=results["features"])
 
 
 def evaluate(args, device, rank=0, world_size=1):
@@ -124,7 +125,8 @@ def parse(argv):
         parser.error("--num needs a checkpoint; --images are all measured")
     if args.save_stats and not args.save_stats.endswith(".npz"):
         parser.error(f"--save_stats must end in .npz, got {args.save_stats}")
-    check_outputs(args.save_stats, args.json)
+    inputs = (args.ckpt, args.images, args.ref, args.inception, args.classifier)
+    check_outputs(args.save_stats, args.json, inputs=inputs)
     return args
 
 
@@ -139,13 +141,18 @@ def compare(features, images, found, reference, against, device):
     results = {"images": images.name} | ({"num_images": found.num} if found else {}) | {"features": features}
     if reference:
         results["reference"] = reference.name
-        statistics = []
+        statistics, sizes = [], []
         for source, measured in ((images, found), (reference, against)):
             mu, sigma = source.statistics or (measured.mu, measured.sigma)
+            num = source.statistics_num if source.statistics else measured.num
+            sizes.append(source.statistics_size if source.statistics else measured.size)
             statistics += [mu, sigma]
-            if not source.statistics and measured.num <= len(mu):  # N images span N - 1 dimensions
-                print(f"warning: {measured.num} images for {len(mu)} features: their covariance is singular and FID is "
+            if num and num <= len(mu):  # N images span N - 1 dimensions
+                print(f"warning: {num} images for {len(mu)} features: their covariance is singular and FID is "
                       "too large; compare it only with an FID of as many images", file=sys.stderr)
+        if all(sizes) and sizes[0] != sizes[1]:
+            print(f"warning: the images have {sizes[0]} pixels, those of the reference {sizes[1]}; FID compares images "
+                  "of one size", file=sys.stderr)
         results[prefix + "fid"] = frechet_distance(*statistics)
     if found and found.score:
         results["inception_score"], results["inception_score_std"] = found.score
@@ -266,8 +273,9 @@ def measure(net, images, batch, keep, device, rank=0, world_size=1):
     """Pass all Images through net, once, in batches divided among the ranks. No image is kept.
 
     net: images (B, ch, H, W) uint8 -> features (B, net.dims), logits.  keep: keep features for precision and recall.
-    Returns on rank 0 num, mu (D,), sigma (D, D), the features that are kept (n, D), score (mean, deviation) or None,
-    and classified_as_label, the share of images that net classifies as their label, or None; on the others None.
+    Returns on rank 0 num, size (a text), mu (D,), sigma (D, D), the features that are kept (n, D), score (mean,
+    deviation) or None, and classified_as_label, the share of images that net classifies as their label, or None; on the
+    others None.
     """
     N = images.num
     statistics = Statistics(net.dims, device)
@@ -276,9 +284,13 @@ def measure(net, images, batch, keep, device, rank=0, world_size=1):
     kept, room = [torch.zeros(0, net.dims)], min(N, NEIGHBOUR_IMAGES)
     parts = chunks(slice(0, N), batch)
 
+    size = ""
+
     def measure_slice(part):
-        rows = torch.arange(part.start, part.stop)
-        found = [net(piece.to(device)) for piece in images.read(part).split(NETWORK_BATCH)]
+        nonlocal size
+        rows, pixels = torch.arange(part.start, part.stop), images.read(part)
+        size = f"{pixels.shape[3]} x {pixels.shape[2]}"
+        found = [net(piece.to(device)) for piece in pixels.split(NETWORK_BATCH)]
         features, logits = (torch.cat(tensors) for tensors in zip(*found))
         if not features.isfinite().all():
             raise ValueError(f"{net.name} gives features that are not finite for images {part.start} to "
@@ -299,7 +311,8 @@ def measure(net, images, batch, keep, device, rank=0, world_size=1):
     if rank > 0:
         return None
     mu, sigma = statistics.mean_and_covariance()
-    return SimpleNamespace(num=N, mu=mu, sigma=sigma, features=torch.cat(kept), score=score.result() if score else None,
+    return SimpleNamespace(num=N, size=size, mu=mu, sigma=sigma, features=torch.cat(kept),
+                           score=score.result() if score else None,
                            classified_as_label=right.item() / N if not score and images.labels is not None else None)
 
 

@@ -116,7 +116,7 @@ def parse(argv):
         parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
     if not args.out.endswith(".npz") and args.num > 1000:
         parser.error(f"{args.num} images are too many for a picture; use --out {args.out[:-4]}.npz")
-    check_outputs(args.out)
+    check_outputs(args.out, inputs=[args.ckpt])
     return args
 
 

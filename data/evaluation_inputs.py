@@ -20,6 +20,8 @@ class Images(NamedTuple):
     labels: Optional[torch.Tensor] = None    # (num,) int64
     statistics: Optional[tuple] = None       # (mu, sigma)
     features: Optional[str] = None           # the network that the statistics are of, if known
+    statistics_num: Optional[int] = None     # the number of images that the statistics are of, if known
+    statistics_size: Optional[str] = None    # their size, such as "256 x 256", if known
 
 
 def open_images(path, image_size):
@@ -62,19 +64,19 @@ def open_npz(path):
     """
     archive = zipfile.ZipFile(path)
     held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-    num, read, statistics, features = None, None, None, None
+    num, read, statistics, known = None, None, None, {}
     if {"mu", "sigma"} <= held:
         mu, sigma = (read_array(archive, path, key) for key in ("mu", "sigma"))
         if not mu.dtype == sigma.dtype == np.float64:
             raise ValueError(f"mu and sigma in {path} must be floating-point numbers, got {mu.dtype} and {sigma.dtype}")
         check_statistics(mu, sigma, f"mu and sigma in {path}")
         statistics = (mu, sigma)
-        features = str(read_array(archive, path, "features")) if "features" in held else None
+        known = {key: read_array(archive, path, key).item() for key in ("features", "num", "size") if key in held}
     if "arr_0" in held:
         num, read = open_batch(archive, path)
     if not (statistics or read):
         raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; expected are arr_0, or mu and sigma")
-    return Images(path, num, read, None, statistics, features)
+    return Images(path, num, read, None, statistics, known.get("features"), known.get("num"), known.get("size"))
 
 
 def read_array(archive, path, key):

@@ -1,11 +1,12 @@
 """Images in a folder of class folders, such as ImageNet's: FOLDER/{train,val}/CLASS/NAME.JPEG."""
+import contextlib
 import hashlib
 import os
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in lower or upper case
 # Pillow warns about large images, unusual palettes and metadata, but reads them
@@ -67,6 +68,18 @@ class ImageFolder(torch.utils.data.Dataset):
             raise ValueError(f"{self.path(index)} can't be read ({reason(problem)})") from None
         pixels = np.asarray(image)
         return pixels[:, ::-1] if self.flip and random.random() < 0.5 else pixels
+
+    def not_applied(self, most=1000):
+        """A sentence about alpha and EXIF rotation in at most so many of the images, spread evenly; "" if there is
+        none."""
+        paths = [self.path(index) for index in range(0, len(self), -(-len(self) // most))]
+        alpha = rotated = 0
+        for path in paths:
+            with contextlib.suppress(Exception), Image.open(path) as file:  # damaged ones are reported by read()
+                alpha += file.has_transparency_data
+                rotated += file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return (f"of {len(paths)} images looked at, {alpha} are transparent and {rotated} are rotated by EXIF, neither "
+                "of which is applied" if alpha or rotated else "")
 
     def fingerprint(self):
         """A text that changes when the names, classes or sizes of the files do."""

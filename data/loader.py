@@ -1,6 +1,7 @@
 """Batches of images for the scripts: which images a step uses, and reading them ahead."""
 import functools
 import signal
+import sys
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,13 +25,28 @@ def epoch_order(num_images, seed, epoch):
 
 
 def training_batches(dataset, batch_size, rows, seed, start, steps, workers):
-    """Images and labels for the steps start..steps - 1: this rank's rows of each global batch."""
+    """Images and labels for the steps start..steps - 1: this rank's rows of each global batch.
+
+    Each batch is read before the step that precedes it. If that fails, the training is sent SIGTERM, and so ends after
+    that step with a checkpoint.
+    """
     def items():
         for step in range(start, steps):
             epoch = step // (len(dataset) // batch_size)
             yield [(i, epoch) for i in batch_indices(len(dataset), batch_size, seed, step)[rows].tolist()]
 
-    return read_ahead(dataset, items(), workers)
+    batch = None
+    try:
+        for following in read_ahead(dataset, items(), workers):
+            if batch:
+                yield batch
+            batch = following
+    except SystemExit as problem:
+        if not batch:  # no step precedes the failure
+            raise
+        print(f"\n{problem}", file=sys.stderr, flush=True)
+        signal.raise_signal(signal.SIGTERM)
+    yield batch
 
 
 def read_slices(dataset, slices, workers):
@@ -41,17 +57,27 @@ def read_slices(dataset, slices, workers):
 def read_ahead(dataset, batches, workers):
     """The dataset's batches for lists of its items, read ahead by worker processes (0: in this process).
 
-    An image that can't be read ends the run with one sentence; the last checkpoint remains.
+    An image that can't be read, or a worker that dies, ends the run with one sentence.
     """
+    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=to_arrays,
+                             worker_init_fn=ignore_signals))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker's death is noticed here, not in the middle of a step
     try:
-        yield from DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=unchanged,
-                              worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+        for arrays in loader:
+            yield [torch.from_numpy(array) for array in arrays]
     except ValueError as problem:  # an error in a worker is a traceback, whose last line is the sentence
         stop(str(problem).splitlines()[-1].removeprefix("ValueError: "))
+    except RuntimeError as problem:
+        if "DataLoader worker" not in str(problem):
+            raise
+        stop(f"a process that reads images has died, perhaps because memory ran out; give fewer --workers "
+             f"({str(problem).splitlines()[0]})")
 
 
-def unchanged(batch):
-    return batch
+def to_arrays(batch):
+    """Tensors would go from a worker to this process through /dev/shm, which is small in containers, and a full one
+    stops the training without a message. Arrays go through a pipe."""
+    return [tensor.numpy() for tensor in batch]
 
 
 def ignore_signals(worker):
@@ -74,6 +100,8 @@ def open_datasets(cfg, image_size, **training):
                              "each needs the same files")
         if cfg.data != "digits" and is_main():
             print(f"{dataset.root}: {len(dataset)} images in {len(dataset.class_names)} classes", flush=True)
+            if note := dataset.not_applied():
+                print(f"{dataset.root}: {note}", flush=True)
     check_classes(train_set, test_set)
     return train_set, test_set
 

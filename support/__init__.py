@@ -3,3 +3,7 @@ understood without reading it.
 
 Nothing here imports anything else of the project.
 """
+import sys
+
+if sys.platform == "win32":
+    sys.exit("error: Windows is not supported; use the Windows Subsystem for Linux (WSL)")

@@ -103,8 +103,8 @@ def parse(table, description, kind, argv=None, prog=None):
     if given.get("resume"):
         out = given.get("out", settings["out"])
         checkpoint = load_checkpoint(out, "the same command without --resume", kind)
-        if "training" not in checkpoint:
-            stop(f"{out} holds weights without a training state (imported weights have none); leave out --resume")
+        if missing := [name for name in ("training", "step", "config", "images") if name not in checkpoint]:
+            stop(f"{out} has no {missing[0]}, so --resume can't continue from it (imported weights have none)")
         settings, why = settings | checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
@@ -114,17 +114,19 @@ def parse(table, description, kind, argv=None, prog=None):
         parser.error(f"--steps must be at least {checkpoint['step']}, the step of {out}, got {settings['steps']}")
     if kind and not settings["out"].endswith(".pt"):  # log and picture: the same name with other suffixes
         parser.error(f"--out must end in .pt, got {settings['out']}")
-    check_outputs(settings["out"])
+    check_outputs(settings["out"], inputs=[settings.get("tokenizer")])
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
     return SimpleNamespace(**settings), checkpoint
 
 
-def check_outputs(*paths):
-    """Exit before any work if a file can't be written to one of the paths; None is skipped."""
+def check_outputs(*paths, inputs=()):
+    """Exit before any work if a file can't be written to one of the paths, or is one of the inputs; None is skipped."""
     try:
         for path in filter(None, paths):
             check_output(path)
+            if os.path.realpath(path) in [os.path.realpath(name) for name in filter(None, inputs)]:
+                raise ValueError(f"{path} is read by this command, which would replace it; choose another name")
     except ValueError as problem:
         stop(str(problem))
 

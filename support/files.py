@@ -18,6 +18,8 @@ def check_output(path):
         raise ValueError(f"there is no folder {folder} to write {path} to")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder, so no file can be written there; move it away, or choose another name")
+    if os.path.exists(path) and not os.path.isfile(path) or os.path.abspath(path).startswith("/dev/"):
+        raise ValueError(f"{path} is a device or a pipe, which this would replace by a file; choose another name")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{path} can't be written: permission denied in {folder}")
 
@@ -70,6 +72,10 @@ def save_checkpoint(checkpoint, path):
         torch.save(checkpoint, file)
 
 
+NEEDED = {"tokenizer": ["model_config", "weights", "class_names"],  # what is read from each kind of checkpoint
+          "fsdd": ["model_config", "weights", "class_names", "denoiser", "generation", "tokenizer"]}
+
+
 def load_checkpoint(path, made_by, *kinds):
     """The dict in a checkpoint of one of these kinds; exits with one sentence if there is none.
 
@@ -80,6 +86,8 @@ def load_checkpoint(path, made_by, *kinds):
         if (kind := checkpoint.get("kind")) not in kinds:
             raise ValueError(f"{path} is not a {' or '.join(kinds)} checkpoint"
                              f"{f' but a {kind} checkpoint' if kind else ''}")
+        if missing := [name for name in NEEDED.get(kind, []) if name not in checkpoint]:
+            raise ValueError(f"{path} has no {missing[0]}")
     except ValueError as problem:
         sys.exit(f"error: {problem}; make it with: {made_by}")
     return checkpoint

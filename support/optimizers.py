@@ -74,7 +74,7 @@ def make_optimizers(model, cfg, beta2, decay_all=False):
 def warmup_cosine(step, steps, warmup, end):
     """The learning rate at a step, counted from 0, as a share of its peak: linear warm-up, then cosine decay to end.
     The cosine includes the warm-up's steps."""
-    cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
+    cosine = (1 + math.cos(math.pi * min(1.0, step / max(1, steps)))) / 2
     return min(1.0, (step + 1) / max(1, warmup)) * (end + (1 - end) * cosine)
 
 

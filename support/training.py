@@ -1,4 +1,5 @@
 """What surrounds a training loop: its state in a checkpoint, its log, signals, and how a script ends."""
+import contextlib
 import csv
 import gc
 import math
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from support.command_line import stop
 from support.distributed import all_gather, is_main, rank_and_world_size
 from support.files import atomic_open, naming, not_finite, save_checkpoint
+from support.optimizers import warmup_cosine
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
@@ -22,6 +24,9 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if 
 def run(main):
     """Run a script's main() and leave the process group. Errors that a user can fix become one sentence."""
     code = 0
+    while os.open(os.devnull, os.O_RDWR) < 2:  # if closed: no file that is opened later must take their place
+        pass
+    sys.stdout, sys.stderr = (Output(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
         main()
     except StoppedBySignal as stopped:
@@ -31,6 +36,9 @@ def run(main):
     except OSError as problem:
         stop(str(problem))
     except (MemoryError, RuntimeError) as problem:
+        if "closed by peer" in str(problem):
+            stop("another process of this run has died; if it printed no reason, it was killed, perhaps because memory "
+                 "ran out; the last checkpoint remains")
         if "allocate" not in str(problem):
             raise
         stop(f"out of memory: {str(problem).splitlines()[0]}; take a smaller model, or fewer images at once")
@@ -43,6 +51,24 @@ def run(main):
         dist.barrier()
         dist.destroy_process_group()
     sys.exit(code)
+
+
+class Output:
+    """Standard output or error. A run goes on when nobody reads it any more."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 class StoppedBySignal(SystemExit):
@@ -97,6 +123,12 @@ def check_training(cfg, checkpoint, dataset):
     if checkpoint and checkpoint["images"] != dataset.fingerprint():
         raise ValueError("the training images or classes are not those of the checkpoint, so --resume can't continue "
                          "from it; restore them, or start a new training")
+    if checkpoint and cfg.steps != checkpoint["config"]["steps"] and is_main():
+        first, step = getattr(cfg, "proxy_steps", 0), checkpoint["step"]  # the schedule of phase 1 does not change
+        before, after = (cfg.lr * warmup_cosine(step - first, steps - first, cfg.warmup, cfg.lr_end)
+                         for steps in (checkpoint["config"]["steps"], cfg.steps))
+        if step >= first:
+            print(f"--steps has changed: the learning rate continues with {after:.3g} in place of {before:.3g}")
 
 
 def keep_previous(path):

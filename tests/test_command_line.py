@@ -5,7 +5,7 @@ import os
 import pytest
 
 from support.command_line import check_outputs, checked, parse
-from support.files import save_checkpoint
+from support.files import NEEDED, save_checkpoint
 
 TABLE = [
     ("steps", 10, 1000, "[1, inf)", "steps"), ("lr", 1e-3, 1e-4, "(0, inf)", "rate in %"),
@@ -61,11 +61,16 @@ def test_outputs_are_checked_before_the_work(monkeypatch):
     """Broken: hours of work would end when their result is to be written."""
     os.mkdir("folder.pt")
     os.symlink("gone/a.pt", "link.pt")
+    os.mkfifo("pipe.pt")
     for path, words in (("none/a.pt", "there is no folder none"), ("folder.pt", "is a folder"),
+                        ("pipe.pt", "is a device or a pipe"), ("/dev/null.pt", "is a device or a pipe"),
                         ("link.pt", "there is no folder [^\n]*gone")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}"):
             settings(f"--out={path}")
-    check_outputs(None, "good.pt")
+    check_outputs(None, "good.pt", inputs=[None, "other.pt"])
+    os.symlink("good.pt", "also_good.pt")
+    with pytest.raises(SystemExit, match="error: good.pt is read by this command"):
+        check_outputs("good.pt", inputs=["also_good.pt"])
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root has access to everything
     with pytest.raises(SystemExit, match="error: good.pt can't be written: permission denied"):
         check_outputs(None, "good.pt")
@@ -85,7 +90,8 @@ def test_resume_takes_the_settings_of_the_checkpoint(capsys):
     """Broken: a resumed run would train with other settings than the run that it continues."""
     config = {"recipe": "digits", "resume": False, "steps": 50, "lr": 0.5, "flip": True, "ema": 0.9, "tf32": True,
               "bf16": "off", "data": "digits", "out": "old.pt"}
-    checkpoint = {"kind": "fsdd", "step": 50, "config": config, "training": {}}
+    complete = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd", "images": ""}
+    checkpoint = complete | {"step": 50, "config": config, "training": {}}
     save_checkpoint(checkpoint, "b.pt")
     cfg, found = parse(TABLE, "", "fsdd", ["--resume", "--out=b.pt", "--steps=60", "--lr=0.5", "--data=moved"])
     assert vars(cfg) == config | {"resume": True, "steps": 60, "out": "b.pt", "data": "moved"} and found == checkpoint
@@ -97,9 +103,10 @@ def test_resume_takes_the_settings_of_the_checkpoint(capsys):
         assert words in f"{stopped.value.code} {capsys.readouterr().err}"
     with pytest.raises(SystemExit, match="is not a tokenizer checkpoint but a fsdd checkpoint"):
         parse(TABLE, "", "tokenizer", ["--resume", "--out=b.pt"])
-    save_checkpoint({"kind": "fsdd", "config": {}}, "imported.pt")
-    with pytest.raises(SystemExit, match="weights without a training state"):
-        settings("--resume", "--out=imported.pt")
+    for missing in ("training", "step", "images"):  # such as imported weights
+        save_checkpoint({name: value for name, value in checkpoint.items() if name != missing}, "stripped.pt")
+        with pytest.raises(SystemExit, match=f"stripped.pt has no {missing}, so --resume can't continue from it"):
+            settings("--resume", "--out=stripped.pt")
 
 
 @pytest.mark.parametrize("interval, inside, outside", [

@@ -189,7 +189,12 @@ def test_statistics_are_saved_and_used_again(digits, small_digits, tmp_path, mon
     by_images = evaluate(*generated, "test.npz", folder=tmp_path)
     with np.load(tmp_path / "test.npz") as file:
         arrays = dict(file)
-    assert arrays["num"] == 300 and arrays["mu"].shape == (128,)
+    assert arrays["num"] == 300 and arrays["size"] == "28 x 28" and arrays["mu"].shape == (128,)
+    np.savez(tmp_path / "few.npz", **arrays | {"num": 50, "size": "14 x 14"})
+    evaluate("--images", tmp_path / "test.npz", f"--ref={tmp_path}/few.npz", folder=tmp_path)
+    warned = capsys.readouterr().err
+    assert "warning: 50 images for 128 features" in warned
+    assert "the images have 28 x 28 pixels, those of the reference 14 x 14" in warned
     np.savez(tmp_path / "adm.npz", **arrays, arr_0=np.load("test.npz")["arr_0"][:50])  # and some of the images
     capsys.readouterr()
     for name in ("test", "adm"):
@@ -207,6 +212,14 @@ def test_statistics_are_saved_and_used_again(digits, small_digits, tmp_path, mon
     for name in ("other.npz", "wide.npz"):
         with pytest.raises(SystemExit, match=f"{name} holds statistics of .* can't be compared"):
             evaluate("--images", tmp_path / "generated.npz", f"--ref={tmp_path}/{name}", folder=tmp_path)
+
+
+def test_numbers_come_before_files(digits, small_digits, tmp_path, capsys):
+    """Broken: a full disk would cost the numbers of an evaluation of hours."""
+    with pytest.raises(OSError, match="File name too long"):  # one sentence, by run()
+        evaluate("--data=digits", f"--images={digits}/test.npz", f"--classifier={digits}/digits_classifier.pt",
+                 f"--save_stats={'a' * 300}.npz", folder=tmp_path)
+    assert "digits_fid: " in capsys.readouterr().out and (tmp_path / "r.json").exists()
 
 
 def test_a_checkpoint_as_the_reference(digits, small_digits, tmp_path, monkeypatch):

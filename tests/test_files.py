@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support import pictures
-from support.files import atomic_open, load_checkpoint, read_json, save_checkpoint, write_json
+from support.files import NEEDED, atomic_open, load_checkpoint, read_json, save_checkpoint, write_json
 from support.training import open_log, run
 
 
@@ -74,7 +74,8 @@ def test_a_full_disk_destroys_nothing():
 
 def test_bad_checkpoints_get_one_sentence():
     """Broken: a missing, damaged or foreign file, or one with NaN, would end in a traceback or be worked with."""
-    save_checkpoint({"kind": "fsdd", "weights": torch.randn(1000)}, "good.pt")
+    complete = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd"}
+    save_checkpoint(complete | {"weights": torch.randn(1000)}, "good.pt")
     assert load_checkpoint("good.pt", "x", "tokenizer", "fsdd")["kind"] == "fsdd"
     with open("good.pt", "rb") as file:
         content = file.read()
@@ -87,9 +88,11 @@ def test_bad_checkpoints_get_one_sentence():
     save_checkpoint({"kind": "tokenizer"}, "other.pt")
     save_checkpoint({"kind": "fsdd", "a": [{"b": torch.tensor([1, float("nan")])}]}, "nan.pt")
     save_checkpoint({"kind": "fsdd", "lr": float("inf")}, "inf.pt")
+    save_checkpoint({"kind": "fsdd", "model_config": {}}, "stripped.pt")
     for name, words in (("none", "there is no checkpoint none.pt"), ("truncated", "can't be read as a checkpoint"),
                         ("changed", "can't be .*; changed.pt.previous is the one before it"), ("text", "can't be read"),
                         ("other", "is not a fsdd checkpoint but a tokenizer checkpoint"),
-                        ("nan", "numbers that are not finite .a 0 b."), ("inf", "numbers that are not finite .lr.")):
+                        ("nan", "numbers that are not finite .a 0 b."), ("inf", "numbers that are not finite .lr."),
+                        ("stripped", "stripped.pt has no weights")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*python train_fsdd.py$"):
             load_checkpoint(f"{name}.pt", "python train_fsdd.py", "fsdd")

@@ -2,6 +2,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,6 +18,7 @@ from support.files import read_checkpoint
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.training import (Signals, StoppedBySignal, check_finite, check_result, check_training, keep_previous,
                               open_log, restore_training, run, save_training)
+from tests.scripts import ROOT
 from tests.test_distributed import on_ranks
 
 
@@ -32,6 +35,21 @@ def test_a_script_ends_with_one_sentence(error, code):
     with pytest.raises(SystemExit) as stopped:
         run(mock.Mock(side_effect=error))
     assert stopped.value.code == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", ["2>&1 | head -c 1", ">&- 2>&-", "> /dev/full 2>&1"])
+def test_a_run_goes_on_without_output(redirection):
+    """Broken: when a terminal, tee or head that shows the output goes, hours of training would be lost."""
+    script = ("import os, sys, time; from support.training import progress_bar, run\n"
+              "def main():\n"
+              "    for step in progress_bar(0, 30, 1):\n"
+              "        print('step', step, flush=True); print(step, file=sys.stderr); time.sleep(0.01)\n"
+              "    print('the end'); open('done', 'w').close()\n"
+              "run(main)")
+    command = f"{sys.executable} -c \"$SCRIPT\" {redirection}; echo ${{PIPESTATUS[0]}} > code"
+    subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONPATH": ROOT, "SCRIPT": script}, check=True)
+    assert os.path.exists("done") and open("code").read() == "0\n"
 
 
 def test_sizes_beyond_memory_end_with_one_sentence():
@@ -154,11 +172,11 @@ class FewImages(list):
 def test_checks_before_the_first_step():
     """Broken: a run would resume on other images, or some ranks have no image in the batch."""
     def check():
-        said, checkpoint = [], {"step": 1, "images": "[0, 1, 2]"}
+        said, checkpoint = [], {"step": 1, "images": "[0, 1, 2]", "config": {"steps": 2}}
         for batch_size, found, images in ((2, checkpoint, range(3)), (1, None, range(3)), (4, None, range(3)),
                                           (2, checkpoint, range(4)), (2, dist.get_rank() and checkpoint, range(3))):
             try:
-                check_training(SimpleNamespace(batch_size=batch_size), found, FewImages(images))
+                check_training(SimpleNamespace(batch_size=batch_size, steps=2), found, FewImages(images))
             except ValueError as problem:
                 said.append(str(problem))
         return said
@@ -166,6 +184,21 @@ def test_checks_before_the_first_step():
     for said in on_ranks(2, check):
         assert len(said) == 4 and "batch_size 1 must lie between" in said[0] and "batch_size 4 must lie" in said[1]
         assert "not those of the checkpoint" in said[2] and "different checkpoints" in said[3]
+
+
+def test_a_jump_of_the_learning_rate_is_announced(capsys):
+    """Broken: a resumed run with more --steps would continue at another rate, and nothing would say so."""
+    config = dict(steps=10, batch_size=2, lr=0.1, lr_end=0.1, warmup=2)
+    checkpoint = {"step": 10, "images": "[0, 1, 2]", "config": config}
+    check_training(SimpleNamespace(**config), checkpoint, FewImages(range(3)))
+    assert not capsys.readouterr().out
+    check_training(SimpleNamespace(**config | {"steps": 20}), checkpoint, FewImages(range(3)))
+    assert "the learning rate continues with 0.055 in place of 0.01" in capsys.readouterr().out
+    phases = config | dict(proxy_steps=10, proxy_warmup=2)  # the rate of the first phase does not depend on steps
+    for step, said in ((9, ""), (15, "continues with 0.1 in place of 0.055")):
+        found = checkpoint | {"step": step, "config": phases | {"steps": 20}}
+        check_training(SimpleNamespace(**phases | {"steps": 10 ** 6}), found, FewImages(range(3)))
+        assert said in capsys.readouterr().out or not said
 
 
 def test_the_log_continues_from_the_checkpoint():
