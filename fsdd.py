@@ -281,13 +281,13 @@ def time_features(time, size=256, max_period=10000):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def fsdd_loss(denoiser, batch):
+def fsdd_loss(denoiser, batch, process=forward_process):
     """Cross-entropy of the denoiser's logits at X_t against X_0, mean over codes and vectors.
 
     batch: x0 and x1 (B, C) int64, t (B,) in (0, 1], labels (B,), the null class where the label is dropped, and
     uniform (B, C), see forward_process().
     """
-    x_t = forward_process(batch.x0, batch.x1, batch.t, batch.uniform)
+    x_t = process(batch.x0, batch.x1, batch.t, batch.uniform)
     logits = denoiser(x_t, batch.t, batch.labels)  # (B, C, M + 1)
     return F.cross_entropy(logits.float().flatten(0, 1), batch.x0.flatten())
 
@@ -325,7 +325,7 @@ def paper_step(x, p, t, s, generator=None, prior=None, top_p=TOP_P, top_k=0):
 
 
 def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE, top_p=TOP_P, top_k=0, generator=None,
-           step=paper_step, times=uniform_times):
+           noise=sample_noise, step=paper_step, times=uniform_times, start=None):
     """Generate count vectors step by step: yields X_1 (noise), then X_t after each step, finally X_0.
 
     Every one is (B, C) int64 and every row sums to M.
@@ -335,11 +335,14 @@ def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE
     steps: their number.  guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see paper_step().
     The defaults, except for the prior (theirs is "distinct"), are the authors' for the best FID; top_k = 2 and
     top_p = 1 are their sharper, less diverse setting.
-    step, times: the sampler: a function X_t -> X_s like paper_step(), and one like uniform_times().
+    noise, step, times: the sampler: functions like sample_noise(), which draws X_1, paper_step(), X_t -> X_s, and
+    uniform_times().
+    start: X_t (B, C) and t, to continue from this state instead of noise.
     """
-    x = sample_noise(len(labels), denoiser.codebook_size, denoiser.num_tokens, prior, generator, labels.device)
+    C, M = denoiser.codebook_size, denoiser.num_tokens
+    x, t_start = start or (noise(len(labels), C, M, prior, generator, labels.device), 1.0)
     yield x
-    for t, s in pairwise(times(steps)):
+    for t, s in pairwise([t_start] + [t for t in times(steps) if t < t_start]):
         p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
         x = step(x, p, t, s, generator=generator, prior=prior, top_p=top_p, top_k=top_k)
         yield x

@@ -6,7 +6,7 @@
 
 Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images). After that
 no training image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
-need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 8 minutes on two CPU cores without bfloat16 instructions
+need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 9 minutes on two CPU cores without bfloat16 instructions
 (README.md).
 """
 import math
@@ -23,8 +23,8 @@ from beyond import flip_times, sparse_loss, start_from_codebook
 from data.loader import batch_indices, open_datasets, read_slices
 from data.token_sets import check_token_file, encode_training_set
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
-from fsdd import fsdd_loss, generate, sample_noise
-from sample import DENOISERS, GENERATION, decode, refine_arguments
+from fsdd import fsdd_loss, generate
+from generation import DENOISERS, GENERATION, PROCESS, decode, refine_arguments
 from support.command_line import HARDWARE, parse, stop
 from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size
 from support.files import load_checkpoint
@@ -46,8 +46,7 @@ HYPERPARAMETERS = [
     ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "",                   "checkpoint of stage 1"),
     ("data",             "digits",       "data/imagenet", "",                   "digits, or a folder (train/, val/)"),
     ("flip",             False,          True,            "",                   "learn from mirrored images too"),
-    # noise and denoiser
-    ("prior",            "multinomial",  "multinomial",   "multinomial | distinct", "X_1 (distinct: authors' release)"),
+    # denoiser
     ("model",            "digits",       "S",             "digits | S | B",     "size of the denoiser, see MODELS"),
     ("width",            0,              0,               "[0, inf)",           "its width, 0 = the model's"),
     ("layers",           0,              0,               "[0, inf)",           "its blocks, 0 = the model's"),
@@ -56,12 +55,13 @@ HYPERPARAMETERS = [
     ("gelu",             "exact",        "tanh",          "exact | tanh",       "tanh (DiT), exact: faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "[0, 1]",             "share of labels that are dropped"),
     # beyond the paper, see beyond.py; the column imagenet256 is the paper's
-    ("training_times",   "flips",        "uniform",       "uniform | flips",    "how the times t are drawn"),
+    ("prior",            "hidden",       "multinomial",   "multinomial | distinct | hidden", "X_1, see PROCESS"),
+    ("training_times",   "uniform",      "uniform",       "uniform | flips",    "how the times t are drawn"),
     ("code_start",       "codebook",     "zeros",         "zeros | codebook",   "start of the code embedding"),
     ("denoiser",         "sparse",       "dense",         "dense | sparse",     "codes attend to codes, or tokens"),
-    ("loss_codes",       3,              3,               "[3, inf)",           "sparse: codes in the loss / M"),
+    ("loss_codes",       2,              3,               "[2, inf)",           "sparse: codes in the loss / M"),
     # optimization
-    ("steps",            2200,           1000000,         "[1, inf)",           "optimizer steps"),
+    ("steps",            4000,           1000000,         "[1, inf)",           "optimizer steps"),
     ("batch_size",       64,             256,             "[1, inf)",           "images per step, over all processes"),
     ("device_batch",     64,             32,              "[1, inf)",           "images that a process takes at once"),
     ("optimizer",        "muon",         "adamw",         "adamw | muon",       "muon: for the blocks' matrices"),
@@ -122,7 +122,8 @@ def prepare(stage1, device, cfg):
     tokenizer.load_state_dict(stage1["weights"])
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     check_token_file(cfg.tokens, C)
-    sample_noise(1, C, M, cfg.prior)  # refuses M > C if the prior can't have it
+    codebook_size = C + 1 if cfg.prior == "hidden" else C  # with the null code
+    PROCESS[cfg.prior][0](1, codebook_size, M, cfg.prior)  # refuses M > C if the prior can't have it
     if cfg.flip and cfg.data == "digits":
         raise ValueError("the digits are not mirrored, got --flip true")
     generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
@@ -132,7 +133,7 @@ def prepare(stage1, device, cfg):
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
                          f"{tokenizer.channels}; give the --data that it was trained on")
     width, layers, heads = MODELS[cfg.model]
-    model_config = dict(codebook_size=C, num_tokens=M, num_classes=len(train_set.class_names),
+    model_config = dict(codebook_size=codebook_size, num_tokens=M, num_classes=len(train_set.class_names),
                         width=cfg.width or width, layers=cfg.layers or layers, heads=cfg.heads or heads,
                         unused_rows=cfg.unused_rows, gelu=cfg.gelu)
     return tokenizer, train_set, test_set, model_config, generation
@@ -152,9 +153,9 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     """The training loop. tokens (1 or 2, N, M), labels (N,): the training set. Returns the model with averaged
     weights."""
     B, device = cfg.batch_size, model.code_embedding.device
-    compute_loss = fsdd_loss
+    compute_loss = partial(fsdd_loss, process=PROCESS[cfg.prior][1])
     if cfg.denoiser == "sparse":
-        compute_loss = partial(sparse_loss, num_codes=cfg.loss_codes * model.num_tokens)
+        compute_loss = partial(sparse_loss, num_codes=cfg.loss_codes * model.num_tokens, process=PROCESS[cfg.prior][1])
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = make_optimizers(model, cfg, cfg.beta2, decay_all=True)
     start = restore_training(checkpoint, model, ema, optimizers)
@@ -227,7 +228,7 @@ def draw_batch(tokens, labels, model, rows, step, cfg):
     version = (u_mirror * len(tokens)).long().cpu()  # 0: the image; 1, if tokens has it: its mirror image
     x = torch.from_numpy(tokens[version.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (n, M)
     y = torch.where(u_drop < cfg.label_drop, model.num_classes, labels[indices].to(device))
-    x1 = sample_noise(B, C, M, cfg.prior, random, device)[rows]
+    x1 = PROCESS[cfg.prior][0](B, C, M, cfg.prior, random, device)[rows]
     uniform, order = (torch.rand(B, C, generator=random, device=device)[rows] for _ in range(2))
     t = flip_times(u_time) if cfg.training_times == "flips" else 1 - u_time
     return Batch(tokens_to_counts(x, C), y, t, x1, uniform, order)
@@ -238,17 +239,18 @@ def evaluate(model, tokenizer, dataset, device, cfg):
     """The loss on a dataset, always over all codes and at uniform times, so that runs can be compared. Each image gets
     one time and one noise vector, the same at every call."""
     (rank, world_size), C, M = rank_and_world_size(), model.codebook_size, model.num_tokens
+    noise, process = PROCESS[cfg.prior]
     total = torch.zeros((), dtype=torch.float64, device=device)
     parts = chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::world_size]
     for part, (images, labels) in zip(parts, read_slices(dataset, parts, cfg.workers)):
         random = generator(device, "test", cfg.seed, part.start)
         t = 1 - torch.rand(len(images), generator=random, device=device)
-        x1 = sample_noise(len(images), C, M, cfg.prior, random, device)
+        x1 = noise(len(images), C, M, cfg.prior, random, device)
         uniform = torch.rand(x1.shape, generator=random, device=device)
         with autocast(device, cfg.bf16):
             x0 = tokens_to_counts(tokenizer.encode(images.to(device) / 127.5 - 1), C)
             batch = Batch(x0, labels.to(device), t, x1, uniform, order=None)
-            total += fsdd_loss(model, batch) * len(images)
+            total += fsdd_loss(model, batch, process) * len(images)
     return all_reduce(total).item() / len(dataset)
 
 

@@ -97,6 +97,16 @@ def find_images(folder):
     return sorted(found, key=lambda name: (name.split(os.sep)[0], name))
 
 
+def read_image(path, size, channels):
+    """The center crop of an image file, as ADM crops it, (size, size, ch) uint8. ValueError if it can't be read."""
+    try:
+        with Image.open(path) as file:
+            image = center_crop(file, size)
+    except Exception as problem:  # as in ImageFolder.read()
+        raise ValueError(f"{path} can't be read ({reason(problem)})") from None
+    return np.array(image if channels == 3 else image.convert("L")).reshape(size, size, channels)
+
+
 def reason(problem):
     return " ".join(f"{type(problem).__name__}: {problem}".split())
 

@@ -3,12 +3,11 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import evaluate_fid
 from data.digits import Digits
-from data.image_folder import SUFFIXES, center_crop, find_images
+from data.image_folder import SUFFIXES, find_images, read_image
 from data.loader import read_ahead
 from paper.layouts import KINDS
 from support.command_line import Parser, check_outputs, checked, stop
@@ -97,10 +96,3 @@ def find_files(path):
     if not found:
         stop(f"there is no image {path}, and no folder of that name with images ({', '.join(SUFFIXES)})")
     return found
-
-
-def read_image(path, size, channels):
-    """The center crop of an image file, as ADM crops it, (size, size, ch) uint8."""
-    with Image.open(path) as file:
-        image = center_crop(file, size)
-    return np.asarray(image if channels == 3 else image.convert("L")).reshape(size, size, channels)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate_fid
-import sample
+import generation
 from data.loader import read_ahead
 from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, NUM, SEED, WORKERS, open_tokenizer, read_options
@@ -70,7 +70,7 @@ def measure(tokenizer, dataset, net, args, device, rank, world_size):
     changes = torch.zeros(len(COLUMNS) - 1, dtype=torch.int64)
     for i, (images, _) in enumerate(tqdm(batches, total=len(parts), disable=rank > 0, mininterval=5)):
         tokens = tokenizer.encode(images.to(device) / 127.5 - 1)
-        decoded = [sample.decode(tokenizer, order) for order in five_orders(tokens, shuffle)]  # (n, ch, H, W) uint8
+        decoded = [generation.decode(tokenizer, order) for order in five_orders(tokens, shuffle)]  # (n, ch, H, W) uint8
         for one, pixels in zip(statistics, [images, *decoded]):
             one.add(net(pixels.to(device))[0])
         changes = changes.maximum(torch.stack([(other.long() - decoded[0].long()).abs().max() for other in decoded]))

@@ -1,4 +1,4 @@
-"""Quality against the number of sampling steps, of both samplers, for one model (next to Table 5).
+"""Quality against the number of sampling steps, by the samplers that a model can have (next to Table 5).
 
     python -m paper.table5_steps                                 the digits, fsdd.pt
     python -m paper.table5_steps --ckpt fsdd.pt --ref VIRTUAL_imagenet256_labeled.npz
@@ -10,21 +10,23 @@ import time
 
 from PIL import Image, ImageDraw
 
-import sample
+import generation
 from evaluate_fid import NUM_DIGITS
 from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, NUM, REF, read_options
+from support.files import load_checkpoint
 from support.hardware import init_distributed
 from support.pictures import save
 from support.training import run
 
 STEPS = (3, 6, 12, 25, 50)
-SETTINGS = {"exchange": {"guidance": "0.5:12", "top_p": 1.0, "top_k": 0},  # the digits' recipe
-            "paper": {"guidance": "4,30,30", "top_p": 1.0, "top_k": 2}}  # the best found for the digits
-COLOURS = {"exchange": "#2e9d57", "paper": "#d0473a"}
+SETTINGS = {"reveal": {"guidance": "3", "top_p": 1.0, "top_k": 0},  # the digits' recipe, for hidden tokens
+            "exchange": {"guidance": "0.5:12", "top_p": 1.0, "top_k": 0},  # these two for the paper's noise, with the
+            "paper": {"guidance": "4,30,30", "top_p": 1.0, "top_k": 2}}    # best settings found for the digits
+COLOURS = {"reveal": "#3a6fd0", "exchange": "#2e9d57", "paper": "#d0473a"}
 WIDTH, HEIGHT, MARGIN = 560, 300, 48  # of the figure, pixels
 OPTIONS = [
-    ("--ckpt", sample.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
+    ("--ckpt", generation.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
     (NUM, None, "[2, inf)", f"images to generate (digits: {NUM_DIGITS})"),
     ("--out", "steps.png", "", "the figure"),
     DATA, REF, INCEPTION, DEVICE,
@@ -36,9 +38,11 @@ def main(argv=None):
     began = time.time()
     device, rank, world_size = init_distributed(args.device, tf32=False)
     options = {name: getattr(args, name) for name in ("data", "ref", "inception", "num")}
+    prior = load_checkpoint(args.ckpt, "python train_fsdd.py", "fsdd")["generation"]["prior"]
     found = {(sampler, steps): variants.evaluate(args.ckpt, device, rank, world_size, **options, **settings,
                                                  sampler=sampler, steps=steps)
-             for sampler, settings in SETTINGS.items() for steps in STEPS}
+             for sampler, settings in SETTINGS.items() for steps in STEPS
+             if (sampler == "reveal") == (prior == "hidden")}
     if rank > 0:
         return
     name = variants.named_fid(next(iter(found.values())))[0]
@@ -62,7 +66,8 @@ def draw(fids, name):
     pen.text((WIDTH // 2 - 20, HEIGHT - 20), "steps", fill="black")
     for x, steps in zip(columns, STEPS):
         pen.text((x - 6, floor + 6), str(steps), fill="black")
-    for i, (sampler, colour) in enumerate(COLOURS.items()):
+    for i, sampler in enumerate(dict.fromkeys(sampler for sampler, _ in fids)):
+        colour = COLOURS[sampler]
         pen.text((WIDTH - MARGIN - 80, 16 + 14 * i), sampler, fill=colour)
         points = [(x, floor - fids[sampler, steps] / largest * (floor - MARGIN)) for x, steps in zip(columns, STEPS)]
         pen.line(points, fill=colour, width=3)

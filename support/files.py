@@ -72,7 +72,7 @@ def save_checkpoint(checkpoint, path):
         torch.save(checkpoint, file)
 
 
-NEEDED = {"tokenizer": ["model_config", "weights", "class_names"],  # what is read from each kind of checkpoint
+NEEDED = {"tokenizer": ["model_config", "weights"],  # what is read from each kind of checkpoint
           "fsdd": ["model_config", "weights", "class_names", "denoiser", "generation", "tokenizer"]}
 
 

@@ -5,15 +5,18 @@
 import itertools
 import math
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import beyond
-from beyond import SparseDenoiser, exchange_step, exchange_times, flip_times, sparse_loss
+from beyond import (SparseDenoiser, all_hidden, exchange_step, exchange_times, flip_times, hide_tokens, reveal_step,
+                    sparse_loss)
+from dual_transform import counts_to_tokens
 from fsdd import (Denoiser, discrete_gaussian, draw, forward_process, fsdd_loss, generate, greedy_adjust, paper_step,
-                  sample_noise, uniform_times)
+                  refine, sample_noise, uniform_times)
 from tests.test_fsdd import (LargestTensor, assert_generation_ends_at_the_data, assert_generation_keeps_the_sum,
                              assert_same_distribution, dense_gaussian, generator, random_batch, skewed_counts,
                              small_denoiser)
@@ -281,6 +284,48 @@ def test_exchange_samples_the_data_of_an_oracle(C, M, images, prior, all_steps, 
         assert stalled[100] > stalled[25] + 0.02  # small steps stall
 
 
+class HiddenOracle(Oracle):
+    """The same with hidden tokens, where p(x_0 | X_t) is known: there are C(x_0[j], X_t[j]) equally likely choices of
+    the tokens of code j that are visible."""
+
+    def __init__(self, C, M, images):
+        super().__init__(C, M, images, "hidden")
+        self.codebook_size = C + 1
+
+    def __call__(self, x, t, labels):
+        counts = range(self.num_tokens + 1)
+        choose = torch.tensor([[math.comb(n, k) for k in counts] for n in counts])
+        visible = x[:, None, :-1].expand(-1, len(self.data), -1)  # (n, images, C)
+        ways = choose[self.data.expand(len(x), -1, -1), visible].prod(2)  # (n, images)
+        known = (ways + 1e-9) * self.weights
+        data = torch.nn.functional.pad(self.data, (0, 1))  # no token is on the null code
+        one_hot = torch.nn.functional.one_hot(data, self.num_tokens + 1).double()
+        return torch.einsum("ni,icm->ncm", known / known.sum(1, keepdim=True), one_hot).clamp(min=1e-12).log().float()
+
+    def distance(self, x):
+        return super().distance(x[:, :self.data.shape[1]])
+
+
+REVEAL = {"noise": all_hidden, "step": reveal_step}
+
+
+@pytest.mark.parametrize("C, M, images", [(6, 4, 4), pytest.param(8, 3, 5, marks=pytest.mark.slow),
+                                          pytest.param(7, 6, 12, marks=pytest.mark.slow)])
+def test_one_token_at_a_time_is_exact_by_an_oracle(C, M, images):
+    """Broken: with the exact p(x_0 | X_t), M steps would not draw from the data, or fewer steps not come closer to it
+    than exchange does. Prints all distances."""
+    oracle, steps = HiddenOracle(C, M, images), range(1, 2 * M + 1)
+    draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(44))
+    noise = oracle.distance(torch.nn.functional.pad(oracle.data[draws], (0, 1)))
+    found = oracle.distances(steps, **REVEAL)
+    exchange = Oracle(C, M, images, "multinomial").distances(steps, **EXCHANGE)
+    print(f"C = {C}, M = {M}, in 1 to {2 * M} steps: samples of the data {noise:.3f}", *(
+        f"{name} {', '.join(f'{distance:.3f}' for distance in row.values())}" for name, row in (
+            ("hidden tokens", found), ("exchange", exchange))), sep="; ")
+    assert all(found[n] < noise + 0.02 for n in steps if n >= M)
+    assert found[1] > found[M] + 0.1 and found[M] < exchange[2 * M]
+
+
 # --- 4. the sparse denoiser ------------------------------------------------------------------------------------------
 
 
@@ -334,8 +379,8 @@ def test_sparse_loss_estimates_the_loss_of_all_codes():
                             for order in orders])
     assert every.item() == pytest.approx(full.item(), rel=1e-5)
     assert some.std() > 0.001 and abs(some.mean() - full) < 5 * some.std() / 10
-    with pytest.raises(ValueError, match="more than 2 M = 12, got 12"):  # then no other code could be among them
-        sparse_loss(denoiser, batch, 12)
+    with pytest.raises(ValueError, match="at least 2 M = 12, got 11"):
+        sparse_loss(denoiser, batch, 11)
 
 
 @pytest.mark.parametrize("recompute, compiled", [(True, False), pytest.param(False, True, marks=pytest.mark.slow),
@@ -352,3 +397,73 @@ def test_sparse_compiled_or_recomputed_is_the_same(recompute, compiled):
         gradients.append([parameter.grad for parameter in denoiser.parameters()])
     for plain, other in zip(*gradients):
         torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-6)
+
+
+# --- 5. hidden tokens ------------------------------------------------------------------------------------------------
+
+
+def test_every_token_is_hidden_with_probability_t():
+    """Broken: a token would be more likely to be hidden than another, or a state not sum to M."""
+    x0 = torch.tensor([[3, 0, 1, 0, 0]]).expand(20_000, -1)  # M = 4, four codes and the null code
+    x1 = all_hidden(len(x0), 5, 4)
+    assert x1.tolist() == [[0, 0, 0, 0, 4]] * len(x0)
+    for t in (0.0, 0.3, 1.0):
+        x = hide_tokens(x0, x1, torch.full((len(x0),), t), torch.rand(x0.shape, generator=generator(50)))
+        assert (x.sum(1) == 4).all() and not x[:, [1, 3]].any()
+        binomial = torch.distributions.Binomial(3, torch.tensor(1 - t)).log_prob(torch.arange(4.0)).exp()
+        assert_same_distribution(x[:, 0], binomial)
+        assert (x[:, 2].double().mean() - (1 - t)).abs() < 0.02
+    with pytest.raises(ValueError, match="'hidden' needs num_tokens <= codebook_size, got 5 > 4"):
+        all_hidden(1, 5, 5)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 6, 40])
+def test_revealed_tokens_stay(steps):
+    """Broken: a state would not sum to M, a token that is visible would change, or some stay hidden at the end."""
+    denoiser, labels = small_denoiser(13, 6), torch.arange(60) % 3
+    for settings in ({}, {"top_p": 0.7}, {"top_k": 2}, {"guidance": 5.0}):
+        states = list(refine(denoiser, labels, **REVEAL, **{"guidance": 1.0, "top_p": 1.0} | settings, steps=steps,
+                             prior="hidden", generator=generator(51)))
+        assert len(states) == steps + 1
+        for before, after in pairwise(states):
+            assert (after.sum(1) == 6).all() and (after[:, :-1] >= before[:, :-1]).all()
+        assert not states[-1][:, -1].any() and len(states[-1].unique(dim=0)) > 30
+
+
+def test_revealing_ends_at_what_the_denoiser_knows():
+    """Broken: hidden tokens would not become those that a perfect denoiser predicts, also counts above 1."""
+    x0 = torch.nn.functional.pad(skewed_counts(50, 12, 6, 52), (0, 1))
+    logits = 50.0 * torch.nn.functional.one_hot(x0, 7)
+
+    class Perfect:
+        codebook_size, num_tokens, num_classes = 13, 6, 1
+
+        def __call__(self, x, t, labels):
+            return logits
+
+    for steps in (1, 2, 4, 6):
+        assert torch.equal(generate(Perfect(), torch.zeros(50, dtype=torch.int64), **REVEAL, guidance=1.0, top_p=1.0,
+                                    prior="hidden", steps=steps), x0)
+
+
+def test_the_likelihood_of_an_oracle_is_the_datas():
+    """Broken: the bound would not be one, or not be reached by the exact p(x_0 | X_t), which makes it tight."""
+    oracle = HiddenOracle(6, 4, 12)
+    draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(54))
+    tokens, no_labels = counts_to_tokens(oracle.data[draws]), torch.zeros(4000, dtype=torch.int64)
+    found = torch.stack([beyond.log_likelihood(oracle, tokens, no_labels, generator(seed)) for seed in range(20)])
+    exact = oracle.weights[draws].log()
+    assert abs(found.mean() - exact.mean()) < 0.02
+    for image in range(12):  # in each image the mean over orders
+        assert abs(found[:, draws == image].mean() - oracle.weights[image].log()) < 0.15
+
+
+def test_a_sum_changes_in_proportion_to_the_probabilities():
+    """Broken: steps to the sum M would favour codes other than those whose counts are in doubt, or be taken where the
+    probability is 0."""
+    p = torch.tensor([[0.5, 0.5, 0], [0.2, 0.8, 0], [1, 0, 0], [0.8, 0.1, 0.1]])
+    x = torch.tensor([[0, 0, 0, 1]]).expand(40_000, -1)
+    changed = beyond.change_sum(x, p.log().expand(len(x), -1, -1), 2, generator(53))
+    assert (changed.sum(1) == 2).all() and not changed[:, 2].any()
+    odds = torch.tensor([1.0, 4.0, 0.0, 1.0])  # of 0 -> 1, 0 -> 1, none, 1 -> 2
+    assert_same_distribution((changed - x).argmax(1), odds / odds.sum())

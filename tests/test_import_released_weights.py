@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import generation
 import sample
 import train_fsdd
 import train_tokenizer
@@ -282,11 +283,11 @@ def doubled(tensors):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The narrow files, imported: folder, the released tensors of both, and what sample.load gives."""
+    """The narrow files, imported: folder, the released tensors of both, and what generation.load gives."""
     folder = tmp_path_factory.mktemp("released")
     (tokenizer_path, fsdd_path), tokenizer, ema = write_released(folder, NARROW_TOKENIZER, NARROW_FSDD)
     import_released_weights.main(["--tokenizer", tokenizer_path, "--fsdd", fsdd_path, "--out", str(folder / "fsdd.pt")])
-    return folder, tokenizer, ema, sample.load(str(folder / "fsdd.pt"), torch.device("cpu"))
+    return folder, tokenizer, ema, generation.load(str(folder / "fsdd.pt"), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -461,7 +462,7 @@ def main(folder):
         (tokenizer_path, fsdd_path), tokenizer, ema = write_released(folder, PUBLISHED_TOKENIZER, sizes)
         out = os.path.join(folder, f"fsdd_{name}.pt")
         import_released_weights.main(["--tokenizer", tokenizer_path, "--fsdd", fsdd_path, "--out", out])
-        denoiser, ours, _ = sample.load(out, torch.device("cpu"))
+        denoiser, ours, _ = generation.load(out, torch.device("cpu"))
         torch.manual_seed(0)
         if name == "small":  # base has the same tokenizer
             latents, codes, pixels = compare_tokenizer(ours, tokenizer, torch.rand(2, 3, 256, 256))

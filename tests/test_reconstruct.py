@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import sample
+import generation
 from paper import reconstruct
 from paper.inputs import open_tokenizer
 from tokenizer import SetTokenizer
@@ -33,7 +33,7 @@ def test_the_page(digits, tmp_path, monkeypatch, capsys):
     tokenizer, dataset, _ = open_tokenizer(f"{digits}/tokenizer.pt", None, torch.device("cpu"))
     images = dataset.images[:3]
     assert (pixels[:, 0] == images[:, 0].numpy()).all()
-    decoded = sample.decode(tokenizer, tokenizer.encode(images / 127.5 - 1)).numpy()  # (3, 1, 28, 28)
+    decoded = generation.decode(tokenizer, tokenizer.encode(images / 127.5 - 1)).numpy()  # (3, 1, 28, 28)
     assert abs(pixels[:, 1:] - decoded).max() <= 1
     for i, j in ((0, 1), (0, 2), (1, 2)):  # and each row has its own
         assert abs(pixels[i, 1] - pixels[j, 1]).max() > 10

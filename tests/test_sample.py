@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import generation
 import sample
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, sample_noise
@@ -108,12 +110,12 @@ def test_seed_labels_and_settings_matter(draw):
 
 def test_guidance_is_a_weight_thirds_or_a_ramp():
     """Broken: a weight would be taken for another kind of guidance, or a mistake for a weight."""
-    assert sample.parse_guidance("4") == [4.0] and sample.parse_guidance("4,50,55") == [4.0, 50.0, 55.0]
-    ramp = sample.parse_guidance("0.5:12")
+    assert generation.parse_guidance("4") == [4.0] and generation.parse_guidance("4,50,55") == [4.0, 50.0, 55.0]
+    ramp = generation.parse_guidance("0.5:12")
     assert [ramp(1), ramp(0)] == pytest.approx([0.5, 12], abs=0.01)
     for wrong in ("", "x", "1,", "1:2:3", "1:2,3", "-1", "nan", "inf", "1e7"):
         with pytest.raises(ValueError, match="guidance must be numbers from 0 to 1e6"):
-            sample.parse_guidance(wrong)
+            generation.parse_guidance(wrong)
 
 
 def test_a_new_setting_is_a_parameter_and_a_row(draw, monkeypatch):
@@ -121,7 +123,7 @@ def test_a_new_setting_is_a_parameter_and_a_row(draw, monkeypatch):
     ignored for a checkpoint that was trained before it."""
     values, refine = [], sample.refine
     monkeypatch.setattr(sample, "refine", lambda *args, new=0.5, **rest: values.append(new) or refine(*args, **rest))
-    monkeypatch.setattr(sample, "GENERATION", [*sample.GENERATION, ("new", 1.0, 2.0, "[0, 1]", "what it does")])
+    monkeypatch.setattr(generation, "GENERATION", [*generation.GENERATION, ("new", 1.0, 2.0, "[0, 1]", "what it does")])
     draw("--num=2")
     draw("--num=2", "--new=0.25")
     assert values == [0.5, 0.25]
@@ -129,11 +131,11 @@ def test_a_new_setting_is_a_parameter_and_a_row(draw, monkeypatch):
 
 def test_decoding_in_parts_changes_nothing(checkpoint):
     """Broken: large images, which are decoded a few at a time, would come out in another order, or some be lost."""
-    _, tokenizer, _ = sample.load(str(checkpoint), torch.device("cpu"))
+    _, tokenizer, _ = generation.load(str(checkpoint), torch.device("cpu"))
     tokens = counts_to_tokens(sample_noise(11, 10, 6, "multinomial"))
-    whole = sample.decode(tokenizer, tokens)
+    whole = generation.decode(tokenizer, tokens)
     tokenizer.image_size = 512  # four at a time
-    parts = sample.decode(tokenizer, tokens)
+    parts = generation.decode(tokenizer, tokens)
     assert parts.shape == (11, 1, 8, 8) and len(whole.unique(dim=0)) > 5
     assert (parts.int() - whole.int()).abs().max() <= 1
 
@@ -145,13 +147,13 @@ def test_labels_are_numbers_or_names(draw):
     """Broken: a name would be taken for another class, or it would not be printed which class a label is."""
     names = ["cat", "dog", "2", "0"]
     for text, labels in (("dog,0, cat", [1, 3, 0]), ("2,3", [2, 2, 3, 3]), (None, [0, 1, 2, 3])):
-        assert sample.choose_labels(text, len(labels), names, 10).tolist() == labels  # names come before numbers
+        assert generation.choose_labels(text, len(labels), names, 10).tolist() == labels  # names come before numbers
     many = [str(i) for i in range(1000)]
-    assert sample.choose_labels(None, 1000, many, 1000).tolist() == list(range(1000))
-    assert sample.choose_labels(None, 10, many, 10).tolist() == list(range(0, 1000, 100))
+    assert generation.choose_labels(None, 1000, many, 1000).tolist() == list(range(1000))
+    assert generation.choose_labels(None, 10, many, 10).tolist() == list(range(0, 1000, 100))
     for wrong in ("bird", "4", "-1", "dog,", ",", "1.0"):
         with pytest.raises(ValueError, match="numbers from 0 to 3 or names of classes, such as cat"):
-            sample.choose_labels(wrong, 3, names, 10)
+            generation.choose_labels(wrong, 3, names, 10)
     finished = draw("--num=2", "--labels=class 7,3", out="a.png")
     assert "generating 2 images of the classes 7 (class 7), 3 (class 3):" in finished.stdout
 
@@ -217,6 +219,50 @@ def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
         peaks.append(int(finished.stdout.split()[-1]) / 2 ** 10)  # MiB
     print(f"peak memory of 200 and 20000 images: {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
     assert peaks[1] < peaks[0] + 12  # the images alone, in grey, take 15 MiB
+
+
+# --- images like another ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior, sampler", [("multinomial", "paper"), ("distinct", "exchange"), ("hidden", "reveal")])
+def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_path):
+    """Broken: --like would not keep tokens of the image, keep more or fewer than it says, or take other labels."""
+    found = torch.load(checkpoint, weights_only=True)
+    C = 11 if prior == "hidden" else 10  # with the null code
+    found["model_config"]["codebook_size"] = C
+    found["weights"] = Denoiser(**found["model_config"]).state_dict()
+    found["generation"] |= {"prior": prior, "sampler": sampler}
+    save_checkpoint(found, tmp_path / "fsdd.pt")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    starts, classes, generate = [], [], sample.generate
+
+    def record(denoiser, labels, start, **settings):
+        starts.append(start)
+        classes.append(labels.tolist())
+        return generate(denoiser, labels, start=start, **settings)
+
+    with mock.patch.object(sample, "generate", record):
+        for options in ([], ["--keep", "5", "6", "--labels=class 3,class 4"]):
+            finished = run_here(sample.main, "--ckpt=fsdd.pt", "--like=photo.png", *options, folder=tmp_path)
+            assert finished.returncode == 0, finished.stderr
+    assert [10 * [10]] * 4 + [5 * [3] + 5 * [4]] * 2 == classes
+    for (x, t), kept in zip(starts, (4, 3, 1, 0, 5, 6), strict=True):
+        assert (x.sum(1) == 6).all() and x.shape == (10, C)
+        assert (t < 0.1 if kept == 6 else t > 0.9 if kept == 0 else 0.1 < t < 0.9)
+        assert prior != "hidden" or (x[:, -1] == 6 - kept).all()
+    image = (starts[-1][0]).unique(dim=0)  # all six tokens, in any order
+    assert len(image) == 1 and (starts[-2][0].minimum(image).sum(1) >= 5).all()
+    with Image.open(tmp_path / "samples.png") as page:
+        assert page.size[1] == 3 * 56
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--like=none.png"], ["none.png can't be read"]), (["--like=digits:x"], ["--like must be", "digits:9999"]),
+    (["--like=digits:10000"], ["--like must be"]), (["--like=digits:1", "--keep=7"], ["--keep", "from 0 to 6", "7"]),
+    (["--like=digits:1", "--out=a.gif"], [".png"])])
+def test_mistakes_with_like_get_one_sentence(arguments, words, digits, tmp_path):
+    """Broken: an image that is not there, or too many tokens to keep, would end in a traceback."""
+    assert_one_sentence(run_here(sample.main, f"--ckpt={digits}/fsdd.pt", *arguments, folder=tmp_path), *words)
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import sample
+import generation
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import sample_noise
 from paper import table5_priors
@@ -44,9 +44,10 @@ def test_the_table(digits, cache, few_settings, capsys, monkeypatch):
     monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((1.0, 1.0), (2.0, 1.0)))
     rows = table(capsys, f"{digits}/tokenizer.pt")
     assert list(rows) == list(table5_priors.METHODS)
-    for method, (*properties, paper, fid, classified, broken, by, parameters, setting) in rows.items():
+    for method, (*properties, paper, fid, classified, bits, broken, by, parameters, setting) in rows.items():
         assert "±" in fid and float(fid.split("±")[0]) > 0 and parameters.endswith(" M")
         assert setting.startswith(("x 1; ", "x 2 and 1; "))
+        assert (bits != "") == (method.startswith("AR-") or method in ("SetAR", "FSDD (hidden)"))
         keeps = method.startswith("AR-") or properties[2] == "x"  # M tokens one by one, or a sum that the model knows
         assert (broken == "0.0%") == keeps and bool(by) != keeps
         # two learning rates, the best for longer, and with another seed
@@ -85,7 +86,7 @@ def test_counts_of_any_sum_are_decoded(digits):
     """Broken: samples that break the sum would be left out, truncated, or change rows."""
     tokenizer = open_tokenizer(f"{digits}/tokenizer.pt", None, torch.device("cpu"))[0]
     counts = torch.cat([sample_noise(3, 64, M, "multinomial") for M in (5, 6, 0, 19, 6)])[torch.randperm(15)]
-    one_by_one = [sample.decode(tokenizer, counts_to_tokens(row[None])) for row in counts]
+    one_by_one = [generation.decode(tokenizer, counts_to_tokens(row[None])) for row in counts]
     difference = table5_priors.decode(tokenizer, counts).int() - torch.cat(one_by_one).int()
     assert difference.abs().max() <= 1  # rounding
 
@@ -96,16 +97,19 @@ def test_batches():
     tokens = torch.stack([torch.randperm(64)[:6] for _ in range(100)])
     cfg = SimpleNamespace(batch_size=20, seed=3, label_drop=0.1, prior="multinomial", training_times="uniform")
     task = SimpleNamespace(tokens=tokens.numpy().astype(np.uint16)[None], M=6, C=64, device=torch.device("cpu"),
-                           size={"num_classes": 10},
+                           size={"num_classes": 10}, first_axis=torch.rand(64),
                            train_set=SimpleNamespace(labels=torch.randint(10, (100,))))
     orders = {}
     rows, _ = local_batch(20, 20)
     expected = table5_priors.draw_batch("FSDD", task, rows, 5, cfg)
-    for method in ("AR-order1", "AR-order2", "AR-random"):
+    for method in ("AR-order1", "AR-order2", "AR-random", "AR-sorted"):
         batch = table5_priors.draw_batch(method, task, rows, 5, cfg)
         assert torch.equal(tokens_to_counts(batch.x0, 64), expected.x0) and torch.equal(batch.labels, expected.labels)
         second_half = table5_priors.draw_batch(method, task, slice(10, 20), 5, cfg)
         assert torch.equal(second_half.x0, batch.x0[10:])
+        if method == "AR-sorted":
+            assert (task.first_axis[batch.x0].diff(dim=1) >= 0).all()
+            continue
         images = [next(row for row in tokens.tolist() if sorted(row) == sorted(x)) for x in batch.x0.tolist()]
         orders[method] = {tuple(map(image.index, x)) for image, x in zip(images, batch.x0.tolist())}
     assert len(orders["AR-order1"]) == len(orders["AR-order2"]) == 1 < len(orders["AR-random"])

@@ -8,8 +8,9 @@ import torch
 
 import train_fsdd
 import train_tokenizer
+from beyond import hide_tokens
 from data.digits import Digits
-from fsdd import Denoiser
+from fsdd import Denoiser, forward_process
 from support.command_line import parse
 from support.distributed import shard
 from support.files import save_checkpoint
@@ -104,19 +105,21 @@ def test_accumulated_gradients_are_those_of_the_batch(stage1, few_to_train_on, t
     assert_same_gradients(tmp_path / "7" / "fsdd.pt", tmp_path / "2" / "fsdd.pt")
 
 
-@pytest.mark.parametrize("arguments, expected", [([], ("sparse_loss", {"num_codes": 12})),
-                                                 (["--loss_codes=5"], ("sparse_loss", {"num_codes": 20})),
-                                                 (["--denoiser=dense"], ("fsdd_loss", {}))])
+@pytest.mark.parametrize("arguments, expected", [
+    ([], ("sparse_loss", {"process": hide_tokens, "num_codes": 8})),
+    (["--loss_codes=5", "--prior=distinct", "--sampler=exchange"],
+     ("sparse_loss", {"process": forward_process, "num_codes": 20})),
+    (["--denoiser=dense"], ("fsdd_loss", {"process": hide_tokens}))])
 def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on, tmp_path, monkeypatch):
     """Broken: training would compute the loss from more or fewer codes than --loss_codes says, or a dense denoiser's
     from some only."""
     calls = []
 
     def record(name, loss):
-        def wrapped(denoiser, batch, **options):
+        def wrapped(denoiser, batch, process, **options):
             if torch.is_grad_enabled():  # not in the evaluation at the end
-                calls.append((name, options))
-            return loss(denoiser, batch, **options)
+                calls.append((name, {"process": process} | options))
+            return loss(denoiser, batch, process=process, **options)
         monkeypatch.setattr(train_fsdd, name, wrapped)
 
     record("sparse_loss", train_fsdd.sparse_loss)
@@ -144,7 +147,7 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
     assert "bits an image" in finished.stdout and "on the sets of 300 test images" in finished.stdout.splitlines()[-1]
     assert (tmp_path / "fsdd.png").stat().st_size > 1000
     checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
-    assert checkpoint["generation"] == {"prior": "multinomial", "sampler": "exchange", "steps": 5, "guidance": "1,2,3",
+    assert checkpoint["generation"] == {"prior": "hidden", "sampler": "reveal", "steps": 5, "guidance": "1,2,3",
                                         "top_p": 1.0, "top_k": 0}
     assert checkpoint["tokenizer"]["model_config"]["num_tokens"] == checkpoint["model_config"]["num_tokens"] == 4
     assert checkpoint["training"]["n_averaged"] == 2  # the moving average, here the last step's weights
