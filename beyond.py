@@ -344,20 +344,3 @@ def change_sum(x, log_p, num_tokens, generator=None):
         gumbel = -(-torch.rand(x.shape, generator=generator, device=x.device).log()).log()
         x = take_steps(x, odds + gumbel, delta.abs(), -delta.sign())
     return x
-
-
-@torch.no_grad()
-def log_likelihood(denoiser, tokens, labels, generator=None):
-    """A lower bound of log p(set) for sets of tokens (B, M), in nats, (B,): an unbiased estimate of
-
-        log(number of orders of the set) + mean over orders of the sum of log p(next token | tokens before it).
-    """
-    B, M = tokens.shape
-    null, device = denoiser.codebook_size - 1, tokens.device
-    number = torch.randint(1, M + 1, (B, 1), generator=generator, device=device)  # of hidden tokens
-    hidden = torch.rand(B, M, generator=generator, device=device).argsort(1).argsort(1) < number  # (B, M)
-    x = tokens_to_counts(tokens.masked_fill(hidden, null), null + 1)
-    p = denoiser(x, number[:, 0] / M, labels).float().softmax(2)
-    log_p = next_token(x, p).log().gather(1, tokens)  # (B, M)
-    orders = math.lgamma(M + 1) - (tokens_to_counts(tokens, null) + 1.0).lgamma().sum(1)
-    return orders + M * (log_p * hidden).sum(1) / number[:, 0]

@@ -26,7 +26,7 @@ from data.evaluation_inputs import Images, check_statistics, open_images
 from published import digits_classifier
 from published.inception import InceptionV3, load_inception
 from support.command_line import Parser, check_outputs, checked, stop
-from support.distributed import all_gather, all_reduce, chunks, on_every_rank
+from support.distributed import all_gather, all_reduce, chunks
 from support.files import atomic_open, load_checkpoint, write_json
 from support.hardware import init_distributed
 from support.training import run
@@ -96,9 +96,10 @@ def network(args, data, device, rank):
     if data == "digits" and not args.inception:
         path = args.classifier or os.path.join(os.path.dirname(args.ckpt or ""), digits_classifier.FILE)
         return digits_classifier.open_classifier(path, device, rank)
-    try:  # rank 0 downloads the weights, the others read the file
-        net = on_every_rank(lambda: load_inception(args.inception, progress=True) if rank == 0 else None)
-        return on_every_rank(lambda: net or load_inception(args.inception)).to(device)
+    try:  # rank 0 downloads the weights, the others then read the file
+        net = load_inception(args.inception, progress=True) if rank == 0 else None
+        all_gather(None)
+        return (net or load_inception(args.inception)).to(device)
     except ValueError as problem:
         raise ValueError(f"{problem}; --inception names the file") from None
 
@@ -305,7 +306,8 @@ def measure(net, images, batch, keep, device, rank=0, world_size=1):
             kept.append(features[(rows + 1) * room // N > rows * room // N].cpu())  # room of the N images, evenly
 
     for first in tqdm(range(0, len(parts), world_size), desc=images.name, disable=rank > 0, mininterval=5):
-        on_every_rank(lambda: [measure_slice(part) for part in parts[first + rank:first + rank + 1]])
+        for part in parts[first + rank:first + rank + 1]:  # none for some ranks in the last round
+            measure_slice(part)
     for tensor in (*statistics.sums(), *(score.sums() if score else ()), right):
         all_reduce(tensor)
     kept = all_gather(torch.cat(kept))

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from data import open_dataset
 from support.command_line import listed, stop
-from support.distributed import all_gather, is_main, on_every_rank
+from support.distributed import all_gather, is_main
 from support.seeds import generator
 
 
@@ -92,8 +92,8 @@ def open_datasets(cfg, image_size, **training):
     training: further arguments of open_dataset() for the training set. ValueError if one of the sets can't be used, or
     their classes differ.
     """
-    train_set = on_every_rank(open_dataset, cfg.data, "train", image_size, **training)
-    test_set = on_every_rank(open_dataset, cfg.data, "test", image_size)
+    train_set = open_dataset(cfg.data, "train", image_size, **training)
+    test_set = open_dataset(cfg.data, "test", image_size)
     for dataset in (train_set, test_set):
         if len(set(all_gather(dataset.fingerprint()))) > 1:
             raise ValueError(f"the images in {dataset.root} are not the same on all machines; "

