@@ -76,7 +76,10 @@ def open_npz(path):
         num, read = open_batch(archive, path)
     if not (statistics or read):
         raise ValueError(f"{path} holds {', '.join(sorted(held)) or 'nothing'}; expected are arr_0, or mu and sigma")
-    return Images(path, num, read, None, statistics, known.get("features"), known.get("num"), known.get("size"))
+    size = known.get("size")
+    if statistics and read and not size:  # as in ADM's references
+        size = "{3} x {2}".format(*read(slice(0, 1)).shape)
+    return Images(path, num, read, None, statistics, known.get("features"), known.get("num"), size)
 
 
 def read_array(archive, path, key):
