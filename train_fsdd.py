@@ -55,7 +55,7 @@ HYPERPARAMETERS = [
     ("gelu",             "exact",        "tanh",          "exact | tanh",       "tanh (DiT), exact: faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "[0, 1]",             "share of labels that are dropped"),
     # beyond the paper, see beyond.py; the column imagenet256 is the paper's
-    ("prior",            "hidden",       "multinomial",   "multinomial | distinct | hidden", "noise, see generation.py"),
+    ("prior",            "hidden",       "multinomial",   "multinomial | distinct | hidden", "noise (generation.py)"),
     ("training_times",   "uniform",      "uniform",       "uniform | flips",    "how the times t are drawn"),
     ("code_start",       "codebook",     "zeros",         "zeros | codebook",   "start of the code embedding"),
     ("denoiser",         "sparse",       "dense",         "dense | sparse",     "codes attend to codes, or tokens"),
