@@ -72,7 +72,8 @@ def measure(args, device, rank, world_size):
     rows = {}
     for path in args.ckpt:
         checkpoint = load_checkpoint(path, "python train_fsdd.py (or train_tokenizer.py)", "fsdd", "tokenizer")
-        M, C = (checkpoint["model_config"][name] for name in ("num_tokens", "codebook_size"))
+        config = checkpoint.get("tokenizer", checkpoint)["model_config"]  # a denoiser may have a null code as well
+        M, C = config["num_tokens"], config["codebook_size"]
         options = {"data": args.data, "inception": args.inception}
         if checkpoint["kind"] == "fsdd":
             options |= {"ref": args.ref, "num": args.num, "steps": args.steps}

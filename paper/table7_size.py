@@ -47,10 +47,12 @@ def main(argv=None):
 
 
 def size(path):
-    """(the arguments of a checkpoint's denoiser, its number of parameters)."""
-    config = load_checkpoint(path, "python train_fsdd.py", "fsdd")["model_config"]
+    """(the arguments of a checkpoint's denoiser, without a null code, and its number of parameters)."""
+    checkpoint = load_checkpoint(path, "python train_fsdd.py", "fsdd")
+    config, codes = checkpoint["model_config"], checkpoint["tokenizer"]["model_config"]["codebook_size"]
     with torch.device("meta"):  # shapes without values
-        return config, sum(weight.numel() for weight in Denoiser(**config).parameters())
+        parameters = sum(weight.numel() for weight in Denoiser(**config).parameters())
+    return config | {"codebook_size": codes}, parameters
 
 
 def two_sizes(args):

@@ -23,6 +23,7 @@ def test_the_papers_sizes(tmp_path):
         config = dict(codebook_size=4096, num_tokens=128, num_classes=1000, unused_rows=True)
         config |= zip(("width", "layers", "heads"), train_fsdd.MODELS[name])
         checkpoint = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd", "model_config": config}
+        checkpoint["tokenizer"] = {"model_config": config}
         save_checkpoint(checkpoint, f"{tmp_path}/fsdd.pt")
         assert table7_size.size(f"{tmp_path}/fsdd.pt")[1] / 1e6 == pytest.approx(expected, abs=0.05)
 
