@@ -148,7 +148,7 @@ def check_generation(denoiser, tokenizer, settings, tokens, train):
     sums = all((x.sum(1) == M).all() and x.min() >= 0 for x in states)
     check("every state of generation sums to M", sums, sums, "True")
     known = tokens_to_counts(encode(tokenizer, train), C)
-    near, chance = closest(states[-1], known), closest(tokens_to_counts(tokens[:1000], C), known)
+    near, chance = closest(states[-1][:, :C], known), closest(tokens_to_counts(tokens[:1000], C), known)
     print(f"     L1 distance to the nearest training set of tokens: samples {near.mean():.1f}, "
           f"test digits {chance.mean():.1f}")
     copies, by_chance = ((distance == 0).double().mean().item() for distance in (near, chance))
