@@ -19,7 +19,7 @@ GENERATION = [
     # name               digits          imagenet256      allowed               meaning
     ("sampler",          "reveal",       "paper",         "paper | exchange | reveal", "Eq. 9-10, or beyond.py's"),
     ("sample_steps",     16,             25,              "[1, inf)",           "steps from noise to data"),
-    ("guidance",         "3",            "4,50,55",       "",                   "one weight, thirds A,B,C, ramp A:B"),
+    ("guidance",         "2.5",          "4,50,55",       "",                   "one weight, thirds A,B,C, ramp A:B"),
     ("top_p",            1.0,            0.8,             "(0, 1]",             "keep the most probable counts"),
     ("top_k",            0,              0,               "[0, inf)",           "keep so many counts, 0 = all"),
 ]
