@@ -25,9 +25,9 @@ from data import open_dataset
 from data.evaluation_inputs import Images, check_statistics, open_images
 from published import digits_classifier
 from published.inception import InceptionV3, load_inception
-from support.command_line import Parser, check_outputs, checked, stop
+from support.command_line import Parser, checked, stop
 from support.distributed import all_gather, all_reduce, chunks
-from support.files import atomic_open, load_checkpoint, write_json
+from support.files import atomic_open, check_outputs, load_checkpoint, write_json
 from support.hardware import init_distributed
 from support.training import run
 from tokenizer import SetTokenizer

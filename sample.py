@@ -15,15 +15,17 @@ from tqdm import tqdm
 
 from beyond import flip_times
 from data import open_dataset
+from data.evaluation_inputs import save_npz
 from data.image_folder import read_image
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import generate, refine
 from generation import (PROCESS, SAMPLERS, add_generation_options, choose_labels, decode, default_checkpoint,
                         generation_settings, load, refine_arguments)
-from support.command_line import Parser, check_outputs, checked, listed, stop
+from support.command_line import Parser, checked, listed, stop
 from support.distributed import all_gather, chunks, rank_and_world_size
+from support.files import check_outputs
 from support.hardware import autocast, init_distributed
-from support.pictures import grid, save, save_npz, save_samples
+from support.pictures import grid, save, save_samples
 from support.seeds import generator
 from support.training import run
 

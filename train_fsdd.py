@@ -32,8 +32,8 @@ from support.hardware import autocast, init_distributed, parallel, set_switches
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save
 from support.seeds import generator
-from support.training import (Signals, check_finite, check_result, check_training, keep_previous, open_log,
-                              progress_bar, replace_suffix, restore_training, run, save_training, stop_by_signal)
+from support.training import (Signals, check_finite, check_training, keep_previous, open_log, progress_bar,
+                              replace_suffix, restore_training, run, save_training, stop_by_signal)
 from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
@@ -87,7 +87,7 @@ def main(argv=None):
     cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, "fsdd", argv)
     stage1 = checkpoint["tokenizer"] if checkpoint else load_checkpoint(
         cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
-    device, rank, _ = init_distributed(cfg.device, cfg.tf32)
+    device, rank, _ = init_distributed(cfg.device)
     began = time.time()
     try:
         tokenizer, train_set, test_set, model_config, generation = prepare(stage1, device, cfg)
@@ -109,7 +109,6 @@ def main(argv=None):
     with Signals() as signals:
         averaged = train(model, tokenizer, tokens, train_set.labels, checkpoint, header, cfg, signals)
     loss = evaluate(averaged, tokenizer, test_set, device, cfg)
-    check_result(loss, cfg)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; "
               f"loss {loss:.4f} on the sets of {len(test_set)} test images")

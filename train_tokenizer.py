@@ -33,8 +33,8 @@ from support.hardware import autocast, init_distributed, parallel, set_switches
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save, to_uint8
 from support.seeds import generator
-from support.training import (Signals, check_finite, check_result, check_training, keep_previous, open_log,
-                              progress_bar, replace_suffix, restore_training, run, save_training, stop_by_signal)
+from support.training import (Signals, check_finite, check_training, keep_previous, open_log, progress_bar,
+                              replace_suffix, restore_training, run, save_training, stop_by_signal)
 from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
@@ -99,7 +99,7 @@ COLUMNS = ["step", "loss", "mse", "proxy", "perceptual", "adversarial", "discrim
 def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
     """model_class, kind: another tokenizer, and the kind of its checkpoints (paper/layouts.py)."""
     cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, kind, argv)
-    device, rank, _ = init_distributed(cfg.device, cfg.tf32)
+    device, rank, _ = init_distributed(cfg.device)
     began, start = time.time(), checkpoint["step"] if checkpoint else 0
     try:
         vqgan, pixel_losses = load_networks(cfg, checkpoint, device)
@@ -120,7 +120,6 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         if cfg.proxy_steps < cfg.steps:
             model = train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
-    check_result(mse, cfg)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "

@@ -1,4 +1,5 @@
-"""Inputs of an evaluation: images in a folder or an .npz file, or only their statistics (see evaluate_fid.py)."""
+"""Inputs of an evaluation: images in a folder or an .npz file, or only their statistics (see evaluate_fid.py). Also
+writes such an .npz file of samples."""
 import math
 import os
 import zipfile
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from data.image_folder import ImageFolder
+from support.files import atomic_open
 
 
 class Images(NamedTuple):
@@ -117,6 +119,21 @@ def open_batch(archive, path):
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(-1, *shape[1:]).permute(0, 3, 1, 2)
 
     return shape[0], read
+
+
+def save_npz(path, chunks, labels, size):
+    """ADM's sample batch: arr_0 uint8 (N, size, size, 3) and arr_1 the labels (N,).
+
+    chunks: an iterable of images (frames, n, ch, size, size) uint8, written one by one, so that memory holds few.
+    """
+    with atomic_open(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)}
+            np.lib.format.write_array_header_1_0(member, header)
+            for images in chunks:
+                member.write(images[-1].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy().tobytes())
+        with archive.open("arr_1.npy", "w") as member:
+            np.lib.format.write_array(member, labels.numpy())
 
 
 def check_statistics(mu, sigma, name):

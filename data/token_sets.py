@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from data.loader import read_slices
 from support.distributed import all_gather, chunks, is_main, rank_and_world_size
-from support.files import atomic_open, check_output, read_json, write_json
+from support.files import atomic_open, check_outputs, read_json, write_json
 from support.hardware import autocast
 from support.training import replace_suffix
 
@@ -41,8 +41,8 @@ def encode_training_set(tokenizer, dataset, device, cfg):
 
 
 def check_token_file(path, codebook_size):
-    """ValueError if tokens of a codebook can't be kept at path."""
-    check_output(path)
+    """ValueError, or an exit with one sentence, if tokens of a codebook can't be kept at path."""
+    check_outputs(path)
     if not path.endswith(".npy"):  # such as a checkpoint, which would be overwritten
         raise ValueError(f"--tokens must end in .npy, got {path}")
     if codebook_size > 2 ** 16:

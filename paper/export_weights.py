@@ -8,8 +8,8 @@ import os
 
 import torch
 
-from support.command_line import Parser, check_outputs
-from support.files import load_checkpoint, save_checkpoint
+from support.command_line import Parser
+from support.files import check_outputs, load_checkpoint, save_checkpoint
 from support.training import run
 
 

@@ -28,8 +28,8 @@ import torch
 
 from fsdd import Denoiser
 from published.weights import check_tensors
-from support.command_line import Parser, check_outputs, listed, stop
-from support.files import save_checkpoint
+from support.command_line import Parser, listed, stop
+from support.files import check_outputs, save_checkpoint
 from support.training import keep_previous, run
 from tokenizer import SetTokenizer
 

@@ -10,9 +10,9 @@ from data.digits import Digits
 from data.image_folder import SUFFIXES, find_images, read_image
 from data.loader import read_ahead
 from paper.layouts import KINDS
-from support.command_line import Parser, check_outputs, checked, stop
+from support.command_line import Parser, checked, stop
 from support.distributed import chunks, shard
-from support.files import load_checkpoint
+from support.files import check_outputs, load_checkpoint
 
 # Rows of OPTIONS, see read_options()
 DATA = ("--data", None, "", "digits, or a folder with train/ and val/ (what the checkpoint was trained on)")

@@ -92,7 +92,7 @@ def main(argv=None):
     began = time.time()
     cfg, _ = parse(HYPERPARAMETERS, __doc__, None, argv, "python -m paper.table5_priors")
     stage1 = load_checkpoint(cfg.ckpt, "python train_tokenizer.py", "tokenizer")
-    device, rank, _ = init_distributed(cfg.device, cfg.tf32)
+    device, rank, _ = init_distributed(cfg.device)
     try:
         task = prepare(stage1, device, cfg)
         found = {method: tune_and_measure(method, task, cfg) for method in cfg.methods.split(",")}
@@ -309,7 +309,7 @@ def trained(method, factors, seed, task, cfg):
             return model.eval()
     if is_main():
         print(f"training {method}, learning rates {lr:g} and {muon_lr:g}, seed {seed}", flush=True)
-    set_tf32(cfg.tf32)
+    set_tf32(True)
     with Signals() as signals:
         return train(method, model, checkpoint, task, cfg, signals).eval()
 

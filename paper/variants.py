@@ -19,7 +19,7 @@ from tokenizer import SetTokenizer
 
 FOLDER = "paper/cache"
 CLASSIFIER = digits_classifier.FILE  # one for all tables, in the folder of tokenizer.pt and fsdd.pt
-NOT_THE_MODEL = {"recipe", "resume", "device", "tf32", "workers", "out", "tokenizer", "tokens", "log_every",
+NOT_THE_MODEL = {"recipe", "resume", "device", "workers", "out", "tokenizer", "tokens", "log_every",
                  "save_every", "picture_every"}  # settings that a trained model does not depend on
 
 

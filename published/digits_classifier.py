@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data import open_dataset
 from data.loader import batch_indices
-from support.files import check_output, read_checkpoint, save_checkpoint
+from support.files import check_outputs, read_checkpoint, save_checkpoint
 
 FILE = "digits_classifier.pt"  # the trained classifier, in the folder of the checkpoint that is evaluated
 EPOCHS = 4
@@ -48,7 +48,7 @@ def open_classifier(path, device, rank):
     """The classifier in a file, the same on all ranks; trained on first use (a minute on two cores)."""
     net = DigitsClassifier()
     if rank == 0 and not load_classifier(net, path):
-        check_output(path)
+        check_outputs(path)
         print(f"training the classifier for digits FID, once; it is kept as {path}", flush=True)
         net = train_classifier(open_dataset("digits", "train", 28))
         test = open_dataset("digits", "test", 28)

@@ -5,10 +5,10 @@ import sys
 from types import SimpleNamespace
 
 from support.distributed import is_main
-from support.files import check_output, load_checkpoint
+from support.files import check_outputs, load_checkpoint
 
 RECIPES = ("digits", "imagenet256")  # the columns of the tables HYPERPARAMETERS; a new column needs its name here
-MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "tf32", "compile", "fused_attention", "recompute", "workers",
+MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "fused_attention", "recompute", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that can change with --resume
 HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
@@ -16,9 +16,7 @@ HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run 
     ("seed",             0,              0,               "[0, inf)",       "all random numbers depend on it"),
     ("device",           "auto",         "auto",          "",               "auto, cpu, cuda"),
     ("bf16",             "auto",         "auto",          "auto | on | off", "bfloat16; auto: where it is fast"),
-    ("tf32",             True,           True,            "",               "float32 products in TF32, on GPUs"),
     ("compile",          False,          True,            "",               "torch.compile"),
-    ("fused_adamw",      True,           True,            "",               "PyTorch's fused AdamW"),
     ("fused_attention",  "auto",         "auto",          "auto | on | off", "flash attention; auto: GPUs, many keys"),
     ("recompute",        False,          False,           "",               "activation checkpointing, to save memory"),
     ("workers",          0,              8,               "[0, inf)",       "processes of each rank that read images"),
@@ -118,17 +116,6 @@ def parse(table, description, kind, argv=None, prog=None):
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
     return SimpleNamespace(**settings), checkpoint
-
-
-def check_outputs(*paths, inputs=()):
-    """Exit before any work if a file can't be written to one of the paths, or is one of the inputs; None is skipped."""
-    try:
-        for path in filter(None, paths):
-            check_output(path)
-            if os.path.realpath(path) in [os.path.realpath(name) for name in filter(None, inputs)]:
-                raise ValueError(f"{path} is read by this command, which would replace it; choose another name")
-    except ValueError as problem:
-        stop(str(problem))
 
 
 def listed(names, first=3):

@@ -10,18 +10,21 @@ import zipfile
 import torch
 
 
-def check_output(path):
-    """ValueError if a file can't be written to path."""
-    target = os.path.realpath(path) if os.path.islink(path) else path  # as atomic_open(), which also needs its folder
-    folder = os.path.dirname(target) or "."
-    if not os.path.isdir(folder):
-        raise ValueError(f"there is no folder {folder} to write {path} to")
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a folder, so no file can be written there; move it away, or choose another name")
-    if os.path.exists(path) and not os.path.isfile(path) or os.path.abspath(path).startswith("/dev/"):
-        raise ValueError(f"{path} is a device or a pipe, which this would replace by a file; choose another name")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} can't be written: permission denied in {folder}")
+def check_outputs(*paths, inputs=()):
+    """Exit before any work if a file can't be written to one of the paths, or is one of the inputs; None is skipped."""
+    read = [os.path.realpath(name) for name in filter(None, inputs)]
+    for path in filter(None, paths):
+        target = os.path.realpath(path)  # of a link, as in atomic_open()
+        folder = os.path.dirname(target)
+        if not os.path.isdir(folder):
+            sys.exit(f"error: there is no folder {folder} to write {path} to")
+        if os.path.exists(path) and not os.path.isfile(path) or target.startswith("/dev/"):
+            sys.exit(f"error: {path} is a folder, a device or a pipe, so no file can be written there; "
+                     "choose another name")
+        if not os.access(folder, os.W_OK):
+            sys.exit(f"error: {path} can't be written: permission denied in {folder}")
+        if target in read:
+            sys.exit(f"error: {path} is read by this command, which would replace it; choose another name")
 
 
 @contextlib.contextmanager

@@ -22,19 +22,18 @@ def init_distributed(device, tf32=True):
     if not re.fullmatch("cpu|cuda(:[1-9]?[0-9])?", device):
         stop(f"--device must be auto, cpu, cuda or cuda:N, got {device}")
     device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    if on_gpu and (device.index or 0) >= gpus:
-        stop(f"--device {device} was given, but PyTorch sees {gpus} GPUs; use --device cpu")
+    if device.type == "cuda" and "RANK" in os.environ:
+        if device.index is not None:
+            stop(f"each process needs its own GPU; under torchrun, use --device cuda, not {device}")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        stop(f"device {device} is asked for, but PyTorch sees {gpus} GPUs; use --device cpu, or fewer processes")
     set_tf32(tf32)
     keep_freed_memory()
     if "RANK" in os.environ:
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if on_gpu and (device.index is not None or local_rank >= gpus):
-            stop(f"each process needs its own GPU; give torchrun --nproc_per_node at most {gpus}, and --device cuda")
-        if on_gpu:
-            device = torch.device("cuda", local_rank)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, *rank_and_world_size()
 
 

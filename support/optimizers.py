@@ -52,22 +52,19 @@ def orthogonalize(matrices):
 def make_optimizers(model, cfg, beta2, decay_all=False):
     """A list of optimizers: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-    cfg: optimizer, lr, muon_lr, weight_decay and fused_adamw. Weight decay does not apply to norms, biases and
-    embeddings, except with decay_all.
+    cfg: optimizer, lr, muon_lr and weight_decay. Weight decay does not apply to norms, biases and embeddings, except
+    with decay_all.
     """
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     matrices = {m.weight for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
-    for_muon = {name for name, w in trained.items() if cfg.optimizer == "muon" and "blocks." in name and w.ndim == 2}
-    rest = [weight for name, weight in trained.items() if name not in for_muon]
-    decay = cfg.weight_decay
-    groups = [{"params": [w for w in rest if w in matrices], "weight_decay": decay},
-              {"params": [w for w in rest if w not in matrices], "weight_decay": decay if decay_all else 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=cfg.fused_adamw)]
+    for_muon = [w for name, w in trained.items() if cfg.optimizer == "muon" and "blocks." in name and w.ndim == 2]
+    rest = {*trained.values()} - {*for_muon}
+    groups = [{"params": [w for w in trained.values() if w in rest & matrices], "weight_decay": cfg.weight_decay},
+              {"params": [w for w in trained.values() if w in rest - matrices],
+               "weight_decay": cfg.weight_decay if decay_all else 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=True)]
     if for_muon:
-        optimizers.append(Muon([trained[name] for name in trained if name in for_muon], cfg.muon_lr, cfg.weight_decay))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+        optimizers.append(Muon(for_muon, cfg.muon_lr, cfg.weight_decay))
     return optimizers
 
 
@@ -79,7 +76,7 @@ def warmup_cosine(step, steps, warmup, end):
 
 
 def set_lr(optimizers, scale):
-    """Set every learning rate to a share of its peak."""
+    """Set every learning rate to a share of its peak, which the optimizer was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = scale * group["peak_lr"]
+            group["lr"] = scale * optimizer.defaults["lr"]

@@ -1,8 +1,6 @@
 """Pages of images, as PIL images and as files."""
 import os
-import zipfile
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -59,18 +57,3 @@ def save_samples(path, images, labels, class_names):
     pages = [grid_by_class(frame, labels, class_names) for frame in images]
     film = dict(save_all=True, append_images=pages[1:], duration=[120] * (len(pages) - 1) + [2000], loop=0)
     save(pages[0], path, **film if path.endswith(".gif") else {})
-
-
-def save_npz(path, chunks, labels, size):
-    """ADM's sample batch: arr_0 uint8 (N, size, size, 3) and arr_1 the labels (N,).
-
-    chunks: an iterable of images (frames, n, ch, size, size) uint8, written one by one, so that memory holds few.
-    """
-    with atomic_open(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)}
-            np.lib.format.write_array_header_1_0(member, header)
-            for images in chunks:
-                member.write(images[-1].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy().tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels.numpy())

@@ -18,7 +18,7 @@ from support.distributed import all_gather, is_main, rank_and_world_size
 from support.files import atomic_open, naming, not_finite, save_checkpoint
 from support.optimizers import warmup_cosine
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(main):
@@ -169,12 +169,6 @@ def check_finite(norm, step, cfg):
     """End the training, on all ranks, at a step whose gradient norm, the same on all, is not finite."""
     if not norm.isfinite():
         diverged(f"the gradient of step {step + 1} is not finite", cfg)
-
-
-def check_result(value, cfg):
-    """End the run on all ranks if the final measurement, the same on all, is not finite."""
-    if not math.isfinite(value):
-        diverged(f"{cfg.out} gives {value} on the test images", cfg)
 
 
 def diverged(what, cfg):

@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 
+from data.evaluation_inputs import save_npz
 from support import pictures
 from support.files import NEEDED, atomic_open, load_checkpoint, read_json, save_checkpoint, write_json
 from support.training import open_log, run
@@ -52,7 +53,7 @@ def outputs():
     """Functions that write more than 100 kB to a file, by its name."""
     images = torch.randint(256, (1, 2000, 1, 8, 8), dtype=torch.uint8)
     return {
-        "s.npz": lambda path: pictures.save_npz(path, [images], torch.zeros(2000, dtype=torch.int64), 8),
+        "s.npz": lambda path: save_npz(path, [images], torch.zeros(2000, dtype=torch.int64), 8),
         "s.png": lambda path: pictures.save(pictures.grid(images[0], 40), path, compress_level=0),
         "a.pt": lambda path: save_checkpoint({"a": torch.zeros(30000)}, path),
         "a.json": lambda path: write_json({"a": "a" * 100000}, path),

@@ -8,7 +8,7 @@ from support.hardware import autocast, init_distributed
 
 @pytest.mark.parametrize("device, words", [
     ("meta", "--device must be auto, cpu, cuda or cuda:N, got meta"), ("mps", "got mps"), ("cuda:01", "got cuda:01"),
-    ("cuda:99", "--device cuda:99 was given, but PyTorch sees [0-9]* GPUs")])
+    ("cuda:99", "device cuda:99 is asked for, but PyTorch sees [0-9]* GPUs")])
 def test_devices_that_do_not_exist(device, words):
     """Broken: a device that PyTorch does not have would end in a traceback."""
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):

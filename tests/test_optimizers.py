@@ -60,7 +60,7 @@ def test_matrices_of_one_shape_do_not_mix():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_weight_has_one_optimizer(optimizer):
     """Broken: a weight would be left out or stepped twice, or norms, biases and embeddings would decay."""
-    cfg = SimpleNamespace(optimizer=optimizer, fused_adamw=True, lr=0.2, muon_lr=0.1, weight_decay=0.5)
+    cfg = SimpleNamespace(optimizer=optimizer, lr=0.2, muon_lr=0.1, weight_decay=0.5)
     model = Denoiser(12, 6, 3, 32, 2, 2)
     model.class_embedding.requires_grad_(False)
     trained = [weight for weight in model.parameters() if weight.requires_grad]

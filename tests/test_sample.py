@@ -12,10 +12,10 @@ from PIL import Image
 
 import generation
 import sample
+from data.evaluation_inputs import save_npz
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, sample_noise
 from support.files import save_checkpoint
-from support.pictures import save_npz
 from tests.scripts import ROOT, assert_one_sentence, run, run_here, run_ranks
 from tokenizer import SetTokenizer
 

@@ -160,7 +160,7 @@ def test_mistakes_get_one_sentence(arguments, words, tmp_path):
 def pixel_losses(convnext, **settings):
     """PixelLosses with a small discriminator."""
     defaults = dict(batch_size=6, device_batch=4, lecam=0.5, lecam_ema=0.9, lr=0.0, beta2=0.9, weight_decay=0.0,
-                    clip=0.0, optimizer="adamw", fused_adamw=True, lr_end=1.0, warmup=0, steps=10, proxy_steps=0,
+                    clip=0.0, optimizer="adamw", lr_end=1.0, warmup=0, steps=10, proxy_steps=0,
                     adversarial_from=0, adversarial=2.0, perceptual=0.1, compile=False)
     return PixelLosses(convnext, Discriminator(32), None, SimpleNamespace(**defaults | settings))
 

@@ -17,7 +17,7 @@ from fsdd import Denoiser
 from support import training
 from support.files import read_checkpoint
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
-from support.training import (Signals, StoppedBySignal, check_finite, check_result, check_training, keep_previous,
+from support.training import (Signals, StoppedBySignal, check_finite, check_training, keep_previous,
                               open_log, restore_training, run, save_training)
 from tests.scripts import ROOT
 from tests.test_distributed import on_ranks
@@ -108,7 +108,7 @@ def make_training(seed, optimizer="muon"):
     torch.manual_seed(seed)
     model = Denoiser(6, 3, 2, 16, 1, 2)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    cfg = SimpleNamespace(optimizer=optimizer, fused_adamw=True, lr=0.1, muon_lr=0.1, weight_decay=0.5, out="a.pt")
+    cfg = SimpleNamespace(optimizer=optimizer, lr=0.1, muon_lr=0.1, weight_decay=0.5, out="a.pt")
     optimizers = make_optimizers(model, cfg, 0.99)
 
     def train(steps):
@@ -151,8 +151,6 @@ def test_numbers_that_are_not_finite_end_the_training():
     words = "the training has diverged, .*there is no checkpoint"
     with pytest.raises(SystemExit, match=f"the gradient of step 8 is not finite: {words}"):
         check_finite(torch.tensor(math.inf), 7, cfg)
-    with pytest.raises(SystemExit, match=f"a.pt gives nan on the test images: {words}"):
-        check_result(math.nan, cfg)
     train(range(1))
     save_training({}, 1, cfg, model, ema, optimizers)
     good = open("a.pt", "rb").read()
