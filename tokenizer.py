@@ -19,7 +19,10 @@ from published.maskgit_vqgan import VQGANDecoder
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, width) -> (B, L, width)."""
+    """Multi-head self-attention, (B, L, width) -> (B, L, width).
+
+    rows: a slice; only these positions attend, to all of them.
+    """
 
     fused_attention = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for many keys
 
@@ -31,8 +34,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
-        return self.attend(*self.qkv(x).chunk(3, dim=2))
+    def forward(self, x, rows=slice(None)):
+        q, k, v = self.qkv(x).chunk(3, dim=2)
+        return self.attend(q[:, rows], k, v)
 
     def attend(self, q, k, v, **options):
         """softmax(q k' / sqrt(d)) v for every head, then the output projection. q: (B, L, width); k, v: (B, N, width).
@@ -50,7 +54,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of a ViT, (B, L, width) -> (B, L, width)."""
+    """Pre-norm transformer block of a ViT, (B, L, width) -> (B, L, width).
+
+    rows: a slice, the positions to compute; the last block of a transformer does without those that nothing reads.
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -59,8 +66,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x):
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x, rows=slice(None)):
+        x = x[:, rows] + self.attention(self.norm1(x), rows)
         return x + self.mlp(self.norm2(x))
 
 
@@ -198,8 +205,9 @@ class Encoder(nn.Module):
         x = self.patches((images + 1) / 2).flatten(2).transpose(1, 2)  # (B, P, width); pixels enter in [0, 1]
         x = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1) + self.positions.to(x.dtype)
         x = torch.cat([x, self.latents.expand(B, -1, -1).to(x.dtype)], dim=1)  # (B, 1 + P + M, width)
-        x = run_blocks(self.blocks, self.norm_in(x), recompute=self.recompute)
-        return self.norm_out(x[:, -len(self.latents):])
+        x = run_blocks(self.blocks[:-1], self.norm_in(x), recompute=self.recompute)
+        x = run_blocks(self.blocks[-1:], x, slice(-len(self.latents), None), recompute=self.recompute)  # (B, M, width)
+        return self.norm_out(x)
 
     def project(self, x):
         """Features (B, M, width) -> latents (B, M, code_dim).
@@ -263,8 +271,9 @@ class Decoder(nn.Module):
         masks = torch.cat([self.class_embedding[None], self.mask_token.expand(P, -1)])  # (1 + P, width)
         masks = masks + self.positions
         x = torch.cat([masks.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, 1 + P + M, width)
-        x = run_blocks(self.blocks, self.norm_in(x), recompute=self.recompute)
-        return self.norm_out(x[:, 1:1 + P])
+        x = run_blocks(self.blocks[:-1], self.norm_in(x), recompute=self.recompute)
+        x = run_blocks(self.blocks[-1:], x, slice(1, 1 + P), recompute=self.recompute)  # (B, P, width)
+        return self.norm_out(x)
 
 
 class PatchPixels(nn.Module):
