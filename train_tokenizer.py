@@ -123,8 +123,8 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "
-              f"in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}, mutual information of codes and "
-              f"latents {information:.2f} of at most {math.log2(cfg.num_tokens):.2f} bits")
+              f"in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}, mutual information of code and latent "
+              f"{information:.2f} of at most {math.log2(cfg.num_tokens):.2f} bits")
 
 
 def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):
