@@ -119,12 +119,11 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
             del vqgan
         if cfg.proxy_steps < cfg.steps:
             model = train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
-    mse, in_use, distinct, information = evaluate(model, test_set, device, cfg.workers)
+    mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
               f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "
-              f"in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}, mutual information of code and latent "
-              f"{information:.2f} of at most {math.log2(cfg.num_tokens):.2f} bits")
+              f"in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
 
 
 def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):
@@ -351,34 +350,19 @@ def psnr(mse):
 
 @torch.no_grad()
 def evaluate(model, dataset, device, workers=0):
-    """Mean squared error over a dataset, the share of codes in use, the mean number of distinct codes in a set, and
-    the mutual_information() between latents and codes."""
-    M, C = model.num_tokens, model.codebook_size
-    squared, distinct, joint = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, M * C))
+    """Mean squared error over a dataset, the share of codes in use, and the mean number of distinct codes in a set."""
+    squared, distinct, use = (torch.zeros(n, dtype=torch.float64, device=device) for n in (1, 1, model.codebook_size))
     at_once = min(250, max(1, 2 ** 20 // model.image_size ** 2))  # a million pixels, to bound memory
     parts = chunks(shard(len(dataset), *rank_and_world_size()), at_once)
     for images, _ in read_slices(dataset, parts, workers):
         images = images.to(device) / 127.5 - 1
         tokens = model.encode(images)
         squared += (model.decode(tokens) - images).square().mean((1, 2, 3)).sum()
-        distinct += (tokens_to_counts(tokens, C) > 0).sum()
-        joint += (torch.arange(M, device=device) * C + tokens).flatten().bincount(minlength=M * C)
-    squared, distinct, joint = map(all_reduce, (squared, distinct, joint))
-    joint = joint.view(M, C)  # how often latent m was quantized to code c
-    in_use = (joint.sum(0) > 0).double().mean().item()
-    return squared.item() / len(dataset), in_use, distinct.item() / len(dataset), mutual_information(joint)
-
-
-def mutual_information(joint):
-    """How much a code tells about which of the M latents it is the code of, in bits: from 0, if all latents share all
-    codes alike, to log2 M, if each has codes of its own. A set does not keep which latent a token is of; the more its
-    codes tell, the less is lost.
-
-    joint: (M, C), how often latent m has code c.
-    """
-    p = joint / joint.sum()
-    of_latents, of_codes, of_pairs = (torch.special.entr(q).sum() for q in (p.sum(1), p.sum(0), p))  # entropies, nats
-    return (of_latents + of_codes - of_pairs).item() / math.log(2)
+        counts = tokens_to_counts(tokens, model.codebook_size)
+        distinct += (counts > 0).sum()
+        use += counts.sum(0)
+    squared, distinct, use = map(all_reduce, (squared, distinct, use))
+    return squared.item() / len(dataset), (use > 0).double().mean().item(), distinct.item() / len(dataset)
 
 
 def draw_reconstructions(model, dataset, device, path, number=20):

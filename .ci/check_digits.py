@@ -61,7 +61,7 @@ def check_tokenizer(tokenizer, test):
     """Reconstruction, use of the codebook, richness of the sets, order. Returns the test digits' tokens (N, M)."""
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     check("size of the sets", f"M = {M}, C = {C}", M >= 16 and C >= 64, "M >= 16, C >= 64")
-    mse, in_use, *_ = train_tokenizer.evaluate(tokenizer, test, torch.device("cpu"))
+    mse, in_use, _ = train_tokenizer.evaluate(tokenizer, test, torch.device("cpu"))
     check("mean squared error on test digits", f"{mse:.4f}", mse <= 0.05, "<= 0.05")
     check("codes in use on test digits", f"{in_use:.1%}", in_use >= 0.9, ">= 90 %")
     tokens = encode(tokenizer, test)

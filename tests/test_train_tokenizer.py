@@ -132,16 +132,6 @@ def test_use_of_codes_is_that_of_the_global_batch():
         assert all(torch.equal(*pair) for pair in zip(found, alone))
 
 
-def test_mutual_information_of_latents_and_codes():
-    """Broken: the number that stage 1 prints would not say how much a code tells about its latent."""
-    own = torch.eye(8, dtype=torch.float64).repeat_interleave(3, 1)  # (M, C): every latent has three codes of its own
-    assert train_tokenizer.mutual_information(own) == pytest.approx(3)
-    shared = torch.rand(1, 20, dtype=torch.float64).expand(8, -1)  # all latents use the codes alike
-    assert train_tokenizer.mutual_information(shared) == pytest.approx(0, abs=1e-12)
-    pairs = torch.eye(4, dtype=torch.float64).repeat_interleave(2, 0)  # a code tells one of four pairs of latents
-    assert train_tokenizer.mutual_information(pairs) == pytest.approx(2)
-
-
 def test_uniformity_falls_as_latents_spread():
     """Broken: the loss would not fall when an image's latents spread out."""
     crowded = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
