@@ -68,7 +68,7 @@ HYPERPARAMETERS = [
     ("lecam_ema",        0.999,          0.999,           "[0, 1)",         "decay of the moving averages it needs"),
     # the set's own losses
     ("commitment",       0.25,           0.25,            "[0, inf)",       "weight of the commitment loss"),
-    ("uniformity",       0.25,           0.0,             "[0, inf)",       "weight of uniformity(), not in the paper"),
+    ("uniformity",       0.1,            0.0,             "[0, inf)",       "weight of uniformity(), not in the paper"),
     ("unquantized",      0.5,            0.0,             "[0, 1]",         "share of images that skip the quantizer"),
     ("reset_after",      20,             0,               "[0, inf)",       "steps until an unused code is reset"),
     ("reset_until",      0.8,            0.8,             "[0, 1]",         "share of the training with such resets"),
