@@ -13,6 +13,7 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -86,6 +87,12 @@ def run_here(main, *args, folder):
     return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
+def successful(finished):
+    """A script that has ended as it should, of run(), run_ranks() or run_here()."""
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
 class Crash(Exception):
     """Raised in place of a kill."""
 
@@ -117,14 +124,25 @@ def stop_and_resume(monkeypatch, script, options, out, stops):
         with monkeypatch.context() as context:
             context.setattr(script, "set_lr", count)
             try:
-                finished = run_here(script.main, *options, folder=out.parent)
+                finished = run_here(script.main, *options, f"--out={out}", folder=out.parent)
                 assert finished.returncode == 143 and "stopped by SIGTERM" in finished.stderr, finished.stderr
             except Crash:
                 assert stop is crash
         assert torch.load(out, weights_only=True)["step"] == saved
         done, options = saved, ["--resume"]
-    finished = run_here(script.main, "--resume", folder=out.parent)
-    assert finished.returncode == 0, finished.stderr
+    successful(run_here(script.main, "--resume", f"--out={out}", folder=out.parent))
+
+
+def assert_ranks_train_alike(script, options, folder):
+    """Trainings by one rank and by three, whose shares of the batch are unequal, have the same losses and gradients."""
+    logs = []
+    for world_size in (1, 3):
+        successful(run_ranks(script, *options, f"--out={world_size}.pt", folder=folder, world_size=world_size))
+        logs.append(read_log(folder / f"{world_size}.csv"))
+    assert logs[0] and len(logs[0]) == len(logs[1])
+    for ours, theirs in zip(*logs):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert_same_gradients(folder / "1.pt", folder / "3.pt")
 
 
 def assert_one_sentence(finished, *words):
@@ -139,6 +157,12 @@ def read_log(path):
     """The rows of a log as dicts of numbers, without the empty columns."""
     with open(path, newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def assert_same_training(path, other):
+    """Two trainings have written the same log and the same checkpoint."""
+    assert read_log(path.with_suffix(".csv")) == read_log(other.with_suffix(".csv"))
+    assert_same_checkpoint(path, other)
 
 
 def assert_same_checkpoint(path, other):

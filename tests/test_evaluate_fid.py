@@ -27,7 +27,7 @@ from published.inception import resize
 from support.files import save_checkpoint
 from support.pictures import to_uint8
 from tests.conftest import few_digits, pictures
-from tests.scripts import assert_one_sentence, run_here, run_ranks
+from tests.scripts import assert_one_sentence, run_here, run_ranks, successful
 from tokenizer import SetTokenizer
 
 # --- distance, statistics and scores ---------------------------------------------------------------------------------
@@ -168,8 +168,7 @@ def test_same_numbers_for_any_number_of_ranks(arguments, digits):
     for world_size in (1, 3):
         options = [*arguments, "--num_images=130", "--batch=50", "--bf16=off", "--device=cpu", "--json=r.json",
                    "--save_stats=s.npz"]
-        finished = run_ranks("evaluate_fid.py", *options, folder=digits, world_size=world_size)
-        assert finished.returncode == 0, finished.stderr
+        successful(run_ranks("evaluate_fid.py", *options, folder=digits, world_size=world_size))
         with open(digits / "r.json") as file, np.load(digits / "s.npz") as statistics:
             results.append((json.load(file), statistics["mu"], statistics["sigma"]))
     (alone, mu, sigma), (together, other_mu, other_sigma) = results

@@ -16,7 +16,7 @@ from dual_transform import counts_to_tokens
 from fsdd import Denoiser, sample_noise
 from support.files import save_checkpoint
 from support.pictures import save_npz
-from tests.scripts import ROOT, assert_one_sentence, run, run_here, run_ranks
+from tests.scripts import ROOT, assert_one_sentence, run, run_here, run_ranks, successful
 from tokenizer import SetTokenizer
 
 
@@ -51,9 +51,8 @@ def draw(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def draw_images(*options, out="a.npz"):
-        finished = run_here(sample.main, "--ckpt", checkpoint, "--device=cpu", f"--out={out}", *options,
-                            folder=tmp_path)
-        assert finished.returncode == 0, finished.stderr
+        finished = successful(run_here(sample.main, "--ckpt", checkpoint, "--device=cpu", f"--out={out}", *options,
+                                       folder=tmp_path))
         return arrays(out) if out.endswith(".npz") else finished
     return draw_images
 
@@ -75,9 +74,8 @@ def test_same_images_for_any_number_of_ranks(checkpoint, tmp_path):
     results = []
     for world_size in (1, 3):  # 5 chunks, so unequal shares
         out = tmp_path / f"{world_size}.npz"
-        finished = run_ranks("sample.py", "--ckpt", checkpoint, "--num_images=23", "--batch=5", "--bf16=off",
-                             "--out", out, folder=tmp_path, world_size=world_size)
-        assert finished.returncode == 0, finished.stderr
+        successful(run_ranks("sample.py", "--ckpt", checkpoint, "--num_images=23", "--batch=5", "--bf16=off",
+                             "--out", out, folder=tmp_path, world_size=world_size))
         results.append(arrays(out))
     images, labels = results[0]
     assert images.shape == (23, 8, 8, 3) and images.dtype == np.uint8
@@ -89,9 +87,8 @@ def test_same_images_for_any_number_of_ranks(checkpoint, tmp_path):
 def test_same_images_under_torchrun(digits, tmp_path):
     """Broken: the README's command for several GPUs would write other images, or not end."""
     for world_size in (1, 2):
-        finished = run("sample.py", "--ckpt", digits / "fsdd.pt", "--num_images=230", "--batch=50",
-                       f"--out={world_size}.npz", "--device=cpu", folder=tmp_path, world_size=world_size)
-        assert finished.returncode == 0, finished.stderr
+        successful(run("sample.py", "--ckpt", digits / "fsdd.pt", "--num_images=230", "--batch=50",
+                       f"--out={world_size}.npz", "--device=cpu", folder=tmp_path, world_size=world_size))
     assert_same_arrays(arrays(tmp_path / "1.npz"), arrays(tmp_path / "2.npz"))
 
 
@@ -174,8 +171,7 @@ def test_an_animation_shows_every_step(draw):
 def test_a_grid_has_a_row_for_each_of_ten_classes(channels, num_classes, options, tmp_path):
     """Broken: the default picture would not show all classes, or too many of them, or no colours."""
     save_random_checkpoint(tmp_path / "fsdd.pt", channels, num_classes)
-    finished = run_here(sample.main, *options, folder=tmp_path)
-    assert finished.returncode == 0, finished.stderr
+    successful(run_here(sample.main, *options, folder=tmp_path))
     with Image.open(tmp_path / "samples.png") as page:  # 8 pixels are drawn 7 times as large
         assert page.size[1] == 10 * 56 and page.size[0] > 10 * 8
         grey = all(len({*colour}) == 1 for _, colour in page.getcolors(2 ** 20))
@@ -243,8 +239,7 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_
 
     with mock.patch.object(sample, "generate", record):
         for options in ([], ["--keep", "5", "6", "--labels=class 3,class 4"]):
-            finished = run_here(sample.main, "--ckpt=fsdd.pt", "--like=photo.png", *options, folder=tmp_path)
-            assert finished.returncode == 0, finished.stderr
+            successful(run_here(sample.main, "--ckpt=fsdd.pt", "--like=photo.png", *options, folder=tmp_path))
     assert [10 * [10]] * 4 + [5 * [3] + 5 * [4]] * 2 == classes
     for (x, t), kept in zip(starts, (4, 3, 1, 0, 5, 6), strict=True):
         assert (x.sum(1) == 6).all() and x.shape == (10, C)

@@ -13,7 +13,8 @@ from paper import table5_priors
 from paper.inputs import open_tokenizer
 from support.distributed import local_batch
 from support.files import read_json
-from tests.scripts import assert_one_sentence, assert_same_checkpoint, run_here, run_ranks, send_sigterm
+from tests.scripts import (assert_one_sentence, assert_same_checkpoint, run_here, run_ranks, send_sigterm,
+                           successful)
 
 SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40",
          "--num_search=20", "--search_steps=2", "--device=cpu"]
@@ -151,7 +152,7 @@ def test_the_same_table_from_two_ranks(digits, cache, few_settings, capsys, tmp_
                "--bf16=off", "--batch=15"]
     with monkeypatch.context() as other_folder:
         other_folder.setattr(table5_priors.variants, "FOLDER", "cache2")
-        finished = run_ranks(script, *SMALL, "--steps=3", "--seeds=1", *options, folder=tmp_path, world_size=2)
-    assert finished.returncode == 0, finished.stderr
+        finished = successful(run_ranks(script, *SMALL, "--steps=3", "--seeds=1", *options, folder=tmp_path,
+                                        world_size=2))
     rows = rows_of(finished.stdout)
     assert len(rows) == 2 and rows == table(capsys, f"{digits}/tokenizer.pt", *options[1:], seeds=1)

@@ -10,8 +10,8 @@ from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
 from support.distributed import shard
 from support.seeds import generator
-from tests.scripts import (assert_one_sentence, assert_same_checkpoint, assert_same_gradients, crash, read_log,
-                           run_here, run_ranks, send_sigterm, stop_and_resume)
+from tests.scripts import (assert_one_sentence, assert_ranks_train_alike, assert_same_training, crash, run_here,
+                           send_sigterm, stop_and_resume, successful)
 from tests.test_convnext import random_convnext
 from tests.test_distributed import on_ranks
 
@@ -23,31 +23,14 @@ TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--d
 def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_path, monkeypatch):
     """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir()
-    stopped.mkdir()
-    finished = run_here(train_tokenizer.main, *TINY, folder=whole)
-    assert finished.returncode == 0, finished.stderr
-    stop_and_resume(monkeypatch, train_tokenizer, TINY, stopped / "tokenizer.pt",
-                    [(5, send_sigterm, 5), (8, crash, 6)])
-    assert read_log(whole / "tokenizer.csv") == read_log(stopped / "tokenizer.csv")
-    assert_same_checkpoint(whole / "tokenizer.pt", stopped / "tokenizer.pt")
+    successful(run_here(train_tokenizer.main, *TINY, folder=tmp_path))
+    stop_and_resume(monkeypatch, train_tokenizer, TINY, tmp_path / "stopped.pt", [(5, send_sigterm, 5), (8, crash, 6)])
+    assert_same_training(tmp_path / "tokenizer.pt", tmp_path / "stopped.pt")
 
 
 def test_any_number_of_ranks_trains_alike(few_to_train_on, tmp_path):
     """Broken: the global batch, its shuffle, or the mean of the gradients would depend on the number of ranks."""
-    logs = []
-    for world_size in (1, 3):  # unequal shares of the batch
-        folder = tmp_path / str(world_size)
-        folder.mkdir()
-        finished = run_ranks("train_tokenizer.py", *TINY, "--steps=4", "--optimizer=adamw", "--clip=0",
-                             folder=folder, world_size=world_size)
-        assert finished.returncode == 0, finished.stderr
-        logs.append(read_log(folder / "tokenizer.csv"))
-    assert len(logs[0]) == len(logs[1]) == 4
-    for ours, theirs in zip(*logs):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert_same_gradients(tmp_path / "1" / "tokenizer.pt", tmp_path / "3" / "tokenizer.pt")
+    assert_ranks_train_alike("train_tokenizer.py", [*TINY, "--steps=4", "--optimizer=adamw", "--clip=0"], tmp_path)
 
 
 def test_a_batch_is_the_same_for_any_number_of_ranks():
@@ -64,8 +47,7 @@ def test_a_batch_is_the_same_for_any_number_of_ranks():
 
 def test_what_a_run_writes(few_to_train_on, tmp_path):
     """Broken: the checkpoint could not be read safely, or the picture, progress or last line would be missing."""
-    finished = run_here(train_tokenizer.main, *TINY, "--steps=3", "--ema=0", folder=tmp_path)
-    assert finished.returncode == 0, finished.stderr
+    finished = successful(run_here(train_tokenizer.main, *TINY, "--steps=3", "--ema=0", folder=tmp_path))
     assert finished.stdout.startswith("recipe digits: as given")
     for words in ("mean squared error", "codes in use", "distinct codes"):
         assert words in finished.stdout.splitlines()[-1]
