@@ -28,6 +28,4 @@ def test_the_figure(digits, tmp_path, capsys):
         assert int(after) == 6 and int(before) + int(added) - int(removed) == 6
     assert lines[1].endswith("| 0 |")  # at t = 0 nothing differs from X_0
     with Image.open(tmp_path / "f.png") as page:
-        assert page.height == len(fig3_process.TIMES) * fig3_process.HEIGHT
-        colours = {colour for _, colour in page.getcolors(2 ** 16)}
-        assert (0x8a, 0x8f, 0x98) in colours and len(colours) > 3
+        assert page.height == len(fig3_process.TIMES) * fig3_process.HEIGHT and len(page.getcolors(2 ** 16)) > 3

@@ -12,7 +12,6 @@ from fsdd import sample_noise
 from paper import table5_priors
 from paper.inputs import open_tokenizer
 from support.distributed import local_batch
-from support.files import read_json
 from tests.scripts import (assert_one_sentence, assert_same_checkpoint, run_here, run_ranks, send_sigterm,
                            successful)
 
@@ -133,14 +132,9 @@ def test_what_is_measured_depends_on_all_its_settings(digits, cache, few_setting
     """Broken: a distance measured with one setting would be shown for another; or that of the search for the
     table's."""
     options = ["--methods=FSDD", "--search_lr=no"]
-    first = table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)["FSDD"]
-    # as many as the search
-    assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first
-    kept, = cache.glob("*.pt.json")
-    assert len(read_json(kept)) == 4 + 2
-    for more in ("--sample_steps=3", "--batch=30"):
-        table(capsys, f"{digits}/tokenizer.pt", *options, more, seeds=1)
-    assert len(read_json(kept)) == 4 + 2 + 2 * 5
+    found = [table(capsys, f"{digits}/tokenizer.pt", *options, *more, seeds=1)["FSDD"][4]
+             for more in ([], ["--num_images=20"], ["--sample_steps=3"], ["--batch=30"])]  # 20: as many as the search
+    assert len(set(found)) == 4
 
 
 @pytest.mark.slow
