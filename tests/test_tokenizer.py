@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer import Attention, PatchPixels, Quantizer, SetTokenizer
+from tokenizer import Attention, Quantizer, SetTokenizer
 
 
 def small_tokenizer(channels=1, random=True, model_class=SetTokenizer, **settings):
@@ -137,27 +137,10 @@ def test_quantizer_loss():
 
 def test_every_weight_is_trained():
     """Broken: some weight would never receive a gradient."""
-    assert_every_weight_is_trained(small_tokenizer())
-
-
-def assert_every_weight_is_trained(model):
+    model = small_tokenizer()
     reconstructions, _, _, loss = model(torch.rand(6, 1, 8, 8) * 2 - 1)
     (reconstructions.square().mean() + loss).backward()
     assert [name for name, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())] == []
-
-
-def test_patches_go_to_their_positions():
-    """Broken: a patch's pixels would land at another position, or mixed up within it."""
-    head = PatchPixels(side=3, channels=2, patch_size=4, width=32)
-    with torch.no_grad():
-        head.to_pixels.weight.copy_(torch.eye(32))
-        head.to_pixels.bias.zero_()
-    features = torch.arange(9 * 32.0).view(1, 9, 32)
-    images = head(features)
-    assert images.shape == (1, 2, 12, 12)
-    for position in range(9):
-        row, column = position // 3 * 4, position % 3 * 4
-        assert torch.equal(images[0, :, row:row + 4, column:column + 4].flatten(), features[0, position])
 
 
 @pytest.mark.parametrize("fused", ["auto", "on", "off"])
