@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -41,33 +42,55 @@ def rank_variables(world_size):
 
 
 def run_ranks(script, *args, folder, world_size):
-    """run() on several ranks that are forked from this process, which takes a second; torchrun takes several. What a
-    test has patched stays patched. The output is rank 0's, the errors are those of all ranks."""
+    """run() on several ranks, as on_ranks(). The output is rank 0's, the errors are those of all ranks."""
     with tempfile.TemporaryDirectory() as captured:
-        def run_rank(variables):
-            os.environ |= variables
+        def run_rank():
+            rank = os.environ["RANK"]
             os.chdir(folder)
             sys.argv = [script, *map(str, args)]
-            sys.stdout, sys.stderr = (open(f"{captured}/{name}{variables['RANK']}", "w")
-                                      for name in ("output", "errors"))
-            torch.set_num_threads(1)
+            sys.stdout, sys.stderr = (open(f"{captured}/{name}{rank}", "w") for name in ("output", "errors"))
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
 
-        gc.freeze()  # the ranks' garbage collection would copy the memory they share with this process
-        fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=run_rank, args=[variables]) for variables in rank_variables(world_size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-        codes = [process.exitcode for process in ranks]
-        for process in ranks:
-            process.kill()
-        gc.unfreeze()
+        codes = fork_ranks(world_size, run_rank)
         output, *errors = (open(f"{captured}/{name}").read()
                            for name in ("output0", *(f"errors{rank}" for rank in range(world_size))))
     returncode = next((code for code in codes if code != 0), 0)  # None: it did not end
     return SimpleNamespace(returncode=returncode, stdout=output, stderr="".join(errors))
+
+
+def on_ranks(world_size, function):
+    """function() on every rank of a process group: a list of what it returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        def run_rank():
+            dist.init_process_group("gloo")
+            torch.save(function(), f"{folder}/{os.environ['RANK']}.pt")
+            dist.barrier()
+            dist.destroy_process_group()
+
+        assert fork_ranks(world_size, run_rank) == [0] * world_size
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def fork_ranks(world_size, function):
+    """function() in processes that are forked from this one, which takes a second; torchrun takes several. What a test
+    has patched stays patched. Returns their exit codes."""
+    def run_rank(variables):
+        os.environ |= variables
+        torch.set_num_threads(1)
+        function()
+
+    gc.freeze()  # the ranks' garbage collection would copy the memory they share with this process
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=[variables]) for variables in rank_variables(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    gc.unfreeze()
+    return codes
 
 
 def run_here(main, *args, folder):

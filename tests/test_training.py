@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from support import training
 from support.training import (Signals, StoppedBySignal, check_finite, check_result, check_training, keep_previous,
                               open_log, run, save_training)
-from tests.scripts import ROOT
-from tests.test_distributed import on_ranks
+from tests.scripts import ROOT, on_ranks
 
 
 @pytest.fixture(autouse=True)
