@@ -36,16 +36,13 @@ def test_sensitivity_is_that_of_finite_differences(settings):
 
 
 def test_spread_by_hand():
-    """Broken: the measures would not be those that the table's head says, or would depend on the map's scale."""
+    """Broken: the measures would not be those that the table's head says."""
     even, point, corner, two = torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)
     point[5, 2], corner[:4, 4:], two[3, 3], two[4, 4] = 3, 0.25, 8.9, 1.1
     maps = torch.stack([even, point, corner, two]).double()
     outside, pixels = fig5_receptive_field.spread(maps, 4)
     assert outside.tolist() == pytest.approx([0.75, 0, 0, 0.11])
     assert pixels.tolist() == pytest.approx([58 / 64, 1 / 64, 15 / 64, 2 / 64])  # 57.6 of 64, 14.4 of 16
-    again = fig5_receptive_field.spread(torch.stack([maps, 1e-6 * maps]), 4)  # any shape in front
-    for found, expected in zip(again, (outside, pixels)):
-        assert found.shape == (2, 4) and torch.allclose(found[0], expected) and torch.allclose(found[1], expected)
 
 
 @pytest.mark.slow

@@ -75,15 +75,6 @@ def test_the_whole_training(whole):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_both_stages(files, tmp_path):
-    """Broken: some phase would fail or hang on several ranks, for example as DDP waits for weights without gradient."""
-    folder = linked(files, tmp_path / "ranks")
-    for script, options, steps in (("train_tokenizer", STAGE1, 12), ("train_fsdd", STAGE2, 8)):
-        successful(run_ranks(f"{script}.py", *options, folder=folder, world_size=2))
-        assert len(read_log(folder / f"{script.removeprefix('train_')}.csv")) == steps
-
-
-@pytest.mark.slow
 def test_both_phases_learn(files, tmp_path):
     """Broken: a phase would not learn its task."""
     folder = linked(files, tmp_path / "longer")

@@ -18,8 +18,7 @@ def table(capsys, *options):
 
 @pytest.mark.slow
 def test_the_digits_two_sizes(cache, capsys, monkeypatch):
-    """Broken: the smaller denoiser would differ in more than its size, be of another tokenizer, or stand in the other's
-    row."""
+    """Broken: the smaller denoiser would differ in more than its size, or stand in the other's row."""
     save_checkpoint(load_checkpoint(variants.tokenizer(**SET, **TOKENIZER), "", "tokenizer"), "tokenizer.pt")
     own = load_checkpoint(variants.fsdd("tokenizer.pt", **DENOISER, lr=1e-3), "", "fsdd")
     save_checkpoint(own, "fsdd.pt")
@@ -31,8 +30,6 @@ def test_the_digits_two_sizes(cache, capsys, monkeypatch):
                     ["4", "16", "1", "16", f"{millions[1]:.2f} M", "31.0"]]
     differ = {name for name in own["config"] if own["config"][name] != smaller["config"][name]}
     assert differ - variants.NOT_THE_MODEL == {"width", "heads"} and smaller["config"]["heads"] == 1
-    weights = own["tokenizer"]["weights"]
-    assert all(torch.equal(weights[name], smaller["tokenizer"]["weights"][name]) for name in weights)
 
 
 @pytest.mark.slow
