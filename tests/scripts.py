@@ -13,7 +13,9 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -40,33 +42,55 @@ def rank_variables(world_size):
 
 
 def run_ranks(script, *args, folder, world_size):
-    """run() on several ranks that are forked from this process, which takes a second; torchrun takes several. What a
-    test has patched stays patched. The output is rank 0's, the errors are those of all ranks."""
+    """run() on several ranks, as on_ranks(). The output is rank 0's, the errors are those of all ranks."""
     with tempfile.TemporaryDirectory() as captured:
-        def run_rank(variables):
-            os.environ |= variables
+        def run_rank():
+            rank = os.environ["RANK"]
             os.chdir(folder)
             sys.argv = [script, *map(str, args)]
-            sys.stdout, sys.stderr = (open(f"{captured}/{name}{variables['RANK']}", "w")
-                                      for name in ("output", "errors"))
-            torch.set_num_threads(1)
+            sys.stdout, sys.stderr = (open(f"{captured}/{name}{rank}", "w") for name in ("output", "errors"))
             runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
 
-        gc.freeze()  # the ranks' garbage collection would copy the memory they share with this process
-        fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=run_rank, args=[variables]) for variables in rank_variables(world_size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-        codes = [process.exitcode for process in ranks]
-        for process in ranks:
-            process.kill()
-        gc.unfreeze()
+        codes = fork_ranks(world_size, run_rank)
         output, *errors = (open(f"{captured}/{name}").read()
                            for name in ("output0", *(f"errors{rank}" for rank in range(world_size))))
     returncode = next((code for code in codes if code != 0), 0)  # None: it did not end
     return SimpleNamespace(returncode=returncode, stdout=output, stderr="".join(errors))
+
+
+def on_ranks(world_size, function):
+    """function() on every rank of a process group: a list of what it returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        def run_rank():
+            dist.init_process_group("gloo")
+            torch.save(function(), f"{folder}/{os.environ['RANK']}.pt")
+            dist.barrier()
+            dist.destroy_process_group()
+
+        assert fork_ranks(world_size, run_rank) == [0] * world_size
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def fork_ranks(world_size, function):
+    """function() in processes that are forked from this one, which takes a second; torchrun takes several. What a test
+    has patched stays patched. Returns their exit codes."""
+    def run_rank(variables):
+        os.environ |= variables
+        torch.set_num_threads(1)
+        function()
+
+    gc.freeze()  # the ranks' garbage collection would copy the memory they share with this process
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=[variables]) for variables in rank_variables(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    gc.unfreeze()
+    return codes
 
 
 def run_here(main, *args, folder):
@@ -84,6 +108,12 @@ def run_here(main, *args, folder):
         errors.write(code + "\n")
         code = 1
     return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
+
+
+def successful(finished):
+    """A script that has ended as it should, of run(), run_ranks() or run_here()."""
+    assert finished.returncode == 0, finished.stderr
+    return finished
 
 
 class Crash(Exception):
@@ -117,14 +147,25 @@ def stop_and_resume(monkeypatch, script, options, out, stops):
         with monkeypatch.context() as context:
             context.setattr(script, "set_lr", count)
             try:
-                finished = run_here(script.main, *options, folder=out.parent)
+                finished = run_here(script.main, *options, f"--out={out}", folder=out.parent)
                 assert finished.returncode == 143 and "stopped by SIGTERM" in finished.stderr, finished.stderr
             except Crash:
                 assert stop is crash
         assert torch.load(out, weights_only=True)["step"] == saved
         done, options = saved, ["--resume"]
-    finished = run_here(script.main, "--resume", folder=out.parent)
-    assert finished.returncode == 0, finished.stderr
+    successful(run_here(script.main, "--resume", f"--out={out}", folder=out.parent))
+
+
+def assert_ranks_train_alike(script, options, folder):
+    """Trainings by one rank and by three, whose shares of the batch are unequal, have the same losses and gradients."""
+    logs = []
+    for world_size in (1, 3):
+        successful(run_ranks(script, *options, f"--out={world_size}.pt", folder=folder, world_size=world_size))
+        logs.append(read_log(folder / f"{world_size}.csv"))
+    assert logs[0] and len(logs[0]) == len(logs[1])
+    for ours, theirs in zip(*logs):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert_same_gradients(folder / "1.pt", folder / "3.pt")
 
 
 def assert_one_sentence(finished, *words):
@@ -139,6 +180,12 @@ def read_log(path):
     """The rows of a log as dicts of numbers, without the empty columns."""
     with open(path, newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def assert_same_training(path, other):
+    """Two trainings have written the same log and the same checkpoint."""
+    assert read_log(path.with_suffix(".csv")) == read_log(other.with_suffix(".csv"))
+    assert_same_checkpoint(path, other)
 
 
 def assert_same_checkpoint(path, other):

@@ -4,7 +4,6 @@
 """
 import itertools
 import math
-import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -14,11 +13,11 @@ import torch
 import beyond
 from beyond import (SparseDenoiser, all_hidden, exchange_step, exchange_times, flip_times, hide_tokens, reveal_step,
                     sparse_loss)
-from fsdd import (Denoiser, discrete_gaussian, draw, forward_process, fsdd_loss, generate, greedy_adjust, paper_step,
-                  refine, sample_noise, uniform_times)
-from tests.test_fsdd import (LargestTensor, assert_generation_ends_at_the_data, assert_generation_keeps_the_sum,
-                             assert_same_distribution, dense_gaussian, generator, random_batch, skewed_counts,
-                             small_denoiser)
+from fsdd import (Denoiser, discrete_gaussian, draw, forward_process, fsdd_loss, generate, greedy_adjust, refine,
+                  sample_noise, uniform_times)
+from tests.test_fsdd import (KnowsData, LargestTensor, assert_generation_ends_at_the_data,
+                             assert_generation_keeps_the_sum, assert_same_distribution, dense_gaussian, generator,
+                             random_batch, skewed_counts, small_denoiser)
 
 EXCHANGE = {"step": exchange_step, "times": exchange_times}
 
@@ -151,26 +150,14 @@ def test_exchange_moves_as_many_tokens_as_independent_codes():
     assert stalled.sum() / rate.sum() < 0.4
 
 
-@pytest.mark.slow
-def test_an_exchange_step_is_cheap_at_full_size():
-    """Broken: at C = 4096, M = 128 a step would take more time outside the denoiser than the paper's, or create a table
-    of all counts for every code."""
+def test_an_exchange_step_makes_no_table_over_all_counts():
+    """Broken: at ImageNet's size a step would take B x C x (M + 1) numbers besides the denoiser's p."""
     B, C, M = 2, 4096, 128
     logits = torch.full((B, C, M + 1), -20.0)
     logits[:, :, :4] = torch.tensor([0.0, -3.0, -5.0, -9.0])
     p, x = logits.softmax(2), sample_noise(B, C, M, "distinct", generator(34))
-
-    def seconds(step):
-        durations = []
-        for _ in range(3):
-            began = time.perf_counter()
-            step(x, p, 0.6, 0.5, generator=generator(35), prior="distinct")
-            durations.append(time.perf_counter() - began)
-        return min(durations)
-
-    assert seconds(exchange_step) < seconds(paper_step)
     with LargestTensor() as largest:
-        seconds(exchange_step)
+        exchange_step(x, p, 0.6, 0.5, generator=generator(35), prior="distinct")
     assert largest.elements < B * C * (M + 1) / 10
 
 
@@ -328,20 +315,12 @@ def test_one_token_at_a_time_is_exact_by_an_oracle(C, M, images):
 # --- 4. the sparse denoiser ------------------------------------------------------------------------------------------
 
 
-def test_both_denoisers_share_their_weights():
-    """Broken: a checkpoint of one denoiser could not be used by the other."""
-    dense, sparse = (small_denoiser(model_class=model_class) for model_class in (Denoiser, SparseDenoiser))
-    assert [(name, w.shape) for name, w in dense.state_dict().items()] == [
-        (name, w.shape) for name, w in sparse.state_dict().items()]
-    sparse.load_state_dict(dense.state_dict())
-    dense.load_state_dict(sparse.state_dict())
-
-
 @pytest.mark.parametrize("C, M", [(12, 6), (5, 40), (300, 32), (1, 3)])
 def test_sparse_attends_to_the_tokens(C, M):
     """Broken: a code would not attend to the tokens of X_t, each as often as it occurs, with the dense one's weights.
     Attention to all codes with log X_t added to their scores is the same, as exp(score + log k) = k exp(score)."""
     dense, sparse = (small_denoiser(C, M, model_class=kind).double() for kind in (Denoiser, SparseDenoiser))
+    sparse.load_state_dict(dense.state_dict())  # a checkpoint of one can be used by the other
     x, t, labels = skewed_counts(9, C, M, 40), torch.rand(9), torch.randint(3, (9,))
     for block in dense.blocks:
         attend = block.attention.attend
@@ -432,17 +411,9 @@ def test_revealed_tokens_stay(steps):
 def test_revealing_ends_at_what_the_denoiser_knows():
     """Broken: hidden tokens would not become those that a perfect denoiser predicts, also counts above 1."""
     x0 = torch.nn.functional.pad(skewed_counts(50, 12, 6, 52), (0, 1))
-    logits = 50.0 * torch.nn.functional.one_hot(x0, 7)
-
-    class Perfect:
-        codebook_size, num_tokens, num_classes = 13, 6, 1
-
-        def __call__(self, x, t, labels):
-            return logits
-
     for steps in (1, 2, 4, 6):
-        assert torch.equal(generate(Perfect(), torch.zeros(50, dtype=torch.int64), **REVEAL, guidance=1.0, top_p=1.0,
-                                    prior="hidden", steps=steps), x0)
+        assert torch.equal(generate(KnowsData(x0), torch.zeros(50, dtype=torch.int64), **REVEAL, guidance=1.0,
+                                    top_p=1.0, prior="hidden", steps=steps), x0)
 
 
 def test_a_sum_changes_in_proportion_to_the_probabilities():

@@ -27,12 +27,9 @@ def test_published_files(tmp_path):
     torch.save(weights, path)
     assert all(map(torch.equal, load_convnext(path).state_dict().values(), weights.values()))
     name = "features.1.0.block.3.weight"
-    for other, words in (({}, "can't be read as ConvNeXt-S"), (weights | {"x": weights[name]}, "unexpected x"),
-                         (weights | {name: weights[name].double()}, f"of the wrong shape or type {name}"),
-                         (weights | {name: weights[name] / 0}, f"is damaged: {name}")):
-        torch.save(other, path)
-        with pytest.raises(ValueError, match=words):
-            load_convnext(path)
+    torch.save(weights | {name: weights[name] / 0}, path)
+    with pytest.raises(ValueError, match=f"is damaged: {name}"):
+        load_convnext(path)
 
 
 def test_convnext_is_torchvisions():

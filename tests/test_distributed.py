@@ -1,8 +1,4 @@
 """Ranks: which rows each of them takes, what they exchange, and random numbers that do not depend on their number."""
-import multiprocessing
-import os
-import tempfile
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,31 +6,7 @@ import torch.distributed as dist
 from support import distributed
 from support.distributed import all_gather, all_reduce, is_main, local_batch
 from support.seeds import generator
-
-
-def on_ranks(world_size, function):
-    """function() on every rank of a process group: a list of what it returns. The ranks are forked from this process,
-    which takes a fraction of a second; torchrun takes several."""
-    with tempfile.TemporaryDirectory() as folder:
-        def run_rank(rank):
-            os.environ["RANK"] = str(rank)
-            torch.set_num_threads(1)
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-            torch.save(function(), f"{folder}/{rank}.pt")
-            dist.barrier()
-            dist.destroy_process_group()
-
-        fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=run_rank, args=[rank]) for rank in range(world_size)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(60)
-        codes = [process.exitcode for process in ranks]
-        for process in ranks:
-            process.kill()
-        assert codes == [0] * world_size
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+from tests.scripts import on_ranks
 
 
 @pytest.mark.parametrize("total", [1, 7, 128, 255])

@@ -42,14 +42,13 @@ def skewed_counts(B, C, M, seed):
     return fsdd.tokens_to_counts(tokens, C)
 
 
-def small_denoiser(C=12, M=6, random=True, seed=16, model_class=Denoiser):
-    """A denoiser of 12 codes, 6 tokens, 3 classes; by default with random weights, as a new one has the same output
-    for all inputs."""
-    torch.manual_seed(seed)
+def small_denoiser(C=12, M=6, model_class=Denoiser):
+    """A denoiser of 12 codes, 6 tokens, 3 classes, with random weights, as a new one has the same output for all
+    inputs."""
+    torch.manual_seed(16)
     denoiser = model_class(C, M, 3, width=32, layers=2, heads=2)
-    if random:
-        for parameter in denoiser.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
     return denoiser
 
 
@@ -248,7 +247,7 @@ def test_draws_follow_p_top_p_and_top_k(top_p, top_k, kept):
 
 def test_the_loss_starts_at_log_M_plus_1():
     """Broken: DiT's initial values; all M + 1 counts must be equally likely at the start."""
-    loss = fsdd.fsdd_loss(small_denoiser(random=False), random_batch(20, 12, 6, 17))
+    loss = fsdd.fsdd_loss(Denoiser(12, 6, 3, width=32, layers=2, heads=2), random_batch(20, 12, 6, 17))
     assert loss.item() == pytest.approx(math.log(7), abs=1e-6)
 
 
@@ -258,21 +257,6 @@ def test_the_loss_is_the_mean_cross_entropy():
     p = denoiser(forward_process(batch.x0, batch.x1, batch.t, batch.uniform), batch.t, batch.labels).softmax(2)
     by_hand = -sum(p[b, j, batch.x0[b, j]].log() for b in range(20) for j in range(12)) / 240
     assert fsdd.fsdd_loss(denoiser, batch).item() == pytest.approx(by_hand.item(), rel=1e-5)
-
-
-def test_the_denoiser_uses_all_its_inputs():
-    """Broken: the output would not depend on the counts, their codes, the time or the class."""
-    denoiser = small_denoiser()
-    x, t, labels = skewed_counts(5, 12, 6, 19), torch.rand(5), torch.randint(3, (5,))
-    base = denoiser(x, t, labels)
-    assert base.shape == (5, 12, 7)
-    assert not torch.allclose(base, denoiser(x.flip(1), t, labels).flip(1), atol=1e-3)
-    assert not torch.allclose(base, denoiser(x, 1 - t, labels), atol=1e-3)
-    assert not torch.allclose(base, denoiser(x, t, labels + 1), atol=1e-3)
-    one = x.clone()
-    one[0, 0] += 1
-    changed = (denoiser(one, t, labels) - base).abs().amax(2) > 1e-6
-    assert changed[0].all() and not changed[1:].any()  # attention reaches every code of that vector and of no other
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -350,19 +334,7 @@ def test_the_last_step_is_adjusted_by_the_denoisers_p():
     assert fsdd.paper_step(torch.tensor([[0, 2, 0]]), p, 0.04, 0, top_p=1, top_k=1).tolist() == [[1, 0, 1]]
 
 
-def test_guidance_of_weight_one_is_the_plain_model():
-    """Broken: p_null + 1 (p_class - p_null) must be p_class, and then the null class must not matter."""
-    denoiser, x, labels = small_denoiser(), skewed_counts(9, 12, 6, 26), torch.arange(9) % 3
-    plain = denoiser(x, torch.full((9,), 0.3), labels).softmax(2)
-    assert torch.equal(fsdd.guided_probabilities(denoiser, x, 0.3, labels, 1), plain)
-    assert torch.allclose(fsdd.guided_probabilities(denoiser, x, 0.3, labels, 1 + 1e-6), plain, atol=1e-5)
-    before = fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=generator(27))
-    with torch.no_grad():
-        denoiser.class_embedding.weight[3] += 1
-    assert torch.equal(before, fsdd.generate(denoiser, labels, guidance=(1, 1, 1), generator=generator(27)))
-
-
-@pytest.mark.parametrize("weight", [0, 3, 50])
+@pytest.mark.parametrize("weight", [0, 1, 3, 50])  # 1: the plain model, which is computed without the null class
 def test_guidance_acts_on_probabilities(weight):
     """Broken: guidance must be clamp(p_null + w (p_class - p_null), min 0), normalized."""
     denoiser, x, labels = small_denoiser(), skewed_counts(9, 12, 6, 28), torch.arange(9) % 3

@@ -11,7 +11,7 @@ from PIL import Image
 
 from published.convnext import ConvNeXt
 from published.maskgit_vqgan import VQGAN
-from tests.scripts import read_log, run
+from tests.scripts import read_log, run, successful
 
 SHORT = ["--recipe=imagenet256", "--data=images", "--batch_size=2", "--device_batch=1", "--flip=false",
          "--compile=false", "--workers=0", "--log_every=1", "--save_every=1000", "--picture_every=1000"]
@@ -42,8 +42,7 @@ def folder(tmp_path_factory):
 
 def train(folder, *arguments):
     began = time.time()
-    finished = run(*arguments, folder=folder)
-    assert finished.returncode == 0, finished.stderr
+    finished = successful(run(*arguments, folder=folder))
     print("\n", *arguments, f"\n{time.time() - began:.0f} s\n", finished.stdout)
 
 

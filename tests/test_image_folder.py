@@ -90,14 +90,10 @@ def test_alpha_and_rotation_are_announced(folder):
     """Broken: nobody would learn why images that look right elsewhere are black or lie on their side here."""
     rotated, upright = Image.Exif(), Image.Exif()
     rotated[0x0112], upright[0x0112] = 8, 1
-    files = {"a/0.png": stripes("RGBA"), "a/1.jpg": encoded(stripes(), exif=rotated), "a/2.jpg": encoded(stripes()),
-             "a/3.jpg": encoded(stripes(), exif=upright), "a/4.jpg": b"damaged", "a/5.png": stripes("LA")}
-    assert folder(files).not_applied() == ("of 6 images looked at, 2 are transparent and 1 are rotated by EXIF, "
-                                           "neither of which is applied")
-    assert folder(files).not_applied(most=3).startswith("of 3 images looked at, 1 are transparent and 0 ")
-    for name in ("0.png", "1.jpg", "5.png"):
-        os.remove(f"{folder({}).root}/a/{name}")
-    assert folder({}).not_applied() == ""
+    plain = {"a/2.jpg": encoded(stripes()), "a/3.jpg": encoded(stripes(), exif=upright), "a/4.jpg": b"damaged"}
+    assert folder(plain).not_applied() == ""
+    others = {"a/0.png": stripes("RGBA"), "a/1.jpg": encoded(stripes(), exif=rotated), "a/5.png": stripes("LA")}
+    assert folder(others).not_applied().startswith("of 6 images looked at, 2 are transparent and 1 are rotated")
 
 
 @pytest.mark.filterwarnings("ignore:Palette images")  # pytest shows what data.image_folder has silenced

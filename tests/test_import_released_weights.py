@@ -24,9 +24,9 @@ import train_tokenizer
 from dual_transform import tokens_to_counts
 from fsdd import Denoiser
 from paper import import_released_weights
-from published.maskgit_vqgan import VQGAN
 from tests.image_folder import make_image_folder
-from tests.scripts import assert_one_sentence, run_here
+from tests.scripts import assert_one_sentence, run_here, successful
+from tests.test_maskgit_vqgan import decoder_pixels
 from tokenizer import SetTokenizer
 
 PUBLISHED_TOKENIZER = dict(width=768, layers=12, num_tokens=128, codebook_size=4096, code_dim=12, grid=16,
@@ -81,20 +81,6 @@ def vqgan_decoder_list(name, width, dim):
         shapes |= both(f"{name}up.{level}.upsample_conv.", after, after, 3, 3) if level else {}
         before = after
     return shapes
-
-
-def vqgan_list(width, dim, num_codes):
-    """The tensors of maskgit-vqgan-imagenet-f16-256.bin."""
-    shapes = {"encoder.conv_in.weight": (width, 3, 3, 3), "quantize.embedding.weight": (num_codes, dim)}
-    shapes |= both("encoder.norm_out.", 4 * width) | both("encoder.conv_out.", dim, 4 * width, 1, 1)
-    for block in (0, 1):
-        shapes |= residual_block_list(f"encoder.mid.{block}.", 4 * width, 4 * width)
-    before = width
-    for level, after in enumerate((width, width, 2 * width, 2 * width, 4 * width)):
-        shapes |= residual_block_list(f"encoder.down.{level}.block.0.", before, after)
-        shapes |= residual_block_list(f"encoder.down.{level}.block.1.", after, after)
-        before = after
-    return shapes | vqgan_decoder_list("decoder.", width, dim)
 
 
 def fsdd_list(width, layers, num_tokens, codebook_size, num_classes):
@@ -153,8 +139,7 @@ def write_released(folder, tokenizer_sizes, fsdd_sizes):
 
 
 def layer_norm(x, w, name):
-    mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + 1e-5) * w[name + "weight"] + w[name + "bias"]
+    return F.layer_norm(x, x.shape[-1:], w[name + "weight"], w[name + "bias"], 1e-5)
 
 
 def attend(x, weight, bias, out_weight, out_bias, heads):
@@ -215,36 +200,7 @@ def decoded_pixels(tokens, w):
     side = math.isqrt(positions)
     x = x.permute(0, 2, 1).reshape(B, -1, side, side)
     x = torch.tanh(F.conv2d(x, w["decoder.ffn.0.weight"], w["decoder.ffn.0.bias"]))
-    return vqgan_decoder(F.conv2d(x, w["decoder.ffn.2.weight"], w["decoder.ffn.2.bias"]), w, "pixel_decoder.")
-
-
-def group_norm_silu(x, w, name):
-    groups = x.reshape(len(x), 32, -1)
-    mean, variance = groups.mean(-1, keepdim=True), groups.var(-1, unbiased=False, keepdim=True)
-    x = ((groups - mean) / torch.sqrt(variance + 1e-6)).reshape(x.shape)
-    x = x * w[name + "weight"][:, None, None] + w[name + "bias"][:, None, None]
-    return x * torch.sigmoid(x)
-
-
-def residual_block(x, w, name):
-    y = F.conv2d(F.pad(group_norm_silu(x, w, name + "norm1."), (1, 1, 1, 1)), w[name + "conv1.weight"])
-    y = F.conv2d(F.pad(group_norm_silu(y, w, name + "norm2."), (1, 1, 1, 1)), w[name + "conv2.weight"])
-    return y + (F.conv2d(y, w[name + "nin_shortcut.weight"]) if name + "nin_shortcut.weight" in w else x)
-
-
-def vqgan_decoder(x, w, name):
-    x = F.conv2d(x, w[name + "conv_in.weight"], w[name + "conv_in.bias"], padding=1)
-    for block in ("mid.0.", "mid.1."):
-        x = residual_block(x, w, name + block)
-    for level in (4, 3, 2, 1, 0):
-        for block in (0, 1):
-            x = residual_block(x, w, f"{name}up.{level}.block.{block}.")
-        if level:
-            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-            x = F.conv2d(x, w[f"{name}up.{level}.upsample_conv.weight"], w[f"{name}up.{level}.upsample_conv.bias"],
-                         padding=1)
-    return F.conv2d(group_norm_silu(x, w, name + "norm_out."), w[name + "conv_out.weight"], w[name + "conv_out.bias"],
-                    padding=1)
+    return decoder_pixels(F.conv2d(x, w["decoder.ffn.2.weight"], w["decoder.ffn.2.bias"]), w, "pixel_decoder")
 
 
 def denoiser_logits(x_s, s, labels, w):
@@ -256,8 +212,7 @@ def denoiser_logits(x_s, s, labels, w):
     x = w["x_embedder.embedding_table.weight"][x_s] + w["pos_embed"]
 
     def norm(x, shift, scale):
-        x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-6)
-        return x * (1 + scale[:, None]) + shift[:, None]
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
     i = 0
     while f"blocks.{i}.attn.qkv.weight" in w:
@@ -341,26 +296,19 @@ def test_lists_of_the_published_sizes():
         models = [SetTokenizer(256, 3, 16, 128, 4096, 12, 768, 12, 12, 12, vqgan_width=128, reshaped_latents=True),
                   Denoiser(4096, 128, 1000, 384, 12, 6, unused_rows=True),
                   Denoiser(4096, 128, 1000, 768, 12, 12, unused_rows=True)]
-        vqgan = VQGAN().state_dict()
     assert [len(shapes) for shapes in lists] == [401, 131, 131]
     for shapes, model, millions in zip(lists, models, (203.3, 36.0, 136.7)):
         parameters = sum(map(math.prod, shapes.values()))
         assert sum(p.numel() for p in model.parameters()) == parameters and round(parameters / 1e6, 1) == millions
-    assert {name: tuple(tensor.shape) for name, tensor in vqgan.items()} == vqgan_list(128, 256, 1024)
 
 
 def test_checkpoint_has_the_releases_settings(imported):
-    """Broken: sample.py would draw with other settings than the release's best, or the sizes be read wrong."""
-    folder, _, _, (denoiser, tokenizer, checkpoint) = imported
+    """Broken: sample.py would draw with other settings than the release's best."""
+    folder, _, _, (_, _, checkpoint) = imported
     assert checkpoint["denoiser"] == "dense"
     assert checkpoint["generation"] == {"prior": "distinct", "sampler": "paper", "steps": 25, "guidance": "4,50,55",
                                         "top_p": 0.8, "top_k": 0}
     assert checkpoint["class_names"] == [str(i) for i in range(30)]
-    assert (denoiser.codebook_size, denoiser.num_tokens, denoiser.num_classes, len(denoiser.blocks)) == (40, 24, 30, 2)
-    assert (tokenizer.image_size, tokenizer.num_tokens, tokenizer.codebook_size) == (48, 24, 40)
-    assert tokenizer.encoder.reshaped_latents
-    assert {block.attention.heads
-            for block in [*denoiser.blocks, *tokenizer.encoder.blocks, *tokenizer.decoder.blocks]} == {2}
     alone = torch.load(folder / "tokenizer.pt", weights_only=True)
     assert alone["model_config"] == checkpoint["tokenizer"]["model_config"]
 
@@ -376,11 +324,10 @@ def test_other_scripts_take_it(imported, tmp_path):
     make_image_folder(tmp_path / "images", 40, classes=2)
     finished = run_here(sample.main, "--ckpt", folder / "fsdd.pt", "--labels=7,29", "--num=4", folder=tmp_path)
     assert "prior distinct, sampler paper, steps 25, guidance 4,50,55, top_p 0.8" in finished.stdout, finished.stderr
-    finished = run_here(train_fsdd.main, "--recipe=imagenet256", "--data=images", "--tokenizer",
+    successful(run_here(train_fsdd.main, "--recipe=imagenet256", "--data=images", "--tokenizer",
                         folder / "tokenizer.pt", "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64",
                         "--heads=1", "--layers=1", "--compile=false", "--workers=0", "--prior=distinct",
-                        folder=tmp_path)
-    assert finished.returncode == 0, finished.stderr
+                        folder=tmp_path))
     for main, path in ((train_tokenizer.main, "tokenizer.pt"), (train_fsdd.main, "fsdd.pt")):
         assert_one_sentence(run_here(main, "--resume", "--out", folder / path, folder=tmp_path), path, "--resume")
 
@@ -408,10 +355,8 @@ def change(tensors, **changes):
 
 
 @pytest.mark.parametrize("name, wrong, words", [
-    ("fsdd", lambda f: [f["ema"]], ["can't be read"]),
     ("fsdd", lambda f: f["ema"], ["no weights under 'ema'", "pos_embed"]),
     ("fsdd", lambda f: f | {"args": torch.nn.Linear(2, 2)}, ["can't be read", "UnpicklingError"]),  # not allowed
-    ("fsdd", lambda f: {"ema": change(f["ema"], pos_embed=None)}, ["pos_embed", "missing"]),
     ("fsdd", lambda f: {"ema": change(f["ema"], blocks__1__mlp__fc1__bias=None, extra=torch.ones(2),
                                       blocks__0__attn__proj__bias=torch.ones(128).half())},
      ["missing blocks.1.mlp.fc1.bias", "unexpected extra", "blocks.0.attn.proj.bias", "float16"]),

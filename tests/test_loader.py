@@ -13,7 +13,7 @@ from data import loader, open_dataset
 from support.distributed import chunks, shard
 from support.training import Signals, run
 from tests.image_folder import add_truncated_image, make_image_folder
-from tests.test_distributed import on_ranks
+from tests.scripts import on_ranks
 
 
 @pytest.fixture(scope="module")

@@ -27,40 +27,49 @@ def test_vqgan_has_the_published_sizes(tmp_path):
     assert all(map(torch.equal, load_vqgan(str(tmp_path / "vqgan.bin")).state_dict().values(), weights.values()))
 
 
+# The published network as plain operations on its tensors w, which lie under a name.
+
+
+def norm(x, w, name):
+    return F.silu(F.group_norm(x, 32, w[name + ".weight"], w[name + ".bias"], 1e-6))
+
+
+def conv(x, w, name):
+    return F.conv2d(x, w[name + ".weight"], w.get(name + ".bias"), padding=w[name + ".weight"].shape[2] // 2)
+
+
+def two_blocks(x, w, name):
+    for block in (name + ".0", name + ".1"):
+        y = conv(norm(x, w, block + ".norm1"), w, block + ".conv1")
+        y = conv(norm(y, w, block + ".norm2"), w, block + ".conv2")
+        x = y + (conv(y, w, block + ".nin_shortcut") if block + ".nin_shortcut.weight" in w else x)
+    return x
+
+
+def decoder_pixels(x, w, name):
+    """Codes (B, dim, h, w) -> images in [0, 1] but for overshoots."""
+    x = two_blocks(conv(x, w, name + ".conv_in"), w, name + ".mid")
+    for level in (4, 3, 2, 1, 0):
+        x = two_blocks(x, w, f"{name}.up.{level}.block")
+        if level:
+            x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), w, f"{name}.up.{level}.upsample_conv")
+    return conv(norm(x, w, name + ".norm_out"), w, name + ".conv_out")
+
+
 def test_vqgan_is_that_of_the_published_weights():
     """Broken: the proxy codes would not be MaskGIT-VQGAN's, or the decoder not make its images."""
     model = random_vqgan()
     w = model.state_dict()
-
-    def norm(x, name):
-        return F.silu(F.group_norm(x, 32, w[name + ".weight"], w[name + ".bias"], 1e-6))
-
-    def conv(x, name):
-        return F.conv2d(x, w[name + ".weight"], w.get(name + ".bias"), padding=w[name + ".weight"].shape[2] // 2)
-
-    def residual(x, name):
-        y = conv(norm(x, name + ".norm1"), name + ".conv1")
-        y = conv(norm(y, name + ".norm2"), name + ".conv2")
-        return y + (conv(y, name + ".nin_shortcut") if name + ".nin_shortcut.weight" in w else x)
-
-    def pair(x, name):
-        return residual(residual(x, name + ".0"), name + ".1")
-
     images = torch.rand(2, 3, 48, 32) * 2 - 1
     with torch.no_grad():
-        x = conv(images / 2 + 0.5, "encoder.conv_in")
+        x = conv(images / 2 + 0.5, w, "encoder.conv_in")
         for level in range(5):
-            x = pair(x, f"encoder.down.{level}.block")
+            x = two_blocks(x, w, f"encoder.down.{level}.block")
             if level < 4:
                 x = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
-        x = conv(norm(pair(x, "encoder.mid"), "encoder.norm_out"), "encoder.conv_out")
+        x = conv(norm(two_blocks(x, w, "encoder.mid"), w, "encoder.norm_out"), w, "encoder.conv_out")
         assert torch.allclose(model.encoder(images), x, atol=1e-4) and x.std() > 0.1
-        y = pair(conv(x, "decoder.conv_in"), "decoder.mid")
-        for level in (4, 3, 2, 1, 0):
-            y = pair(y, f"decoder.up.{level}.block")
-            if level:
-                y = conv(y.repeat_interleave(2, 2).repeat_interleave(2, 3), f"decoder.up.{level}.upsample_conv")
-        y = 2 * conv(norm(y, "decoder.norm_out"), "decoder.conv_out") - 1
+        y = 2 * decoder_pixels(x, w, "decoder") - 1
         assert torch.allclose(model.decoder(x), y, atol=1e-4) and y.shape == images.shape
     codes = model.quantize["embedding"].weight
     nearest = torch.cdist(x.permute(0, 2, 3, 1).flatten(0, 2), codes).argmin(1).view(2, 3, 2)

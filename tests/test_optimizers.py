@@ -6,55 +6,32 @@ import torch
 
 from fsdd import Denoiser
 from support import optimizers
-from support.optimizers import Muon, make_optimizers, orthogonalize, warmup_cosine
+from support.optimizers import Muon, make_optimizers, warmup_cosine
 
 SHAPES = [(16, 16), (48, 16), (16, 64), (16, 16), (1, 8)]
 
 
-def steps(optimizer_class, number, chosen=range(len(SHAPES)), **settings):
-    """Chosen ones of the weights after a number of steps; starts and gradients are the same in every call."""
-    def draw(i, step):
-        return torch.randn(SHAPES[i], generator=torch.Generator().manual_seed(100 * step + i))
-
-    weights = [torch.nn.Parameter(draw(i, 0)) for i in chosen]
+def steps(optimizer_class, number, **settings):
+    """The weights after a number of steps; starts and gradients are the same in every call."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     optimizer = optimizer_class(weights, lr=0.03, weight_decay=0.1, **settings)
-    for step in range(1, number + 1):
-        for i, weight in zip(chosen, weights):
-            weight.grad = draw(i, step)
+    for _ in range(number):
+        for i, weight in enumerate(weights):
+            weight.grad = torch.randn_like(weight) * (i < 4)  # the last one has a gradient of 0
         optimizer.step()
     return [weight.detach() for weight in weights]
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_is_pytorchs(bfloat16, monkeypatch):
-    """Broken: momentum, Nesterov's step, weight decay or the scale of the step would not be those of
-    torch.optim.Muon, which multiplies in bfloat16."""
+    """Broken: momentum, Nesterov's step, the iterations, weight decay or the scale of the step would not be those of
+    torch.optim.Muon, which multiplies in bfloat16; weights of one shape would mix, or a gradient of 0 give NaN."""
     monkeypatch.setattr(optimizers, "fast_bf16", lambda device: bfloat16)
     start, ours = steps(Muon, 0), steps(Muon, 5)
     theirs = steps(torch.optim.Muon, 5, adjust_lr_fn="match_rms_adamw")
     for before, mine, other in zip(start, ours, theirs):
         assert (mine - other).norm() < 0.02 * (other - before).norm()
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
-def test_singular_values_move_close_to_one(shape, monkeypatch):
-    """Broken: the iterations would not be those of the coefficients, or change singular vectors."""
-    monkeypatch.setattr(optimizers, "fast_bf16", lambda device: False)
-    u, v = (torch.linalg.qr(torch.randn(side, 8))[0] for side in shape)
-    values = torch.logspace(0, -2, 8)
-    found = orthogonalize(torch.stack([u * values @ v.T, 1e-3 * (u @ v.T), torch.zeros(shape)]))
-    expected = values / values.norm()
-    for a, b, c in optimizers.NEWTON_SCHULZ:
-        expected = a * expected + b * expected ** 3 + c * expected ** 5
-    assert torch.allclose(found[0], u * expected @ v.T, atol=1e-4)
-    assert ((0.6 < torch.linalg.svdvals(found[:2])) & (torch.linalg.svdvals(found[:2]) < 1.3)).all()
-    assert not found[2].any()  # a gradient of zero
-
-
-def test_matrices_of_one_shape_do_not_mix():
-    """Broken: a weight's step would depend on other weights of the same shape."""
-    for i, together in enumerate(steps(Muon, 2)):
-        assert torch.allclose(steps(Muon, 2, [i])[0], together, atol=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -4,8 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from paper import table2_noise, table6_sweep, variants
-from paper.inputs import open_tokenizer, read_options
+from paper import table2_noise, variants
 from paper.layouts import KINDS, GridTokenizer, SequenceTokenizer
 from tests.conftest import few_digits
 
@@ -66,14 +65,12 @@ def test_noise_has_the_power_asked_for(channels):
 
 
 @pytest.mark.slow
-def test_the_table(few, tmp_path, capsys, monkeypatch):
-    """Broken: a row would not be that tokenizer's, the two ways to count would be exchanged, or noise would change from
-    run to run or with the number of images at once."""
+def test_the_table(few, tmp_path, capsys):
+    """Broken: a row would not be that tokenizer's, or the two ways to count would be exchanged."""
     model = save_tokenizer(tmp_path / "set.pt")
     save_tokenizer(tmp_path / "sequence.pt", kind="sequence tokenizer", num_tokens=7)
     save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
-    arguments = ["--ckpt", *(f"{tmp_path}/{name}.pt" for name in ("grid", "sequence", "set")), "--device=cpu"]
-    table2_noise.main(arguments)
+    table2_noise.main(["--ckpt", *(f"{tmp_path}/{name}.pt" for name in ("grid", "sequence", "set")), "--device=cpu"])
     rows = table(capsys.readouterr().out)
     assert [row[:2] for row in rows] == [["grid", "16"], ["sequence", "7"], ["set, as a sequence", "16"], ["set", "16"]]
     shares = [[float(share) for share in row[2:-1]] for row in rows]
@@ -83,38 +80,14 @@ def test_the_table(few, tmp_path, capsys, monkeypatch):
     images = few_digits("test", 90).images / 127.5 - 1
     assert float(rows[3][-1]) == pytest.approx((model.decode(model.encode(images)) - images).square().mean().item(),
                                                abs=1e-4)
-    read_batches = table2_noise.read_batches
-
-    def one_by_one(*arguments):
-        for indices, images in read_batches(*arguments):
-            yield from (([i], image[None]) for i, image in zip(indices, images))
-
-    monkeypatch.setattr(table2_noise, "read_batches", one_by_one)
-    table2_noise.main(arguments)
-    assert table(capsys.readouterr().out) == rows
-
-
-def test_without_noise_all_stays(few, tmp_path, monkeypatch):
-    """Broken: the shares would be less than all where nothing is different, or more than all."""
-    monkeypatch.setattr(table2_noise, "add_noise", lambda images, noise, snr: images)
-    save_tokenizer(tmp_path / "set.pt")
-    args = read_options(table2_noise.OPTIONS, "", "", [])
-    tokenizer, dataset, _ = open_tokenizer(f"{tmp_path}/set.pt", None, CPU)
-    as_set, as_sequence, _ = table2_noise.measure(tokenizer, dataset, 70, args, CPU, 0, 1)
-    assert as_set == as_sequence == [1] * 5
 
 
 def test_the_digits_are_trained(monkeypatch):
-    """Broken: a layout would be trained as another one; or Table 6 would train the same set again."""
+    """Broken: a layout would be trained as another one, or with other settings than the rest."""
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options))
-    monkeypatch.setattr(variants, "fsdd", lambda *_, **options: None)
-    monkeypatch.setattr(variants, "fid", lambda *_, **options: None)
     for layout in table2_noise.LAYOUTS:
         table2_noise.trained(layout, "auto")
     assert [options.pop("kind") for options in asked[:2]] == ["grid tokenizer", "sequence tokenizer"]
     assert [options.pop("model_class") for options in asked[:2]] == [GridTokenizer, SequenceTokenizer]
-    args = read_options(table6_sweep.OPTIONS, "", "", [])
-    assert (16, 128) in table6_sweep.pairs(args.num_tokens, args.codebook_sizes)
-    table6_sweep.train(16, 128, args, CPU)
-    assert len(asked) == 4 and all(options == asked[0] for options in asked)
+    assert asked[0] == asked[1] == asked[2]

@@ -11,9 +11,8 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import sample_noise
 from paper import table5_priors
 from paper.inputs import open_tokenizer
-from support.distributed import local_batch
-from support.files import read_json
-from tests.scripts import assert_one_sentence, assert_same_checkpoint, run_here, run_ranks, send_sigterm
+from tests.scripts import (assert_one_sentence, assert_same_checkpoint, run_here, run_ranks, send_sigterm,
+                           successful)
 
 SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40",
          "--num_search=20", "--search_steps=2", "--device=cpu"]
@@ -99,8 +98,7 @@ def test_batches():
     task = SimpleNamespace(tokens=tokens.numpy().astype(np.uint16)[None], M=6, C=64, device=torch.device("cpu"),
                            size={"num_classes": 10}, first_axis=torch.rand(64),
                            train_set=SimpleNamespace(labels=torch.randint(10, (100,))))
-    orders = {}
-    rows, _ = local_batch(20, 20)
+    orders, rows = {}, slice(0, 20)
     expected = table5_priors.draw_batch("FSDD", task, rows, 5, cfg)
     for method in ("AR-order1", "AR-order2", "AR-random", "AR-sorted"):
         batch = table5_priors.draw_batch(method, task, rows, 5, cfg)
@@ -132,14 +130,9 @@ def test_what_is_measured_depends_on_all_its_settings(digits, cache, few_setting
     """Broken: a distance measured with one setting would be shown for another; or that of the search for the
     table's."""
     options = ["--methods=FSDD", "--search_lr=no"]
-    first = table(capsys, f"{digits}/tokenizer.pt", *options, seeds=1)["FSDD"]
-    # as many as the search
-    assert table(capsys, f"{digits}/tokenizer.pt", *options, "--num_images=20", seeds=1)["FSDD"] != first
-    kept, = cache.glob("*.pt.json")
-    assert len(read_json(kept)) == 4 + 2
-    for more in ("--sample_steps=3", "--batch=30"):
-        table(capsys, f"{digits}/tokenizer.pt", *options, more, seeds=1)
-    assert len(read_json(kept)) == 4 + 2 + 2 * 5
+    found = [table(capsys, f"{digits}/tokenizer.pt", *options, *more, seeds=1)["FSDD"][4]
+             for more in ([], ["--num_images=20"], ["--sample_steps=3"], ["--batch=30"])]  # 20: as many as the search
+    assert len(set(found)) == 4
 
 
 @pytest.mark.slow
@@ -151,7 +144,7 @@ def test_the_same_table_from_two_ranks(digits, cache, few_settings, capsys, tmp_
                "--bf16=off", "--batch=15"]
     with monkeypatch.context() as other_folder:
         other_folder.setattr(table5_priors.variants, "FOLDER", "cache2")
-        finished = run_ranks(script, *SMALL, "--steps=3", "--seeds=1", *options, folder=tmp_path, world_size=2)
-    assert finished.returncode == 0, finished.stderr
+        finished = successful(run_ranks(script, *SMALL, "--steps=3", "--seeds=1", *options, folder=tmp_path,
+                                        world_size=2))
     rows = rows_of(finished.stdout)
     assert len(rows) == 2 and rows == table(capsys, f"{digits}/tokenizer.pt", *options[1:], seeds=1)

@@ -2,9 +2,8 @@
 import pytest
 import torch
 
-import train_fsdd
 from paper import table7_size, variants
-from support.files import NEEDED, load_checkpoint, save_checkpoint
+from support.files import load_checkpoint, save_checkpoint
 from tests.scripts import assert_one_sentence, run_here
 from tests.test_sample import save_random_checkpoint
 from tests.test_variants import DENOISER, SET, TOKENIZER
@@ -17,21 +16,9 @@ def table(capsys, *options):
     return [[cell.strip() for cell in row] for row in rows[1:]]
 
 
-def test_the_papers_sizes(tmp_path):
-    """Broken: the parameters would not be counted as in the paper: 36 million (S) and 137 million (B)."""
-    for name, expected in (("S", 36.0), ("B", 136.7)):
-        config = dict(codebook_size=4096, num_tokens=128, num_classes=1000, unused_rows=True)
-        config |= zip(("width", "layers", "heads"), train_fsdd.MODELS[name])
-        checkpoint = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd", "model_config": config}
-        checkpoint["tokenizer"] = {"model_config": config}
-        save_checkpoint(checkpoint, f"{tmp_path}/fsdd.pt")
-        assert table7_size.size(f"{tmp_path}/fsdd.pt")[1] / 1e6 == pytest.approx(expected, abs=0.05)
-
-
 @pytest.mark.slow
 def test_the_digits_two_sizes(cache, capsys, monkeypatch):
-    """Broken: the smaller denoiser would differ in more than its size, be of another tokenizer, or stand in the other's
-    row."""
+    """Broken: the smaller denoiser would differ in more than its size, or stand in the other's row."""
     save_checkpoint(load_checkpoint(variants.tokenizer(**SET, **TOKENIZER), "", "tokenizer"), "tokenizer.pt")
     own = load_checkpoint(variants.fsdd("tokenizer.pt", **DENOISER, lr=1e-3), "", "fsdd")
     save_checkpoint(own, "fsdd.pt")
@@ -43,8 +30,6 @@ def test_the_digits_two_sizes(cache, capsys, monkeypatch):
                     ["4", "16", "1", "16", f"{millions[1]:.2f} M", "31.0"]]
     differ = {name for name in own["config"] if own["config"][name] != smaller["config"][name]}
     assert differ - variants.NOT_THE_MODEL == {"width", "heads"} and smaller["config"]["heads"] == 1
-    weights = own["tokenizer"]["weights"]
-    assert all(torch.equal(weights[name], smaller["tokenizer"]["weights"][name]) for name in weights)
 
 
 @pytest.mark.slow

@@ -8,20 +8,14 @@ import torch
 from data import token_sets
 from data.token_sets import check_token_file, encode_training_set
 from tests.conftest import few_digits
-from tests.test_distributed import on_ranks
-from tokenizer import SetTokenizer
+from tests.scripts import on_ranks
+from tests.test_tokenizer import small_tokenizer
 
 CPU = torch.device("cpu")
 
 
 def make_tokenizer(seed=0):
-    torch.manual_seed(seed)
-    tokenizer = SetTokenizer(28, 1, patch_size=7, num_tokens=6, codebook_size=64, code_dim=5, width=16, heads=2,
-                             encoder_layers=1, decoder_layers=1)
-    for parameter in tokenizer.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)  # different images get different tokens
-    return tokenizer
+    return small_tokenizer(image_size=28, patch_size=7, codebook_size=64, seed=seed)
 
 
 @pytest.fixture

@@ -3,18 +3,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer import Attention, PatchPixels, Quantizer, SetTokenizer
+from tokenizer import Attention, Quantizer, SetTokenizer
 
 
-def small_tokenizer(channels=1, random=True, model_class=SetTokenizer, **settings):
-    """A tokenizer of 8 x 8 images, 6 tokens, 10 codes; by default with random weights, as the blocks of a new one are
-    the identity."""
-    torch.manual_seed(0)
+def small_tokenizer(channels=1, model_class=SetTokenizer, seed=0, **settings):
+    """A tokenizer of 8 x 8 images, 6 tokens, 10 codes, with large random matrices, as the blocks of a new one are the
+    identity."""
+    torch.manual_seed(seed)
     defaults = dict(image_size=8, channels=channels, patch_size=4, num_tokens=6, codebook_size=10, code_dim=5, width=32,
                     heads=2, encoder_layers=2, decoder_layers=2)
     model = model_class(**defaults | settings)
-    if random:
-        for parameter in model.parameters():
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -80,16 +80,14 @@ def test_unquantized_images_skip_the_quantizer():
     assert torch.allclose(plain[::2], skipped[::2], atol=1e-5) and (plain[1] - skipped[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("number", [1, 3, 20])
-def test_decoder_takes_any_number_of_tokens(number):
-    """Broken: sets of another size, which other generative models make, could not be decoded."""
-    assert small_tokenizer().decode(torch.zeros(2, number, dtype=torch.int64)).shape == (2, 1, 8, 8)
-
-
 def test_repeated_tokens_count():
-    """Broken: {a, a, b} and {a, b, b} would decode alike, and counts above one would carry no information."""
-    one, two = small_tokenizer().decode(torch.tensor([[1, 1, 1, 1, 1, 2], [1, 2, 2, 2, 2, 2]]))
-    assert (one - two).abs().max() > 1e-2
+    """Broken: {a, a, b} and {a, b, b} would decode alike, and counts above one would carry no information; or sets of
+    another size, which other generative models make, could not be decoded."""
+    for number in (3, 6, 20):
+        tokens = torch.ones(2, number, dtype=torch.int64)
+        tokens[0, -1], tokens[1, 1:] = 2, 2
+        one, two = small_tokenizer().decode(tokens)
+        assert (one - two).abs().max() > 1e-2
 
 
 def test_encoding_an_image_ignores_its_neighbours():
@@ -137,27 +135,10 @@ def test_quantizer_loss():
 
 def test_every_weight_is_trained():
     """Broken: some weight would never receive a gradient."""
-    assert_every_weight_is_trained(small_tokenizer())
-
-
-def assert_every_weight_is_trained(model):
+    model = small_tokenizer()
     reconstructions, _, _, loss = model(torch.rand(6, 1, 8, 8) * 2 - 1)
     (reconstructions.square().mean() + loss).backward()
     assert [name for name, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())] == []
-
-
-def test_patches_go_to_their_positions():
-    """Broken: a patch's pixels would land at another position, or mixed up within it."""
-    head = PatchPixels(side=3, channels=2, patch_size=4, width=32)
-    with torch.no_grad():
-        head.to_pixels.weight.copy_(torch.eye(32))
-        head.to_pixels.bias.zero_()
-    features = torch.arange(9 * 32.0).view(1, 9, 32)
-    images = head(features)
-    assert images.shape == (1, 2, 12, 12)
-    for position in range(9):
-        row, column = position // 3 * 4, position % 3 * 4
-        assert torch.equal(images[0, :, row:row + 4, column:column + 4].flatten(), features[0, position])
 
 
 @pytest.mark.parametrize("fused", ["auto", "on", "off"])

@@ -10,10 +10,9 @@ from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
 from support.distributed import shard
 from support.seeds import generator
-from tests.scripts import (assert_one_sentence, assert_same_checkpoint, assert_same_gradients, crash, read_log,
-                           run_here, run_ranks, send_sigterm, stop_and_resume)
+from tests.scripts import (assert_one_sentence, assert_ranks_train_alike, assert_same_training, crash, on_ranks,
+                           run_here, send_sigterm, stop_and_resume, successful)
 from tests.test_convnext import random_convnext
-from tests.test_distributed import on_ranks
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
         "--codebook_size=16", "--batch_size=7", "--device_batch=3", "--steps=8", "--warmup=3", "--reset_after=2",
@@ -23,49 +22,20 @@ TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--d
 def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_path, monkeypatch):
     """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir()
-    stopped.mkdir()
-    finished = run_here(train_tokenizer.main, *TINY, folder=whole)
-    assert finished.returncode == 0, finished.stderr
-    stop_and_resume(monkeypatch, train_tokenizer, TINY, stopped / "tokenizer.pt",
-                    [(5, send_sigterm, 5), (8, crash, 6)])
-    assert read_log(whole / "tokenizer.csv") == read_log(stopped / "tokenizer.csv")
-    assert_same_checkpoint(whole / "tokenizer.pt", stopped / "tokenizer.pt")
+    successful(run_here(train_tokenizer.main, *TINY, folder=tmp_path))
+    stop_and_resume(monkeypatch, train_tokenizer, TINY, tmp_path / "stopped.pt", [(5, send_sigterm, 5), (8, crash, 6)])
+    assert_same_training(tmp_path / "tokenizer.pt", tmp_path / "stopped.pt")
 
 
 def test_any_number_of_ranks_trains_alike(few_to_train_on, tmp_path):
-    """Broken: the global batch, its shuffle, or the mean of the gradients would depend on the number of ranks."""
-    logs = []
-    for world_size in (1, 3):  # unequal shares of the batch
-        folder = tmp_path / str(world_size)
-        folder.mkdir()
-        finished = run_ranks("train_tokenizer.py", *TINY, "--steps=4", "--optimizer=adamw", "--clip=0",
-                             folder=folder, world_size=world_size)
-        assert finished.returncode == 0, finished.stderr
-        logs.append(read_log(folder / "tokenizer.csv"))
-    assert len(logs[0]) == len(logs[1]) == 4
-    for ours, theirs in zip(*logs):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert_same_gradients(tmp_path / "1" / "tokenizer.pt", tmp_path / "3" / "tokenizer.pt")
-
-
-def test_a_batch_is_the_same_for_any_number_of_ranks():
-    """Broken: the shuffle, or which images skip the quantizer, would depend on the number of ranks."""
-    cfg = SimpleNamespace(seed=3, batch_size=7, num_tokens=4, unquantized=0.5)
-    images = torch.randint(256, (7, 1, 28, 28), dtype=torch.uint8)
-    *whole, _ = train_tokenizer.prepare_batch(images, slice(0, 7), 5, "cpu", cfg)
-    for world_size in (2, 3):
-        parts = [train_tokenizer.prepare_batch(images[rows], rows, 5, "cpu", cfg)
-                 for rows in (shard(7, rank, world_size) for rank in range(world_size))]
-        assert all(torch.equal(field, torch.cat(shares)) for field, shares in zip(whole, zip(*parts)))
-    assert whole[0].min() == -1 and whole[0].max() == 1 and 0 < whole[2].sum() < 7
+    """Broken: the global batch, which of its images skip the quantizer, or the mean of the gradients would depend on
+    the number of ranks."""
+    assert_ranks_train_alike("train_tokenizer.py", [*TINY, "--steps=4", "--optimizer=adamw", "--clip=0"], tmp_path)
 
 
 def test_what_a_run_writes(few_to_train_on, tmp_path):
     """Broken: the checkpoint could not be read safely, or the picture, progress or last line would be missing."""
-    finished = run_here(train_tokenizer.main, *TINY, "--steps=3", "--ema=0", folder=tmp_path)
-    assert finished.returncode == 0, finished.stderr
+    finished = successful(run_here(train_tokenizer.main, *TINY, "--steps=3", "--ema=0", folder=tmp_path))
     assert finished.stdout.startswith("recipe digits: as given")
     for words in ("mean squared error", "codes in use", "distinct codes"):
         assert words in finished.stdout.splitlines()[-1]
@@ -87,12 +57,13 @@ def codebook_usage(idle, **settings):
 
 @pytest.mark.parametrize("step, resets", [(7, True), (8, False)])  # reset_until
 def test_dead_codes_are_reset(step, resets):
-    """Broken: codes that no image uses would never be used, or codes in use would be changed."""
+    """Broken: codes that no image uses would never be used, codes in use would be changed, or be counted wrongly."""
     latents = torch.randn(4, 5, 2)
     codes = codebook_usage([4, 2, 1, 8, 0, 4], reset_after=3)
     codes.record(torch.tensor([[0, 5, 0, 5, 0]] * 2), latents[:2])
     codes.record(torch.tensor([[0] * 5] * 2), latents[2:])
     codes.update(step, slice(0, 4), generator("cpu", "step", 0))
+    assert codes.in_use == pytest.approx(2 / 6)  # of the six codes
     model, average = codes.codebooks
     assert torch.equal(model, average)
     changed = model.abs().sum(1) > 0
@@ -103,18 +74,6 @@ def test_dead_codes_are_reset(step, resets):
             assert (latents.flatten(0, 1) == code).all(1).any()
     else:
         assert codes.idle.tolist() == [0, 3, 2, 9, 1, 0] and not changed.any()
-
-
-def test_use_of_codes_is_counted_by_step():
-    """Broken: a code would count as idle while images use it, or a step would count earlier batches too."""
-    codes, latents = codebook_usage([0, 5, 7, 0]), torch.zeros(1, 2, 2)
-    codes.record(torch.tensor([[1, 1]]), latents)
-    codes.record(torch.tensor([[3, 1]]), latents)
-    codes.update(0, slice(0, 2), None)
-    assert codes.in_use == 0.5 and codes.idle.tolist() == [1, 0, 8, 0]  # two of the four codes are in use
-    codes.record(torch.tensor([[2, 2]]), latents)
-    codes.update(1, slice(0, 1), None)
-    assert codes.in_use == 0.25 and codes.idle.tolist() == [2, 1, 0, 1]
 
 
 def test_use_of_codes_is_that_of_the_global_batch():
