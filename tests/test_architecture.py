@@ -56,3 +56,16 @@ def test_models_know_nothing_of_files_ranks_and_command_lines(path):
     assert not imports(path) & {"support", "data"}
     assert not {"os", "sys", "argparse", "torch.distributed"} & {
         name.name for node in ast.walk(ast.parse(read(path))) if isinstance(node, ast.Import) for name in node.names}
+
+
+def test_each_remedy_can_be_deleted_alone():
+    """Broken: a section of beyond.py would use what another one defines."""
+    sections = [ast.parse(text) for text in read("beyond.py").split("# " + "-" * 117)]
+    assert len(sections) == 6  # imports, five remedies
+    defined = [{node.name for node in section.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+               for section in sections]
+    used = [{node.id for node in ast.walk(section) if isinstance(node, ast.Name)} for section in sections]
+    assert all(defined[1:])
+    for i in range(1, 6):
+        others = set().union(*(names for j, names in enumerate(defined) if j != i))
+        assert not used[i] & others

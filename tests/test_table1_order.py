@@ -4,9 +4,12 @@ import torch
 from PIL import Image
 
 from paper import table1_order
-from paper.inputs import open_tokenizer
+from paper.inputs import open_tokenizer, read_options
+from published.digits_classifier import DigitsClassifier
 from support.seeds import generator
 from tests.test_evaluate_fid import evaluate
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -48,10 +51,27 @@ def test_a_decoder_that_depends_on_the_order_shows(table, digits, monkeypatch):
     monkeypatch.setattr("tokenizer.SetTokenizer.decode", first_token_as_brightness)
     fids, changes = table("--seed=1")
     assert max(fids) > 1.01 * min(fids)
-    tokenizer, dataset, _ = open_tokenizer(f"{digits}/tokenizer.pt", None, torch.device("cpu"))
+    tokenizer, dataset, _ = open_tokenizer(f"{digits}/tokenizer.pt", None, CPU)
     tokens = tokenizer.encode(dataset.images / 127.5 - 1)  # (400, 6)
     shuffle = torch.randperm(6, generator=generator("cpu", "order", 1))
     leading = [tokens[:, 0], tokens[:, -1], tokens[:, shuffle[0]], tokens.amin(1), tokens.amax(1)]
     assert shuffle[0] not in (0, 5)  # else the columns would be alike
     expected = [(other - tokens[:, 0]).abs().max().item() for other in leading]
     assert changes == pytest.approx(expected, abs=1) and min(expected[1:]) > 3  # 1: a brightness may be rounded
+
+
+def test_every_image_is_measured_by_one_rank(digits, small_digits, tmp_path, monkeypatch):
+    """Broken: under torchrun an image would count twice or not at all."""
+    monkeypatch.setattr("evaluate_fid.NETWORK_BATCH", 20)
+    arguments = [f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--num=70"]
+    args = read_options(table1_order.OPTIONS, "", "", arguments)
+    tokenizer, dataset, _ = open_tokenizer(args.ckpt, None, CPU)
+    net = DigitsClassifier()
+    net.load_state_dict(torch.load(digits / "digits_classifier.pt", weights_only=True)["weights"])
+
+    def sums(rank, world_size):
+        statistics, _ = table1_order.measure(tokenizer, dataset, net, args, CPU, rank, world_size)
+        return torch.cat([tensor.flatten() for one in statistics for tensor in one.sums()])
+
+    alone = sums(0, 1)
+    assert alone[0] == 70 and torch.allclose(sum(sums(rank, 3) for rank in range(3)), alone, rtol=1e-5)
