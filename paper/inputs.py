@@ -28,10 +28,14 @@ def read_options(table, script, description, argv):
     """The options of a script, from a table of them and its command line.
 
     A row: one or more names, the default (a tuple for an option with several values), for an integer the interval that
-    it must lie in, else "", and the meaning, which for the default None says what is done without the option.
+    it must lie in, else "", and the meaning, which for the default None says what is done without the option. The
+    default False makes an option without a value.
     """
     parser = Parser(prog=f"python -m paper.{script}", description=description)
     for names, default, interval, meaning in table:
+        if default is False:
+            parser.add_argument(*names.split(), action="store_true", help=meaning)
+            continue
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         parser.add_argument(*names.split(), default=default, type=checked(int if interval else str, interval),
                             nargs="+" if isinstance(default, tuple) else None,

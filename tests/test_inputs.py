@@ -11,14 +11,14 @@ from tests.scripts import assert_one_sentence, run_here
 from tests.test_tokenizer import small_tokenizer
 
 OPTIONS = [("images", (), "", "images"), (inputs.NUM, 5, "[2, inf)", "images"), ("--out", "a.png", "", "the picture"),
-           inputs.DATA, inputs.SEED]
+           inputs.DATA, inputs.SEED, ("--toy", False, "", "tiny sizes")]
 
 
 def test_options(tmp_path, monkeypatch):
     """Broken: an option would have another type or value than its row says."""
     monkeypatch.chdir(tmp_path)
-    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num_images=7", "--seed=3"])
-    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3}
+    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num_images=7", "--seed=3", "--toy"])
+    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3, "toy": True}
 
 
 @pytest.mark.parametrize("argument, words", [("--num=1", "[2, inf)"), ("--num=x", "invalid int"),
