@@ -19,6 +19,7 @@ from PIL import Image
 
 import evaluate_fid
 import sample
+from data.evaluation_inputs import Images
 from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
 from published import digits_classifier, inception
 from published.digits_classifier import DigitsClassifier, load_classifier
@@ -247,6 +248,24 @@ def test_the_classifier_is_kept(small_digits, tmp_path, monkeypatch, capsys):
 # --- Inception -------------------------------------------------------------------------------------------------------
 
 
+def test_inception_is_measured(weights, monkeypatch):
+    """Broken: FID and Inception Score would not be those of Inception's features and logits, or the digits be measured
+    by the classifier in spite of --inception. (The command line: test_yardstick_fid_and_inception_score)"""
+    monkeypatch.setattr(evaluate_fid, "SPLITS", 1)
+    net, images = InceptionV3(weights), pictures(3, 32)
+    torch.nn.init.normal_(net.fc.bias)
+    found = evaluate_fid.measure(net, Images("some", 3, lambda part: images[part]), 2, False, "cpu")
+    features, _ = net(images)
+    np.testing.assert_allclose(found.mu, features.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found.sigma, np.cov(features.T), atol=1e-4)
+    assert features.var(0).max() > 0.01
+    p = (features @ net.fc.weight.T).softmax(1)  # the published score leaves the bias out
+    expected = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert found.score[0] == pytest.approx(expected, rel=1e-4) and expected > 1.1
+    monkeypatch.setattr(evaluate_fid, "load_inception", lambda path, **options: {"i.pth": net}[path])
+    assert evaluate_fid.network(SimpleNamespace(inception="i.pth"), "digits", "cpu", 0) is net
+
+
 MISTAKES = [
     ([], "one of the arguments --ckpt --images is required"), (["--images=a", "--num=3"], "--num needs a checkpoint"),
     (["--images=a", "--save_stats=a.txt"], "--save_stats must end in .npz"),
@@ -352,8 +371,7 @@ def test_yardstick_fid_and_inception_score(yardstick, weight_file, tmp_path):
     paths = tmp_path / "first.npz", tmp_path / "second.npz"
     for path, images in zip(paths, (first, second)):
         np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy())
-    ours = evaluate("--images", paths[0], "--ref", paths[1], "--inception", weight_file, "--data=digits",
-                    folder=tmp_path)  # digits too are measured by Inception where --inception asks for it
+    ours = evaluate("--images", paths[0], "--ref", paths[1], "--inception", weight_file, folder=tmp_path)
     theirs = yardstick.torch_fidelity.calculate_metrics(
         input1=FidelityImages(first), input2=FidelityImages(second), fid=True, isc=True, prc=True,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weight_file), cuda=False,

@@ -4,6 +4,7 @@ import math
 from unittest import mock
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,40 @@ from published.inception import InceptionV3, load_inception, resize
 from tests.conftest import pictures
 
 
+@pytest.mark.parametrize("H, W, size", [(1, 1, 5), (2, 3, 7), (7, 5, 3), (32, 20, 37), (29, 41, 13), (64, 64, 64)])
+def test_resize_is_tensorflow_1s(H, W, size):
+    """Broken: images would be resized with half-pixel centres, antialiasing or another rounding, which moves every
+    FID."""
+    x = np.random.default_rng(0).integers(256, size=(H, W)).astype(np.float32)
+    y_position, x_position = (np.arange(size, dtype=np.float32) * np.float32(side / size) for side in (H, W))
+    expected = np.empty((size, size), np.float32)
+    for i, j in np.ndindex(size, size):
+        top, left = int(y_position[i]), int(x_position[j])
+        bottom, right = min(top + 1, H - 1), min(left + 1, W - 1)
+        dy, dx = y_position[i] - np.float32(top), x_position[j] - np.float32(left)
+        above = x[top, left] + (x[top, right] - x[top, left]) * dx
+        expected[i, j] = above + (x[bottom, left] + (x[bottom, right] - x[bottom, left]) * dx - above) * dy
+    assert (resize(torch.from_numpy(x)[None, None], size)[0, 0].numpy() == expected).all()
+
+
+def test_pools():
+    """Broken: the average would count the padding, or the last block pool as the one before it, and every FID would
+    move."""
+    image = torch.tensor([[[[1.0, -2, 3], [4, 5, -6], [7, 8, 9]]]])
+    average = torch.tensor([[8 / 4, 5 / 6, 0 / 4], [23 / 6, 29 / 9, 17 / 6], [24 / 4, 27 / 6, 16 / 4]])
+    assert torch.allclose(inception.POOLS["average"](image)[0, 0], average)
+    below = inception.POOLS["max"](-1 - image.abs())[0, 0].tolist()  # no zeros from the padding
+    assert below == [[-2, -2, -3], [-2, -2, -3], [-5, -5, -6]]
+    assert inception.POOLS["halve"](image)[0, 0].tolist() == [[9]]
+    with torch.device("meta"):
+        blocks = [block for block in InceptionV3().children() if isinstance(block, inception.Block)]
+    pools = [step for block in blocks for branch in block.branches for step in branch if isinstance(step, str)]
+    assert pools == ["average"] * 3 + ["halve"] + ["average"] * 4 + ["halve", "average", "max"]
+
+
 def test_inception_is_the_published_one(weights):
     """Broken: the published file could not be loaded, a layer would have another shape, the fast form of the network
-    would not be the network, or grey images would not be grey RGB ones. (What the layers compute: the yardstick.)"""
+    would not be the network, or grey images would not be grey RGB ones."""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if "num_batches_tracked" not in name}
     assert len(shapes) == 94 * 5 + 2  # 94 convolutions with four tensors of batch norm each, and the classes
     assert sum(math.prod(shape) for shape in shapes.values()) == 23885392
