@@ -15,7 +15,7 @@ def check_outputs(*paths, inputs=()):
     read = [os.path.realpath(name) for name in filter(None, inputs)]
     for path in filter(None, paths):
         target = os.path.realpath(path)  # of a link, as in atomic_open()
-        folder = os.path.dirname(target)
+        folder = os.path.dirname(target if os.path.islink(path) else path) or "."
         if not os.path.isdir(folder):
             sys.exit(f"error: there is no folder {folder} to write {path} to")
         if os.path.exists(path) and not os.path.isfile(path) or target.startswith("/dev/"):
