@@ -18,7 +18,7 @@ def check_outputs(*paths, inputs=()):
         folder = os.path.dirname(target if os.path.islink(path) else path) or "."
         if not os.path.isdir(folder):
             sys.exit(f"error: there is no folder {folder} to write {path} to")
-        if os.path.exists(path) and not os.path.isfile(path) or target.startswith("/dev/"):
+        if os.path.exists(path) and not os.path.isfile(path) or os.path.abspath(path).startswith("/dev/"):
             sys.exit(f"error: {path} is a folder, a device or a pipe, so no file can be written there; "
                      "choose another name")
         if not os.access(folder, os.W_OK):
