@@ -28,7 +28,7 @@ from support.seeds import generator  # noqa: E402
 
 failed = []
 TRAINING_SECONDS, GENERATION_SECONDS = (540, 2.5) if fast_bf16(torch.device("cpu")) else (1320, 8)
-DIGITS_FID = 50
+DIGITS_FID = 45
 
 
 def check(name, value, holds, bound):
