@@ -14,8 +14,9 @@ LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
 def project_files():
-    """The names of all files of the project except tests, relative to its root."""
-    return [path for path in glob.glob("**/*.py", root_dir=ROOT, recursive=True) if not path.startswith("tests/")]
+    """The names of all files of the project except tests, relative to its root. A reader's venv may lie there too."""
+    names = ["*.py"] + [f"{name}/*.py" for name in LAYER]
+    return [path for name in names for path in glob.glob(name, root_dir=ROOT)]
 
 
 def read(path):
