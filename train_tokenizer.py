@@ -114,11 +114,12 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         keep_previous(cfg.out)
     log = open_log(replace_suffix(cfg.out, ".csv"), COLUMNS, start)
     with Signals() as signals:
+        common = train_set, test_set, checkpoint, header, cfg, log, signals
         if start < cfg.proxy_steps:
-            model = train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals)
+            model = train_phase(model, vqgan, None, *common)
             del vqgan
         if cfg.proxy_steps < cfg.steps:
-            model = train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
+            model = train_phase(model, None, pixel_losses, *common)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
@@ -146,18 +147,22 @@ def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenize
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loops. The digits are trained by the second one alone.
+# Training
 
 
-def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg, log, signals):
-    """Phase 1: the tokenizer learns to predict the codes that MaskGIT-VQGAN gives the image. Returns the model with
-    averaged weights."""
-    B, device = cfg.batch_size, model.quantizer.codebook.device
-    ddp, ema, optimizers, usage, start = start_phase(model, checkpoint, cfg, proxy=True)
+def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals):
+    """The training loop of one phase. Returns the model with averaged weights.
+
+    Phase 1, if vqgan is given: the tokenizer learns to predict the codes that MaskGIT-VQGAN gives the image.
+    Phase 2, with None: the decoder learns the pixels; without a phase 1, as for the digits, the whole tokenizer does.
+    """
+    B, device, proxy = cfg.batch_size, model.quantizer.codebook.device, vqgan is not None
+    first, end, warmup = (0, cfg.proxy_steps, cfg.proxy_warmup) if proxy else (cfg.proxy_steps, cfg.steps, cfg.warmup)
+    ddp, ema, optimizers, usage, start = start_phase(model, checkpoint, cfg, proxy)
     rows, micro_batches = local_batch(B, cfg.device_batch)
     world_size = rank_and_world_size()[1]
-    batches = training_batches(train_set, B, rows, cfg.seed, start, cfg.proxy_steps, cfg.workers)
-    progress = progress_bar(start, cfg.proxy_steps, B)
+    batches = training_batches(train_set, B, rows, cfg.seed, start, end, cfg.workers)
+    progress = progress_bar(start, end, B)
     for step, (images, _) in zip(progress, batches):
         images, shuffle, skips, random = prepare_batch(images, rows, step, device, cfg)
 
@@ -167,83 +172,38 @@ def train_proxy_codes(model, vqgan, train_set, test_set, checkpoint, header, cfg
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
             with autocast(device, cfg.bf16):
                 skip = None if skips is None else skips[part]
-                code_map, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], True, skip)
-            proxy = F.cross_entropy(vqgan.logits(code_map), vqgan.encode(images[part]))
-            loss = proxy + quantizer_loss + cfg.uniformity * uniformity(latents)
+                decoded, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], proxy, skip)
+            if proxy:
+                error = F.cross_entropy(vqgan.logits(decoded), vqgan.encode(images[part]))
+                loss = error
+            else:
+                error = F.mse_loss(decoded.float(), images[part])
+                loss = cfg.squared * error + pixel_losses(decoded.float(), images[part], step)  # digits: no others
+            loss = loss + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
-            means += torch.stack([loss, proxy, quantizer_loss]).detach() * (len(tokens) / B)
-            usage.record(tokens, latents)
-
-        # clip, learning rate, step, moving average, dead codes
-        check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
-        lr_scale = warmup_cosine(step, cfg.proxy_steps, cfg.proxy_warmup, cfg.lr_end)
-        set_lr(optimizers, lr_scale)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update_parameters(model)
-        usage.update(step, rows, random)
-
-        # once in a while: log, save, reconstruct test images
-        done, last = step + 1, step + 1 == cfg.proxy_steps
-        if done % cfg.log_every == 0 or last:
-            losses = dict(zip(("loss", "proxy", "quantizer"), means))
-            report(log, progress, done, losses, usage.in_use, lr_scale * cfg.lr)
-        stopped = signals.received()
-        if stopped or done % cfg.save_every == 0 or last:
-            save_training(header, done, cfg, model, ema, optimizers, idle=usage.idle)
-            if stopped:
-                stop_by_signal(stopped, cfg.out)
-        if done % cfg.picture_every == 0 or last:
-            draw_reconstructions(ema.module, test_set, device, replace_suffix(cfg.out, ".png"))
-    return ema.module
-
-
-def train_pixels(model, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals):
-    """Phase 2, the digits' only one: the decoder (without phase 1 the whole tokenizer) learns pixels. As above."""
-    B, device = cfg.batch_size, model.quantizer.codebook.device
-    ddp, ema, optimizers, usage, start = start_phase(model, checkpoint, cfg, proxy=False)
-    rows, micro_batches = local_batch(B, cfg.device_batch)
-    world_size = rank_and_world_size()[1]
-    batches = training_batches(train_set, B, rows, cfg.seed, start, cfg.steps, cfg.workers)
-    progress = progress_bar(start, cfg.steps, B)
-    for step, (images, _) in zip(progress, batches):
-        images, shuffle, skips, random = prepare_batch(images, rows, step, device, cfg)
-
-        # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
-        means = torch.zeros(3, device=device)
-        for part in micro_batches:
-            ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
-            with autocast(device, cfg.bf16):
-                skip = None if skips is None else skips[part]
-                recon, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], False, skip)
-            mse = F.mse_loss(recon.float(), images[part])
-            loss = cfg.squared * mse + quantizer_loss + cfg.uniformity * uniformity(latents)
-            loss = loss + pixel_losses(recon.float(), images[part], step)  # perceptual, adversarial; digits: 0
-            (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
-            means += torch.stack([loss, mse, quantizer_loss]).detach() * (len(tokens) / B)
+            means += torch.stack([loss, error, quantizer_loss]).detach() * (len(tokens) / B)
             usage.record(tokens, latents)
 
         # clip, learning rate, step, moving average, dead codes, discriminator
         check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
-        lr_scale = warmup_cosine(step - cfg.proxy_steps, cfg.steps - cfg.proxy_steps, cfg.warmup, cfg.lr_end)
+        lr_scale = warmup_cosine(step - first, end - first, warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         ema.update_parameters(model)
         usage.update(step, rows, random)
-        more = pixel_losses.train_discriminator(images, step)
+        more = {} if proxy else pixel_losses.train_discriminator(images, step)
 
         # once in a while: log, save, reconstruct test images
-        done, last = step + 1, step + 1 == cfg.steps
+        done, last = step + 1, step + 1 == end
         if done % cfg.log_every == 0 or last:
-            losses = dict(zip(("loss", "mse", "quantizer"), means)) | more
+            losses = dict(zip(("loss", "proxy" if proxy else "mse", "quantizer"), means)) | more
             report(log, progress, done, losses, usage.in_use, lr_scale * cfg.lr)
         stopped = signals.received()
         if stopped or done % cfg.save_every == 0 or last:
-            save_training(header, done, cfg, model, ema, optimizers + pixel_losses.optimizers, idle=usage.idle,
-                          **pixel_losses.state())
+            others, state = ([], {}) if proxy else (pixel_losses.optimizers, pixel_losses.state())
+            save_training(header, done, cfg, model, ema, optimizers + others, idle=usage.idle, **state)
             if stopped:
                 stop_by_signal(stopped, cfg.out)
         if done % cfg.picture_every == 0 or last:

@@ -7,9 +7,6 @@ takes seconds and little memory; a multiplication and an addition are two. Memor
 of them, AdamW's two moments and the moving average in float32, and what the backward pass keeps, without torch.compile,
 which keeps less. Hours follow from the FLOPs and the share of the peak below, which is an assumption: nothing here was
 timed on a GPU.
-
-A second table times training steps of stage 2 on this machine and compares them with the FLOP/s of a large matrix
-product; this takes some minutes and the memory of a real S.
 """
 import functools
 from types import SimpleNamespace
@@ -23,14 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_fsdd
 import train_tokenizer
 from beyond import SparseDenoiser
-from fsdd import Denoiser, sample_noise
-from paper.cpu import in_turn, stage2
+from fsdd import Denoiser
 from paper.inputs import read_options
 from published.convnext import ConvNeXt
 from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
 from published.maskgit_vqgan import VQGAN
-from support.hardware import autocast, keep_freed_memory, set_switches
+from support.hardware import autocast, set_switches
 from tokenizer import SetTokenizer
 
 BATCH = 32                # images on a GPU at once
@@ -41,16 +37,10 @@ STAGE1_IMAGES = 500_000 * 256    # in each of its phases
 STAGE2_IMAGES = 200 * 1_281_167  # 200 epochs of ImageNet
 LOSS_CODES = 384          # of the sparse denoiser: those that X_t and X_0 contain, at most 256, and at least M others
 CPU = torch.device("cpu")
-TIMED = [                 # model, C, M and images of the training steps that are timed here
-    ("digits", 256, 32, 64),
-    ("S", 4096, 128, 2),
-    ("B", 4096, 128, 1),
-]
 
 
 def main(argv=None):
     read_options([], "cost", __doc__, argv)  # there are none but --help
-    keep_freed_memory()  # as both trainings
     print("| | parameters, trained | GFLOPs an image, forward | training "
           f"| GiB a GPU, batch {BATCH} | hours on {GPUS} H100 |\n|---|---|---|---|---|---|")
     print_cost("stage 1, proxy codes", tokenizer_cost(proxy=True), STAGE1_IMAGES)
@@ -58,11 +48,10 @@ def main(argv=None):
     for name in ("S", "B"):
         print_cost(f"stage 2, {name}", denoiser_cost(name), STAGE2_IMAGES)
         print_cost(f"stage 2, {name}, sparse, {LOSS_CODES} codes", denoiser_cost(name, LOSS_CODES), STAGE2_IMAGES)
-    print_timed_steps()
 
 
 def print_cost(name, cost, images):
-    """A row of the first table. images: number of images in the training.
+    """A row of the table. images: number of images in the training.
 
     The models run in bfloat16; the rest of a step, the networks of the losses, in TF32.
     """
@@ -70,20 +59,6 @@ def print_cost(name, cost, images):
     memory = cost.state_bytes + cost.fixed_bytes + BATCH * cost.image_bytes
     print(f"| {name} | {cost.trained / 1e6:.1f} M | {cost.forward / 1e9:.0f} | {cost.step / 1e9:.0f} "
           f"| {memory / 2 ** 30:.1f} | {seconds / 3600:.0f} |", flush=True)
-
-
-def print_timed_steps():
-    """The second table: how long training steps of stage 2 take on this machine."""
-    threads, peak = torch.get_num_threads(), matrix_product()
-    print(f"\nOn this machine, {threads} threads: a product of matrices {peak / 1e9:.0f} GFLOP/s\n\n| training step "
-          "| images | ms | images/s | GFLOPs a step | share of the product's FLOP/s | forward pass of all codes, ms |\n"
-          "|" + "---|" * 7)
-    for name, C, M, B in TIMED:
-        for kind, num_codes in (("dense", 0), ("sparse, all codes", C), (f"sparse, {3 * M} codes", 3 * M)):
-            seconds, forward = timed_step(name, C, M, B, num_codes)
-            operations = B * denoiser_cost(name, num_codes, C, M).training
-            print(f"| {name}, C = {C}, {kind} | {B} | {seconds * 1e3:.1f} | {B / seconds:.1f} | {operations / 1e9:.1f} "
-                  f"| {operations / seconds / peak:.0%} | {forward * 1e3:.1f} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,9 +103,9 @@ def tokenizer_cost(proxy):
         return measure_cost(model, networks, cfg, lambda: forward()[0], step, train_discriminator)
 
 
-def denoiser_cost(name, num_codes=0, C=4096, M=128):
+def denoiser_cost(name, num_codes=0):
     """What measure_cost() returns for a model of stage 2; with num_codes a sparse one, trained on so many codes."""
-    cfg = settings(train_fsdd.HYPERPARAMETERS)
+    cfg, C, M = settings(train_fsdd.HYPERPARAMETERS), 4096, 128
     model_class = SparseDenoiser if num_codes else Denoiser
     model = model_class(C, M, 1000, *train_fsdd.MODELS[name], unused_rows=cfg.unused_rows)
     integers = functools.partial(torch.zeros, dtype=torch.int64)
@@ -218,32 +193,6 @@ def kept_bytes(model, function):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
     return sum(tensor.untyped_storage().nbytes() for number, tensor in kept.items() if number not in weights)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Times on this machine
-
-
-def matrix_product(size=4096):
-    """FLOP/s of a product of two matrices, in bfloat16 where autocast uses it: the most that a step could reach."""
-    a, b = torch.randn(2, size, size)
-    with autocast(CPU, "auto"):
-        a, b = (torch.mm(x, torch.eye(size)) for x in (a, b))  # of the type that autocast gives them
-        return 2 * size ** 3 / in_turn({"product": lambda: torch.mm(a, b)}, 5)["product"]
-
-
-def timed_step(name, C, M, B, num_codes):
-    """Seconds of the forward and backward pass of a training step of B images on the CPU, and of a step of generation
-    without guidance; num_codes as above."""
-    model, step, cfg = stage2(name, C, M, B, num_codes)
-    x, t, labels = sample_noise(B, C, M, "multinomial"), torch.rand(B), torch.zeros(B, dtype=torch.int64)
-
-    @torch.no_grad()
-    def forward():
-        with autocast(CPU, cfg.bf16):
-            model(x, t, labels)
-
-    return tuple(in_turn({"step": step, "forward": forward}, 2 if C > 1024 else 30).values())
 
 
 if __name__ == "__main__":

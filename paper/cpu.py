@@ -1,11 +1,11 @@
-"""Where the time of a training step goes on a CPU, and what changes it.
+"""Where the time of a training step of the digits goes on a CPU, and what changes it.
 
-    python -m paper.cpu                some minutes
+    python -m paper.cpu                about two minutes
 
-Prints two Markdown tables. The first: the shares of a step's time, for both stages of the digits' recipe. The second:
-forward and backward pass of stage 2 as they are, and how many times longer they take in float32, with the other kind of
-attention, compiled (this needs a C++ compiler; left empty without one), and on one thread. Steps that are compared are
-measured in alternation, so that other work on the machine slows all of them.
+Prints two Markdown tables. The first: the shares of a step's time, for both stages of the recipe. The second: forward
+and backward pass of stage 2 as they are, and how many times longer they take in float32, with the other kind of
+attention, and compiled (this needs a C++ compiler; left empty without one). Steps that are compared are measured in
+alternation, so that other work on the machine slows all of them.
 """
 import shutil
 import time
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import train_fsdd
 import train_tokenizer
-from beyond import SparseDenoiser, sparse_loss
+from beyond import SparseDenoiser, all_hidden, hide_tokens, sparse_loss
 from fsdd import Denoiser, fsdd_loss, sample_noise
 from paper.inputs import read_options
 from support.hardware import autocast, keep_freed_memory, parallel, set_switches
@@ -32,18 +32,16 @@ KINDS = {  # operations of PyTorch that count as one kind, "other" is the rest
     "sums, products": ("aten::add", "aten::add_", "aten::sum", "aten::mul"),
     "copies, casts": ("aten::copy_", "aten::cat"),
 }
-STEPS = {  # model, C, M, sets, codes in the loss (0: dense) and repetitions of the steps in the second table
-    "digits, C = 256, dense": ("digits", 256, 32, 64, 0, 20),
-    "digits, C = 256, sparse, 3 M codes": ("digits", 256, 32, 64, 96, 60),
-    "S, C = 4096, sparse, all codes": ("S", 4096, 128, 2, 4096, 2),
-    "S, C = 4096, sparse, 3 M codes": ("S", 4096, 128, 2, 384, 5),
+STEPS = {  # rows of the second table: how many codes the loss looks at, see stage2()
+    "dense": 0,
+    "sparse, loss of all codes": 257,
+    "sparse, loss of 2 M codes": 64,
 }
 VARIATIONS = {  # arguments of stage2()
     "float32": {"bf16": "off"},
     "fused attention": {"fused_attention": "on"},
     "written-out attention": {"fused_attention": "off"},
     "torch.compile": {"compile": True},
-    "one thread": {"threads": 1},
 }
 
 
@@ -52,14 +50,14 @@ def main(argv=None):
     keep_freed_memory()  # as both trainings
     print(f"{torch.get_num_threads()} threads; where the time of a step of the digits' recipe goes\n\n"
           f"| | ms | {' | '.join(KINDS)} | other | Muon | AdamW |\n|---|---|" + "---|" * (3 + len(KINDS)))
-    for name, (model, step, cfg) in {"stage 1": stage1(), "stage 2": stage2("digits", 256, 32, 64, 96)}.items():
+    for name, (model, step, cfg) in {"stage 1": stage1(), "stage 2": stage2(64)}.items():
         print(f"| {name} | {' | '.join(shares_of_time(model, step, cfg))} |", flush=True)
     print(f"\n| | as it is, ms | {' | '.join(VARIATIONS)} |\n|---|---|" + "---|" * len(VARIATIONS))
     compiler = shutil.which("g++") or shutil.which("clang++")
-    for name, (*sizes, repetitions) in STEPS.items():
-        steps = {variation: stage2(*sizes, **options)[1] for variation, options in [("", {}), *VARIATIONS.items()]
+    for name, num_codes in STEPS.items():
+        steps = {variation: stage2(num_codes, **options)[1] for variation, options in [("", {}), *VARIATIONS.items()]
                  if compiler or not options.get("compile")}
-        seconds = in_turn(steps, repetitions)
+        seconds = in_turn(steps, repetitions=20)
         factors = [f"× {seconds[variation] / seconds['']:.2f}" if variation in seconds else ""
                    for variation in VARIATIONS]
         print(f"| {name} | {seconds[''] * 1e3:.1f} | {' | '.join(factors)} |", flush=True)
@@ -82,25 +80,22 @@ def stage1():
     return model, step, cfg
 
 
-def stage2(name, C, M, B, num_codes, threads=0, **switches):
-    """The same for a denoiser and B sets. num_codes: of sparse_loss(), 0 for a dense denoiser. switches: changed
-    settings."""
+def stage2(num_codes, **switches):
+    """The same for a denoiser of hidden tokens. num_codes: of sparse_loss(), 0 for a dense denoiser.
+    switches: changed settings."""
     cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_fsdd.HYPERPARAMETERS} | switches)
-    width, layers, heads = train_fsdd.MODELS[name]
-    model_class = SparseDenoiser if num_codes else Denoiser
+    B, C, M = cfg.batch_size, 257, 32  # 256 codes and the null code
     compute_loss = partial(sparse_loss, num_codes=num_codes) if num_codes else fsdd_loss
-    model = model_class(C, M, 10, width, layers, heads, gelu="exact" if name == "digits" else "tanh")
+    model = (SparseDenoiser if num_codes else Denoiser)(C, M, 10, *train_fsdd.MODELS["digits"], gelu=cfg.gelu)
     set_switches(model, cfg)
     called = parallel(model, torch.device("cpu"), cfg)
-    x0, x1 = (sample_noise(B, C, M, "multinomial") for _ in range(2))
+    x0, x1 = F.pad(sample_noise(B, C - 1, M, "multinomial"), (0, 1)), all_hidden(B, C, M)
     labels, t, (uniform, order) = torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.rand(2, B, C)
     batch = train_fsdd.Batch(x0, labels, t, x1, uniform, order)
-    threads = threads or torch.get_num_threads()
 
     def step():
-        torch.set_num_threads(threads)
         with autocast(torch.device("cpu"), cfg.bf16):
-            loss = compute_loss(called, batch)
+            loss = compute_loss(called, batch, process=hide_tokens)
         loss.backward()
 
     return model, step, cfg
@@ -124,14 +119,13 @@ def shares_of_time(model, step, cfg, repetitions=40):
 def in_turn(functions, repetitions):
     """{name: seconds that a function takes}: the functions run in alternation, once to warm up and then as often as
     given, of which the fastest counts."""
-    best, threads = dict.fromkeys(functions, float("inf")), torch.get_num_threads()
+    best = dict.fromkeys(functions, float("inf"))
     for i in range(repetitions + 1):
         for name, function in functions.items():
             began = time.perf_counter()
             function()
             if i:
                 best[name] = min(best[name], time.perf_counter() - began)
-    torch.set_num_threads(threads)
     return best
 
 

@@ -320,9 +320,8 @@ def stage1(proxy, folder, device, toy):
     model, _ = train_tokenizer.make_model(cfg, None, 3, vqgan, device)
     images = Digits("test")  # a dataset in memory, of which only the labels stay
     images.images = torch.randint(256, (4 * BATCH, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
-    loop, networks = ((train_tokenizer.train_proxy_codes, vqgan) if proxy else
-                      (train_tokenizer.train_pixels, pixel_losses))
-    return partial(loop, model, networks, images, None, None, {}, cfg, lambda row: None)
+    networks = (vqgan, None) if proxy else (None, pixel_losses)
+    return partial(train_tokenizer.train_phase, model, *networks, images, None, None, {}, cfg, lambda row: None)
 
 
 def stage2(name, kind, folder, device, toy):

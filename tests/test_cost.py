@@ -28,19 +28,6 @@ def test_flops_of_the_denoiser(num_codes):
     assert rows < found.image_bytes < 100 * rows
 
 
-@pytest.mark.slow
-def test_timed_steps(monkeypatch, capsys):
-    """Broken: the second table could not be made, or lack a kind of step."""
-    product = cost.matrix_product(256)
-    assert product > 1e8
-    monkeypatch.setattr(cost, "TIMED", [("digits", 64, 8, 4)])
-    monkeypatch.setattr(cost, "matrix_product", lambda: product)
-    cost.print_timed_steps()
-    table = capsys.readouterr().out.split("On this machine")[1].strip().splitlines()
-    assert [line.split("|")[1].strip() for line in table[4:]] == [
-        "digits, C = 64, dense", "digits, C = 64, sparse, all codes", "digits, C = 64, sparse, 24 codes"]
-
-
 def test_kept_bytes():
     """Broken: the table's memory would count weights as activations, or the same tensor twice."""
     model = nn.Linear(10, 20)
