@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import (Denoiser, draw, forward_process, fsdd_loss, greedy_adjust, look_up, take_steps, truncate,
                   uniform_times)
-from tokenizer import Attention, run_blocks
+from tokenizer import Attention
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Training times
@@ -230,8 +230,9 @@ class SparseDenoiser(Denoiser):
             counts, embedding = x_t.gather(1, codes), self.code_embedding[0][codes]  # (B, L), (B, L, width)
             position = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
             positions = torch.zeros_like(x_t).scatter(1, codes, position).gather(1, tokens)  # (B, M)
-        x = self.count_embedding(counts) + embedding  # (B, C or L, width)
-        x = run_blocks(self.blocks, x.to(c.dtype), c, positions, recompute=self.recompute)
+        x = (self.count_embedding(counts) + embedding).to(c.dtype)  # (B, C or L, width)
+        for block in self.blocks:
+            x = block(x, c, positions)
         return self.head(x, c)
 
 

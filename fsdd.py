@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dual_transform import tokens_to_counts
-from tokenizer import Attention, run_blocks
+from tokenizer import Attention
 
 # The sampler's settings in the authors' release, for the best FID (Sec. 4.1; the paper itself leaves them open)
 STEPS = 25
@@ -225,7 +225,6 @@ class Denoiser(nn.Module):
     """
 
     attention_class = Attention  # a subclass may have another one
-    recompute = False  # see tokenizer.run_blocks(); set by support.hardware.set_switches()
 
     def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False, gelu="tanh"):
         super().__init__()
@@ -258,8 +257,9 @@ class Denoiser(nn.Module):
     def forward(self, x_t, t, labels):
         """x_t (B, C) int64 in 0..M, t (B,) in [0, 1], labels (B,) int64 in 0..num_classes -> logits (B, C, M + 1)."""
         c = self.condition(t, labels)
-        x = self.count_embedding(x_t) + self.code_embedding  # (B, C, width)
-        x = run_blocks(self.blocks, x.to(c.dtype), c, recompute=self.recompute)  # bfloat16 under autocast
+        x = (self.count_embedding(x_t) + self.code_embedding).to(c.dtype)  # (B, C, width), bfloat16 under autocast
+        for block in self.blocks:
+            x = block(x, c)
         return self.head(x, c)
 
     def condition(self, t, labels):

@@ -13,7 +13,6 @@ The digits and ImageNet 256 x 256 use the same class; only the sizes differ (see
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from published.maskgit_vqgan import VQGANDecoder
 
@@ -24,7 +23,7 @@ class Attention(nn.Module):
     rows: a slice; only these positions attend, to all of them.
     """
 
-    fused_attention = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for many keys
+    fused = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for many keys
 
     def __init__(self, width, heads):
         super().__init__()
@@ -45,7 +44,7 @@ class Attention(nn.Module):
         """
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L or N, d)
         many = q.is_cuda or k.shape[2] > 256
-        if options or self.fused_attention == "on" or self.fused_attention == "auto" and many:
+        if options or self.fused == "on" or self.fused == "auto" and many:
             x = F.scaled_dot_product_attention(q, k, v, **options)
         else:  # with few keys on a CPU, the plain formula is up to several times faster than the fused kernel
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, L, N)
@@ -69,20 +68,6 @@ class Block(nn.Module):
     def forward(self, x, rows=slice(None)):
         x = x[:, rows] + self.attention(self.norm1(x), rows)
         return x + self.mlp(self.norm2(x))
-
-
-def run_blocks(blocks, x, *condition, recompute):
-    """Apply transformer blocks in turn to x; each also receives the condition.
-
-    recompute: activation checkpointing. Only the input of each block is kept for the backward pass, which computes the
-    rest again. This takes about a third more time and a small part of the memory.
-    """
-    for block in blocks:
-        if recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, *condition, use_reentrant=False)
-        else:
-            x = block(x, *condition)
-    return x
 
 
 class SetTokenizer(nn.Module):
@@ -181,8 +166,6 @@ def initialize(module):
 class Encoder(nn.Module):
     """ViT encoder: images (B, ch, H, W) in [-1, 1] -> latents (B, M, code_dim)."""
 
-    recompute = False  # see run_blocks(); set by support.hardware.set_switches()
-
     def __init__(self, channels, patch_size, num_patches, num_tokens, code_dim, width, heads, layers,
                  reshaped_latents=False):
         super().__init__()
@@ -205,8 +188,8 @@ class Encoder(nn.Module):
         x = self.patches((images + 1) / 2).flatten(2).transpose(1, 2)  # (B, P, width); pixels enter in [0, 1]
         x = torch.cat([self.class_embedding.expand(B, 1, -1).to(x.dtype), x], dim=1) + self.positions.to(x.dtype)
         x = torch.cat([x, self.latents.expand(B, -1, -1).to(x.dtype)], dim=1)  # (B, 1 + P + M, width)
-        x = run_blocks(self.blocks[:-1], self.norm_in(x), recompute=self.recompute)
-        x = run_blocks(self.blocks[-1:], x, slice(-len(self.latents), None), recompute=self.recompute)  # (B, M, width)
+        x = self.blocks[:-1](self.norm_in(x))
+        x = self.blocks[-1](x, slice(-len(self.latents), None))  # (B, M, width)
         return self.norm_out(x)
 
     def project(self, x):
@@ -248,8 +231,6 @@ class Quantizer(nn.Module):
 class Decoder(nn.Module):
     """ViT decoder: a set of codes (B, any number, code_dim) -> features of every patch position (B, P, width)."""
 
-    recompute = False  # see run_blocks(); set by support.hardware.set_switches()
-
     def __init__(self, num_patches, code_dim, width, heads, layers):
         super().__init__()
         self.from_code = nn.Linear(code_dim, width)
@@ -271,8 +252,8 @@ class Decoder(nn.Module):
         masks = torch.cat([self.class_embedding[None], self.mask_token.expand(P, -1)])  # (1 + P, width)
         masks = masks + self.positions
         x = torch.cat([masks.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, 1 + P + M, width)
-        x = run_blocks(self.blocks[:-1], self.norm_in(x), recompute=self.recompute)
-        x = run_blocks(self.blocks[-1:], x, slice(1, 1 + P), recompute=self.recompute)  # (B, P, width)
+        x = self.blocks[:-1](self.norm_in(x))
+        x = self.blocks[-1](x, slice(1, 1 + P))  # (B, P, width)
         return self.norm_out(x)
 
 

@@ -28,7 +28,7 @@ from generation import DENOISERS, GENERATION, PROCESS, decode, refine_arguments
 from support.command_line import HARDWARE, parse, stop
 from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size
 from support.files import load_checkpoint
-from support.hardware import autocast, init_distributed, parallel, set_switches
+from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save
 from support.seeds import generator
@@ -100,7 +100,6 @@ def main(argv=None):
     if rank == 0:
         print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
               f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
-    set_switches(tokenizer, cfg)
     if not checkpoint:
         keep_previous(cfg.out)
     header = {"kind": "fsdd", "denoiser": cfg.denoiser, "model_config": model_config,
@@ -144,7 +143,6 @@ def make_model(model_config, tokenizer, device, cfg):
     model = DENOISERS[cfg.denoiser](**model_config).to(device)
     if cfg.code_start == "codebook":
         start_from_codebook(model, tokenizer.quantizer.codes())
-    set_switches(model, cfg)
     return model
 
 

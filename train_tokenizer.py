@@ -29,7 +29,7 @@ from dual_transform import tokens_to_counts
 from published.losses import load_networks
 from support.command_line import HARDWARE, parse, stop
 from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size, shard
-from support.hardware import autocast, init_distributed, parallel, set_switches
+from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save, to_uint8
 from support.seeds import generator
@@ -142,7 +142,6 @@ def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenize
         model.load_state_dict(checkpoint["weights"])
     elif vqgan:
         model.pixel_decoder.load_state_dict(vqgan.decoder.state_dict())
-    set_switches(model, cfg)
     return model.to(device), model_config
 
 

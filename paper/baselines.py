@@ -18,7 +18,7 @@ from torch import nn
 from beyond import next_token
 from dual_transform import tokens_to_counts
 from fsdd import STEPS, Denoiser, draw, greedy_adjust, guidance_weight, guided_probabilities, sample_noise
-from tokenizer import Attention, run_blocks
+from tokenizer import Attention
 
 
 def zero_linear(inputs, outputs):
@@ -57,8 +57,9 @@ class CausalDenoiser(Denoiser):
         next one. t (B,): 0, as there is no time."""
         c = self.condition(t, labels)
         x = F.pad(x, (1, 0), value=self.num_tokens)  # a sequence starts with a symbol of its own
-        x = self.count_embedding(x) + self.code_embedding[:, :x.shape[1]]  # (B, n + 1, width)
-        x = run_blocks(self.blocks, x.to(c.dtype), c, recompute=self.recompute)
+        x = (self.count_embedding(x) + self.code_embedding[:, :x.shape[1]]).to(c.dtype)  # (B, n + 1, width)
+        for block in self.blocks:
+            x = block(x, c)
         return self.head(x, c)
 
 

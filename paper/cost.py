@@ -26,8 +26,8 @@ from published.convnext import ConvNeXt
 from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
 from published.maskgit_vqgan import VQGAN
-from support.hardware import autocast, set_switches
-from tokenizer import SetTokenizer
+from support.hardware import autocast
+from tokenizer import Attention, SetTokenizer
 
 BATCH = 32                # images on a GPU at once
 GPUS = 8                  # H100 SXM
@@ -100,7 +100,7 @@ def tokenizer_cost(proxy):
                 real, fake = discriminator(images(2)).flatten(1).chunk(2)
                 discriminator_loss(real, fake, torch.zeros(2), cfg.lecam).backward()
 
-        return measure_cost(model, networks, cfg, lambda: forward()[0], step, train_discriminator)
+        return measure_cost(model, networks, lambda: forward()[0], step, train_discriminator)
 
 
 def denoiser_cost(name, num_codes=0):
@@ -121,7 +121,7 @@ def denoiser_cost(name, num_codes=0):
             of_codes = logits(number, num_codes).float().flatten(0, 1)
             F.cross_entropy(of_codes, torch.zeros(len(of_codes), dtype=torch.int64)).backward()
 
-        return measure_cost(model, [], cfg, lambda: logits(1, 0), step, training=lambda: logits(1, num_codes))
+        return measure_cost(model, [], lambda: logits(1, 0), step, training=lambda: logits(1, num_codes))
 
 
 def settings(table, **changes):
@@ -136,7 +136,7 @@ def drop_data(*networks):
             setattr(module, name, nn.Parameter(torch.empty(weight.shape), weight.requires_grad))
 
 
-def measure_cost(model, networks, cfg, forward, step, train_discriminator=lambda: None, training=None):
+def measure_cost(model, networks, forward, step, train_discriminator=lambda: None, training=None):
     """The cost of a training.
 
     networks: of the losses.  forward: the model on one image -> a tensor.  training: the same in training, if that
@@ -154,18 +154,17 @@ def measure_cost(model, networks, cfg, forward, step, train_discriminator=lambda
     averaged = sum(weight.numel() for weight in model.parameters())
     cost = SimpleNamespace(trained=trained)
     cost.state_bytes = 4 * (sum(weight.numel() for weight in weights) + averaged + 4 * trained)
-    cfg.fused_attention = "off"  # the fused kernel of a CPU is not counted
-    set_switches(model, cfg)
+    Attention.fused = "off"  # the fused kernel of a CPU is not counted
     with torch.no_grad():
         cost.forward = flops(forward)
     cost.training = flops(lambda: training().sum().backward())
     cost.step = flops(lambda: (step(1), train_discriminator()))
-    cfg.fused_attention = "on"
-    set_switches(model, cfg)
+    Attention.fused = "on"
     for module in model.modules():  # autocast leaves norms in float32 on a GPU, not on a CPU
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
             module.forward = functools.partial(norm_in_float32, module.forward)
     one, two = kept_bytes(model, lambda: step(1)), kept_bytes(model, lambda: step(2))
+    Attention.fused = "auto"
     cost.fixed_bytes, cost.image_bytes = 2 * one - two, two - one
     return cost
 

@@ -20,7 +20,7 @@ import train_tokenizer
 from beyond import SparseDenoiser, all_hidden, hide_tokens, sparse_loss
 from fsdd import Denoiser, fsdd_loss, sample_noise
 from paper.inputs import read_options
-from support.hardware import autocast, keep_freed_memory, parallel, set_switches
+from support.hardware import autocast, keep_freed_memory, parallel
 from support.optimizers import make_optimizers
 from tokenizer import SetTokenizer
 
@@ -39,8 +39,8 @@ STEPS = {  # rows of the second table: how many codes the loss looks at, see sta
 }
 VARIATIONS = {  # arguments of stage2()
     "float32": {"bf16": "off"},
-    "fused attention": {"fused_attention": "on"},
-    "written-out attention": {"fused_attention": "off"},
+    "fused attention": {"fused": "on"},
+    "written-out attention": {"fused": "off"},
     "torch.compile": {"compile": True},
 }
 
@@ -67,7 +67,6 @@ def stage1():
     """(The digits' tokenizer, a function that computes a training step's gradients, its settings)."""
     cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_tokenizer.HYPERPARAMETERS})
     model = SetTokenizer(channels=1, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
-    set_switches(model, cfg)
     images = torch.rand(cfg.batch_size, 1, cfg.image_size, cfg.image_size) * 2 - 1
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens)
     skips = torch.rand(cfg.batch_size) < cfg.unquantized
@@ -80,14 +79,15 @@ def stage1():
     return model, step, cfg
 
 
-def stage2(num_codes, **switches):
+def stage2(num_codes, fused="auto", **changes):
     """The same for a denoiser of hidden tokens. num_codes: of sparse_loss(), 0 for a dense denoiser.
-    switches: changed settings."""
-    cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_fsdd.HYPERPARAMETERS} | switches)
+    fused: kind of attention, see tokenizer.Attention.  changes: other settings."""
+    cfg = SimpleNamespace(**{name: digits for name, digits, *_ in train_fsdd.HYPERPARAMETERS} | changes)
     B, C, M = cfg.batch_size, 257, 32  # 256 codes and the null code
     compute_loss = partial(sparse_loss, num_codes=num_codes) if num_codes else fsdd_loss
     model = (SparseDenoiser if num_codes else Denoiser)(C, M, 10, *train_fsdd.MODELS["digits"], gelu=cfg.gelu)
-    set_switches(model, cfg)
+    for block in model.blocks:
+        block.attention.fused = fused
     called = parallel(model, torch.device("cpu"), cfg)
     x0, x1 = F.pad(sample_noise(B, C - 1, M, "multinomial"), (0, 1)), all_hidden(B, C, M)
     labels, t, (uniform, order) = torch.zeros(B, dtype=torch.int64), torch.rand(B), torch.rand(2, B, C)

@@ -40,7 +40,7 @@ from paper import baselines, variants
 from support.command_line import parse, stop
 from support.distributed import all_gather, all_reduce, chunks, is_main, local_batch, rank_and_world_size
 from support.files import load_checkpoint
-from support.hardware import autocast, init_distributed, parallel, set_switches, set_tf32
+from support.hardware import autocast, init_distributed, parallel, set_tf32
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save
 from support.seeds import generator
@@ -318,7 +318,6 @@ def train(method, model, checkpoint, task, cfg, signals):
     """The training loop of train_fsdd.py with another model and loss. Returns the model with averaged weights."""
     B, device, compute_loss = cfg.batch_size, task.device, METHODS[method][-1]
     header = {"kind": "table5", "method": method, "images": task.train_set.fingerprint(), "model_config": task.size}
-    set_switches(model, cfg)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = make_optimizers(model, cfg, cfg.beta2, decay_all=True)
     start = restore_training(checkpoint, model, ema, optimizers)

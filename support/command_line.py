@@ -8,7 +8,7 @@ from support.distributed import is_main
 from support.files import check_outputs, load_checkpoint
 
 RECIPES = ("digits", "imagenet256")  # the columns of the tables HYPERPARAMETERS; a new column needs its name here
-MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "fused_attention", "recompute", "workers",
+MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that can change with --resume
 HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
@@ -17,8 +17,6 @@ HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run 
     ("device",           "auto",         "auto",          "",               "auto, cpu, cuda"),
     ("bf16",             "auto",         "auto",          "auto | on | off", "bfloat16; auto: where it is fast"),
     ("compile",          False,          True,            "",               "torch.compile"),
-    ("fused_attention",  "auto",         "auto",          "auto | on | off", "flash attention; auto: GPUs, many keys"),
-    ("recompute",        False,          False,           "",               "activation checkpointing, to save memory"),
     ("workers",          0,              8,               "[0, inf)",       "processes of each rank that read images"),
     ("log_every",        20,             100,             "[1, inf)",       "steps between lines of the log"),
     ("save_every",       500,            5000,            "[1, inf)",       "steps between checkpoints"),

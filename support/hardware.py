@@ -1,4 +1,4 @@
-"""The device and how it is used: process group, number formats, attention kernels, torch.compile, memory."""
+"""The device and how it is used: process group, number formats, torch.compile, memory."""
 import ctypes
 import os
 import re
@@ -62,14 +62,6 @@ def fast_bf16(device):
 def autocast(device, bf16):
     """Automatic mixed precision in bfloat16: "on", "off", or "auto", on where it is fast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or bf16 == "auto" and fast_bf16(device))
-
-
-def set_switches(model, cfg):
-    """Set fused attention and activation checkpointing (recompute) in all parts of a model."""
-    for module in model.modules():
-        for name in ("fused_attention", "recompute"):
-            if hasattr(module, name):
-                setattr(module, name, getattr(cfg, name))
 
 
 def parallel(model, device, cfg):

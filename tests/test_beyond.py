@@ -361,17 +361,13 @@ def test_sparse_loss_estimates_the_loss_of_all_codes():
         sparse_loss(denoiser, batch, 11)
 
 
-@pytest.mark.parametrize("recompute, compiled", [(True, False), pytest.param(False, True, marks=pytest.mark.slow),
-                                                 pytest.param(True, True, marks=pytest.mark.slow)])
-def test_sparse_compiled_or_recomputed_is_the_same(recompute, compiled):
-    """Broken: torch.compile or activation checkpointing would train another sparse denoiser."""
+@pytest.mark.slow
+def test_sparse_compiled_is_the_same():
+    """Broken: torch.compile would train another sparse denoiser."""
     batch, gradients = random_batch(8, 40, 6, 44), []
-    for changed in (False, True):
-        denoiser = model = small_denoiser(40, 6, model_class=SparseDenoiser)
-        denoiser.recompute = changed and recompute
-        if changed and compiled:
-            model = torch.compile(denoiser, backend="aot_eager")
-        sparse_loss(model, batch, 18).backward()
+    for compiled in (False, True):
+        denoiser = small_denoiser(40, 6, model_class=SparseDenoiser)
+        sparse_loss(torch.compile(denoiser, backend="aot_eager") if compiled else denoiser, batch, 18).backward()
         gradients.append([parameter.grad for parameter in denoiser.parameters()])
     for plain, other in zip(*gradients):
         torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-6)

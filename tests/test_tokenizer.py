@@ -146,7 +146,7 @@ def test_every_weight_is_trained():
 def test_attention_is_pytorchs(length, fused):
     """Broken: the plain formula or the fused kernel would compute another attention than PyTorch's module."""
     ours, theirs = Attention(24, 3), torch.nn.MultiheadAttention(24, 3, batch_first=True)
-    ours.fused_attention = fused
+    ours.fused = fused
     theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
                             "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
     x = torch.randn(2, length, 24)
@@ -164,21 +164,6 @@ def test_bad_input_is_refused(wrong, words):
     """Broken: bad input would fail somewhere inside, or not at all."""
     with pytest.raises(ValueError, match=words):
         wrong()
-
-
-def test_recomputed_activations_change_nothing():
-    """Broken: activation checkpointing would train another model."""
-    model = SetTokenizer(32, 3, 16, 6, 12, 4, 32, 2, 2, 2, vqgan_width=32, vqgan_dim=8)
-    images, gradients = torch.rand(2, 3, 32, 32) * 2 - 1, []
-    for recompute in (False, True):
-        model.encoder.recompute = model.decoder.recompute = recompute
-        model.zero_grad()
-        reconstructions, _, _, loss = model(images)
-        (reconstructions.square().mean() + loss).backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) > 50
-    for ours, theirs in zip(*gradients):
-        assert torch.equal(ours, theirs)
 
 
 def test_the_vqgan_decodes_the_proxy_map():

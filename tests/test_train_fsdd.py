@@ -97,7 +97,7 @@ def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on
 def test_the_code_embedding_starts_as_the_setting_says():
     """Broken: --code_start would not be what training starts from."""
     sizes = dict(codebook_size=16, num_tokens=4, num_classes=10, width=64, layers=1, heads=1)
-    cfg = SimpleNamespace(seed=0, denoiser="sparse", fused_attention="auto", recompute=False, code_start="zeros")
+    cfg = SimpleNamespace(seed=0, denoiser="sparse", code_start="zeros")
     tokenizer = SetTokenizer(**SIZES)
     assert not train_fsdd.make_model(sizes, tokenizer, "cpu", cfg).code_embedding.any()
     cfg.code_start = "codebook"
