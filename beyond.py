@@ -6,9 +6,10 @@
     4. denoiser         SparseDenoiser, sparse_loss()      attention to the tokens that are there, not to all C codes
     5. noise            hide_tokens(), reveal_step()       noise that hides tokens, and a sampler that reveals them
 
-The digits' recipe uses 2, 4 and 5. The fifth replaces the paper's noise, for which 1 and 3 are. Each section stands
-alone and can be deleted without touching the others. fsdd.py knows nothing of this file. None of the remedies has been
-tried on ImageNet, so the column imagenet256 of train_fsdd.py does without them.
+The digits' recipe uses 2, 4 and 5. The fifth replaces the paper's noise, for which 1 and 3 are. Each section can be
+deleted without touching the others. They are used in generation.py (its tables), train_fsdd.py (times, start, loss),
+sample.py (--like) and paper/. fsdd.py knows nothing of this file; it takes noise, process, sampler and attention as
+arguments. None of the remedies has been tried on ImageNet, so the column imagenet256 of train_fsdd.py does not use any.
 """
 import math
 
@@ -23,7 +24,7 @@ from tokenizer import Attention
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Training times
 #
-# The paper draws t uniformly from (0, 1]. Where X_0 and X_1 differ by 1, Eq. 5-6 give
+# The paper draws t uniformly from (0, 1]. Where X_0 and X_1 differ by 1, Eq. 5-6 give, up to exp(-8),
 #
 #     P(X_t = X_1) = sigmoid(8 (2 t - 1)),
 #
@@ -153,7 +154,7 @@ def distribution_function(t, b, largest):
 
 def noise_of_a_code(C, M, prior):
     """The distribution of one code's count in X_1: its values b (N,) and their probabilities (N,). A new prior needs an
-    entry here, in fsdd.sample_noise() and in the row "prior" of train_fsdd.py."""
+    entry here if the exchange sampler is to take it, one in generation.PROCESS, and its name in train_fsdd.py."""
     if prior == "distinct":
         return torch.tensor([0, 1]), torch.tensor([1 - M / C, M / C], dtype=torch.float64)
     assert prior == "multinomial", prior
@@ -195,7 +196,7 @@ def exchange(x, q, generator=None):
 # The weights keep their names and shapes. As no code depends on an absent one, the loss can be computed from few codes:
 # all those that X_t or X_0 contains, and a random sample of the others, weighted to represent the rest. The cost of a
 # training step then grows with M, not with C.
-# On the digits, a training step takes a quarter of the time, at a loss within the spread of seeds; a step of S at the
+# On the digits, a training step takes a fifth of the time, at a loss within the spread of seeds; a step of S at the
 # size of ImageNet takes 46 GFLOPs an image in place of 1451 (python -m paper.cost).
 
 

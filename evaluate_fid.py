@@ -32,7 +32,7 @@ from support.hardware import init_distributed
 from support.training import run
 from tokenizer import SetTokenizer
 
-# The defaults of --batch, --seed, --device, --bf16 and of the options of generation are those of sample.py.
+# The options of generation, --batch, --seed, --device and --bf16 are those of generation.add_generation_options().
 NUM = 50000               # images that an fsdd checkpoint generates, spread evenly over the classes, as in the papers
 NUM_DIGITS = 2000         # the same for the digits
 NETWORK_BATCH = 50        # images in a forward pass of Inception: about 1 GiB
@@ -238,8 +238,7 @@ def open_tokenizer(path, checkpoint, data, device, model_class=SetTokenizer):
     if data is None:
         raise ValueError(f"{path} does not say what it was trained on; give the images as --data: digits, or a folder "
                          "that holds train/ and val/")
-    tokenizer = model_class(**checkpoint["model_config"]).to(device).eval()
-    tokenizer.load_state_dict(checkpoint["weights"])
+    tokenizer = generation.load_tokenizer(checkpoint, device, model_class)
     dataset = open_dataset(data, "test", tokenizer.image_size)
     if dataset.channels != tokenizer.channels:
         raise ValueError(f"the images of {data} have {dataset.channels} channels, those of {path} "

@@ -18,7 +18,7 @@ from torch import nn
 from dual_transform import tokens_to_counts
 from tokenizer import Attention
 
-# The sampler's settings in the authors' release, for the best FID (Sec. 4.1; the paper itself leaves them open)
+# The sampler's settings in the authors' release, for the best FID. The paper names only the 25 steps (Sec. 4.1).
 STEPS = 25
 GUIDANCE = (4.0, 50.0, 55.0)  # weights for the three thirds of the time from noise to data
 TOP_P = 0.8
@@ -50,7 +50,7 @@ def sample_noise(batch, codebook_size, num_tokens, prior, generator=None, device
 
 def forward_process(x0, x1, t, uniform=None):
     """X_t ~ q(X_t | X_1, X_0), Eq. 5-6 and Algorithm 1. (Eq. 7, that the sum is M on average, holds for the continuous
-    Gaussian, and for the discrete one where counts differ by at most 1. Greedy adjusting corrects the rest as well.)
+    Gaussian, and nearly for the discrete one where counts differ by at most 1. Greedy adjusting corrects the rest.)
 
     x0, x1: (B, C) int64, every row sums to M.  t: (B,) in [0, 1], 0 = data, 1 = noise.
     uniform: (B, C) in [0, 1), the random number that decides the draw of each count; drawn here by default.
@@ -70,7 +70,7 @@ def forward_process(x0, x1, t, uniform=None):
     t = t[:, None]  # (B, 1)
     mean = t * x1 + (1 - t) * x0  # Eq. 6
     std = (x1 - x0).abs() / 4
-    x, log_prob = discrete_gaussian(mean, std, num_tokens, uniform)
+    x, log_prob = discrete_gaussian(mean, std, num_tokens, uniform)  # line 1 of Algorithm 1
     x = greedy_adjust(x, log_prob, num_tokens)
     return torch.where(t == 0, x0, torch.where(t == 1, x1, x))
 
@@ -135,7 +135,7 @@ def truncate(p, top_p=1.0, top_k=0):
 
 
 def greedy_adjust(x, log_prob, num_tokens):
-    """Greedy adjusting (Algorithm 1): change as few counts as possible, the best-scored first, until the sum is M.
+    """Greedy adjusting (Algorithm 1): as few steps by one as possible, those with the best scores, until the sum is M.
 
     x: (B, C) integers of any sum.  num_tokens: M.
     log_prob: log-probability of every count: a function, counts (B, C) -> (B, C), for counts up to M; or a table
@@ -332,7 +332,7 @@ def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE
 
     denoiser: called as Denoiser.forward(); it needs codebook_size, num_tokens and num_classes.  labels: (B,) int64.
     prior: the noise that the denoiser was trained with.
-    steps: their number.  guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see paper_step().
+    steps: the number of steps.  guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see paper_step().
     The defaults, except for the prior (theirs is "distinct"), are the authors' for the best FID; top_k = 2 and
     top_p = 1 are their sharper, less diverse setting.
     noise, step, times: the sampler: functions like sample_noise(), which draws X_1, paper_step(), X_t -> X_s, and

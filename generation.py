@@ -1,6 +1,6 @@
 """How a checkpoint becomes images: the samplers and what they need, by name, their settings, and the models.
 
-sample.py, evaluate_fid.py, train_fsdd.py and the scripts of paper/ generate by these.
+sample.py, evaluate_fid.py, train_fsdd.py and the scripts of paper/ use these to generate images.
 """
 import os
 
@@ -54,7 +54,7 @@ def generation_settings(defaults, args):
     ValueError for a guidance that can't be read."""
     names = [name.removeprefix("sample_") for name, *_ in GENERATION]
     settings = defaults | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    refine_arguments(settings)
+    refine_arguments(settings)  # raises ValueError if they do not fit
     return settings
 
 
@@ -82,8 +82,8 @@ def parse_guidance(text):
 
 
 def choose_labels(text, num, class_names, at_most):
-    """Labels (num,) int64, spread evenly over the classes in text, numbers and names such as "0,cat", one class after
-    the other.
+    """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, one class after the
+    other.
 
     Without text: over all classes, or at_most of them. ValueError for what is no class.
     """
@@ -112,13 +112,18 @@ def models(checkpoint, device):
     """The denoiser and the tokenizer of a checkpoint of train_fsdd.py, for use."""
     denoiser = DENOISERS[checkpoint["denoiser"]](**checkpoint["model_config"])
     denoiser.load_state_dict(checkpoint["weights"])
-    tokenizer = SetTokenizer(**checkpoint["tokenizer"]["model_config"])
-    tokenizer.load_state_dict(checkpoint["tokenizer"]["weights"])
-    return denoiser.to(device).eval(), tokenizer.to(device).eval()
+    return denoiser.to(device).eval(), load_tokenizer(checkpoint["tokenizer"], device)
+
+
+def load_tokenizer(checkpoint, device, model_class=SetTokenizer):
+    """The tokenizer of a checkpoint of train_tokenizer.py, for use. model_class: see paper/layouts.py."""
+    tokenizer = model_class(**checkpoint["model_config"])
+    tokenizer.load_state_dict(checkpoint["weights"])
+    return tokenizer.to(device).eval()
 
 
 def decode(tokenizer, tokens):
-    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU; a million pixels at a time, as MaskGIT-VQGAN needs
-    memory."""
+    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU, about a million pixels at a time to bound the memory of
+    MaskGIT-VQGAN."""
     at_once = max(1, 2 ** 20 // tokenizer.image_size ** 2)
     return torch.cat([to_uint8(tokenizer.decode(part)).cpu() for part in tokens.split(at_once)])

@@ -92,7 +92,8 @@ def draw_images(denoiser, tokenizer, labels, settings, chunk, args, every_step=F
 @torch.no_grad()
 def draw_like(denoiser, tokenizer, labels, settings, args):
     """Write a grid of images that share tokens with the image args.like: the image and its reconstruction, then a row
-    for each number in args.keep of tokens that are kept; the other tokens are drawn.
+    for each number in args.keep of tokens that are kept; the other tokens are drawn. With the paper's noise, generation
+    starts from the kept tokens and may change them.
 
     labels (n,): the classes of the 10 images in a row; None: the digit's own, or for a file the null class.
     """
@@ -106,11 +107,12 @@ def draw_like(denoiser, tokenizer, labels, settings, args):
     tokens = tokenizer.encode(image.to(device) / 127.5 - 1).expand(len(labels), -1)  # (10, M)
     C, white = denoiser.codebook_size, torch.full_like(image, 255).expand(8, -1, -1, -1)
     rows, names = [image, decode(tokenizer, tokens[:1]), white], ["image, decoded"]
+    noise, _ = PROCESS[prior]
     for keep in args.keep or [3 * M // 4, M // 2, M // 4, 0]:
         random = generator(device, "like", args.seed, keep)
         order = torch.rand(tokens.shape, generator=random, device=device).argsort(1)
         kept = tokens_to_counts(tokens.gather(1, order[:, :keep]), C)  # (10, C)
-        x = kept + PROCESS[prior][0](len(labels), C, M - keep, prior, random, device)  # and noise for the others
+        x = kept + noise(len(labels), C, M - keep, prior, random, device)  # and noise for the others
         t = 1 - keep / M if prior == "hidden" else flip_times(torch.tensor(1 - keep / M)).item()
         with autocast(device, args.bf16):
             x = generate(denoiser, labels, **refine_arguments(settings), generator=random, start=(x, t))

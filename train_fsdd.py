@@ -6,8 +6,8 @@
 
 Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images). After that
 no training image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
-need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 9 minutes on two CPU cores without bfloat16 instructions
-(README.md).
+need), fsdd.csv (a log) and fsdd.png (samples). On the digits: about 7 minutes on two CPU cores without bfloat16
+instructions (README.md).
 """
 import math
 import time
@@ -24,7 +24,7 @@ from data.loader import batch_indices, open_datasets, read_slices
 from data.token_sets import check_token_file, encode_training_set
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
 from fsdd import fsdd_loss, generate
-from generation import DENOISERS, GENERATION, PROCESS, decode, refine_arguments
+from generation import DENOISERS, GENERATION, PROCESS, decode, load_tokenizer, refine_arguments
 from support.command_line import HARDWARE, parse, stop
 from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size
 from support.files import load_checkpoint
@@ -34,7 +34,6 @@ from support.pictures import grid, save
 from support.seeds import generator
 from support.training import (Signals, check_finite, check_training, keep_previous, open_log, progress_bar,
                               replace_suffix, restore_training, run, save_training, stop_by_signal)
-from tokenizer import SetTokenizer
 
 MODELS = {  # width, layers, heads of the denoiser
     "digits": (96, 2, 3),
@@ -56,10 +55,10 @@ HYPERPARAMETERS = [
     ("label_drop",       0.1,            0.1,             "[0, 1]",             "share of labels that are dropped"),
     # beyond the paper, see beyond.py; the column imagenet256 is the paper's
     ("prior",            "hidden",       "multinomial",   "multinomial | distinct | hidden", "noise (generation.py)"),
-    ("training_times",   "uniform",      "uniform",       "uniform | flips",    "how the times t are drawn"),
+    ("training_times",   "uniform",      "uniform",       "uniform | flips",    "t (flips: the paper's noise)"),
     ("code_start",       "codebook",     "zeros",         "zeros | codebook",   "start of the code embedding"),
     ("denoiser",         "sparse",       "dense",         "dense | sparse",     "codes attend to codes, or tokens"),
-    ("loss_codes",       2,              3,               "[2, inf)",           "sparse: codes in the loss / M"),
+    ("loss_codes",       2,              3,               "[2, inf)",           "sparse: times M codes in the loss"),
     # optimization
     ("steps",            4000,           1000000,         "[1, inf)",           "optimizer steps"),
     ("batch_size",       64,             256,             "[1, inf)",           "images per step, over all processes"),
@@ -116,16 +115,16 @@ def main(argv=None):
 def prepare(stage1, device, cfg):
     """The tokenizer, both datasets, the denoiser's arguments and the settings of generation. ValueError if settings do
     not fit together."""
-    tokenizer = SetTokenizer(**stage1["model_config"]).to(device).eval()
-    tokenizer.load_state_dict(stage1["weights"])
+    tokenizer = load_tokenizer(stage1, device)
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     check_token_file(cfg.tokens, C)
     codebook_size = C + 1 if cfg.prior == "hidden" else C  # with the null code
-    PROCESS[cfg.prior][0](1, codebook_size, M, cfg.prior)  # refuses M > C if the prior can't have it
+    noise, _ = PROCESS[cfg.prior]
+    noise(1, codebook_size, M, cfg.prior)  # raises ValueError for M > C if the prior does not allow it
     if cfg.flip and cfg.data == "digits":
         raise ValueError("the digits are not mirrored, got --flip true")
     generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
-    refine_arguments(generation)
+    refine_arguments(generation)  # raises ValueError if the sampler does not fit the prior
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
@@ -150,9 +149,10 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     """The training loop. tokens (1 or 2, N, M), labels (N,): the training set. Returns the model with averaged
     weights."""
     B, device = cfg.batch_size, model.code_embedding.device
-    compute_loss = partial(fsdd_loss, process=PROCESS[cfg.prior][1])
+    _, process = PROCESS[cfg.prior]  # what draws X_t
+    compute_loss = partial(fsdd_loss, process=process)
     if cfg.denoiser == "sparse":
-        compute_loss = partial(sparse_loss, num_codes=cfg.loss_codes * model.num_tokens, process=PROCESS[cfg.prior][1])
+        compute_loss = partial(sparse_loss, process=process, num_codes=cfg.loss_codes * model.num_tokens)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = make_optimizers(model, cfg, cfg.beta2, decay_all=True)
     start = restore_training(checkpoint, model, ema, optimizers)
@@ -200,11 +200,11 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
 
 
 class Batch(NamedTuple):
-    """What a training step learns from: B rows of each."""
+    """What a training step learns from: B rows of each. C includes the null code if the prior is hidden."""
     x0: torch.Tensor       # (B, C) int64, data: the counts of an image's tokens, every row sums to M
     labels: torch.Tensor   # (B,) int64, classes, some of them dropped for the null class
     t: torch.Tensor        # (B,) in (0, 1], training times
-    x1: torch.Tensor       # (B, C) int64, noise (Eq. 4), every row sums to M
+    x1: torch.Tensor       # (B, C) int64, noise (Eq. 4, or all on the null code), every row sums to M
     uniform: torch.Tensor  # (B, C) in [0, 1), decides the draw of X_t
     order: torch.Tensor    # (B, C) in [0, 1), decides which codes the sparse loss looks at
 
@@ -219,13 +219,13 @@ def draw_batch(tokens, labels, model, rows, step, cfg):
     Every rank draws all random numbers of the global batch, so that they are the same for any number of ranks.
     """
     B, C, M, device = cfg.batch_size, model.codebook_size, model.num_tokens, model.code_embedding.device
-    random = generator(device, "step", cfg.seed, step)
+    (noise, _), random = PROCESS[cfg.prior], generator(device, "step", cfg.seed, step)
     indices = batch_indices(len(labels), B, cfg.seed, step)[rows]
     u_mirror, u_drop, u_time = torch.rand(3, B, generator=random, device=device)[:, rows]  # each (n,)
     version = (u_mirror * len(tokens)).long().cpu()  # 0: the image; 1, if tokens has it: its mirror image
     x = torch.from_numpy(tokens[version.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (n, M)
     y = torch.where(u_drop < cfg.label_drop, model.num_classes, labels[indices].to(device))
-    x1 = PROCESS[cfg.prior][0](B, C, M, cfg.prior, random, device)[rows]
+    x1 = noise(B, C, M, cfg.prior, random, device)[rows]
     uniform, order = (torch.rand(B, C, generator=random, device=device)[rows] for _ in range(2))
     t = flip_times(u_time) if cfg.training_times == "flips" else 1 - u_time
     return Batch(tokens_to_counts(x, C), y, t, x1, uniform, order)

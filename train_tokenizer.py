@@ -13,8 +13,8 @@ Two phases, as in TiTok (arXiv 2406.07550), one after the other:
 With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: the digits.
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
-(test images above their reconstructions). On the digits: 10 minutes on two CPU cores without bfloat16
-instructions, mean squared error 0.036 (README.md).
+(test images above their reconstructions). On the digits: about 8 minutes on two CPU cores without
+bfloat16 instructions, mean squared error 0.036 (README.md).
 """
 import math
 import time
@@ -54,11 +54,11 @@ HYPERPARAMETERS = [
     # published networks, files in PyTorch's format; "" = none
     ("vqgan",            "",             "maskgit-vqgan-imagenet-f16-256.bin", "", "MaskGIT-VQGAN"),
     ("convnext",         "",             "convnext_small-0c510722.pth", "", "torchvision's ConvNeXt-S"),
-    # phase 1, proxy codes: cross-entropy + quantizer
+    # phase 1, proxy codes: cross-entropy, and the losses of the set
     ("proxy_steps",      0,              500000,          "[0, inf)",       "steps of this phase, 0 = no such phase"),
     ("proxy_warmup",     0,              10000,           "[0, inf)",       "steps of linear warm-up"),
     ("proxy_beta2",      0.99,           0.99,            "[0, 1)",         "second beta of adamw"),
-    # phase 2, pixels: squared error, perceptual, adversarial; without a phase 1 the losses of the set too
+    # phase 2, pixels: squared error, perceptual, adversarial, and, without a phase 1, the losses of the set
     ("squared",          1.0,            0.25,            "[0, inf)",       "weight of the squared error of pixels"),
     ("perceptual",       0.0,            0.1,             "[0, inf)",       "weight of the perceptual loss"),
     ("adversarial",      0.0,            0.01,            "[0, inf)",       "weight of the adversarial loss"),
@@ -128,8 +128,8 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
 
 
 def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):
-    """The tokenizer, with the averaged weights of a checkpoint if there is one, and its arguments. ValueError if they
-    do not fit together."""
+    """The tokenizer, with the averaged weights of a checkpoint if there is one, and its arguments. ValueError if the
+    settings do not fit together."""
     if checkpoint:
         model_config = checkpoint["model_config"]
     else:
@@ -177,7 +177,7 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
                 loss = error
             else:
                 error = F.mse_loss(decoded.float(), images[part])
-                loss = cfg.squared * error + pixel_losses(decoded.float(), images[part], step)  # digits: no others
+                loss = cfg.squared * error + pixel_losses(decoded.float(), images[part], step)  # the second: digits 0
             loss = loss + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, error, quantizer_loss]).detach() * (len(tokens) / B)
@@ -212,7 +212,7 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
 
 def start_phase(model, checkpoint, cfg, proxy):
     """What a phase starts with: the model in DDP, the moving average of its weights, optimizers, use of the codes, and
-    the step to start at, all from a checkpoint if that is of this phase."""
+    the step to start at, all restored from a checkpoint if that is of this phase."""
     model.requires_grad_(True)
     model.pixel_decoder.requires_grad_(not proxy)
     for module in (model.encoder, model.quantizer):  # after phase 1 the tokens stay as they are
@@ -252,12 +252,13 @@ def report(log, progress, done, means, in_use, lr):
 
 
 def uniformity(latents):
-    """How crowded an image's latents (B, M, code_dim) of length 1 are: mean of exp(2 (cos - 1)) over pairs, in (0, 1].
+    """How crowded an image's latents (B, M, code_dim) of length 1 are: the mean of exp(-|a - b|^2) over all pairs, in
+    (0, 1]. This is the uniformity of Wang and Isola (arXiv 2005.10242), with t = 1 and without the logarithm.
 
-    Without it, small tokenizers give many of an image's tokens the same few codes (Wang and Isola, arXiv 2005.10242).
+    Without it, small tokenizers give many of an image's tokens the same few codes.
     """
     cosines = latents @ latents.transpose(1, 2)  # (B, M, M)
-    return (2 * (cosines - 1)).exp().mean()
+    return (2 * (cosines - 1)).exp().mean()  # |a - b|^2 = 2 - 2 cos
 
 
 class CodebookUsage:

@@ -2,12 +2,14 @@
 
     AR-order1, AR-order2   autoregressive over the M tokens in one order, the same for all images      autoregressive_*
     AR-random              the same over the tokens in random order                                    autoregressive_*
+    AR-sorted              the same over the tokens in the order of their codes                        autoregressive_*
     SetAR                  autoregressive over the C counts                                            autoregressive_*
     Discrete Diffusion     discrete flow matching of the counts (Gat et al., arXiv 2407.15595)         flow_*
     Continuous Diffusion   flow matching of the counts as real numbers, then quantized                 continuous_*
 
 Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). The losses take a batch with
-the fields of train_fsdd.Batch.  guidance: see fsdd.guidance_weight().  top_p, top_k: see fsdd.truncate().
+the fields of train_fsdd.Batch. hidden_log_likelihood() is what Table 5 prints for hidden tokens.
+guidance: see fsdd.guidance_weight().  top_p, top_k: see fsdd.truncate().
 """
 import math
 
@@ -96,13 +98,6 @@ def flow_process(x0, x1, t, uniform):
     x0, x1: (B, C).  t: (B,).  uniform: (B, C) in [0, 1).
     """
     return torch.where(uniform < t[:, None], x1, x0)
-
-
-def flow_loss(denoiser, batch):
-    """Cross-entropy of the denoiser's logits at X_t against X_0, as in fsdd.fsdd_loss()."""
-    x_t = flow_process(batch.x0, batch.x1, batch.t, batch.uniform)
-    logits = denoiser(x_t, batch.t, batch.labels)  # (B, C, M + 1)
-    return F.cross_entropy(logits.float().flatten(0, 1), batch.x0.flatten())
 
 
 def flow_generate(denoiser, labels, prior="multinomial", steps=STEPS, guidance=1.0, top_p=1.0, top_k=0,

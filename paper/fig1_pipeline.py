@@ -1,6 +1,6 @@
 """Fig. 1: one image through the method: image -> set of tokens -> counts -> set of tokens -> image.
 
-    python -m paper.fig1_pipeline                              a test digit, fsdd.pt
+    python -m paper.fig1_pipeline                              a test digit, fsdd.pt (digits.pt if there is none)
     python -m paper.fig1_pipeline --ckpt fsdd.pt --images photo.jpg
 
 Writes figure1.png: the image, its tokens as an unordered set, the count of every code as a bar (Eq. 2), and the image

@@ -1,6 +1,6 @@
 """Fig. 3 (Sec. 3.3.1): one image's counts on their way from X_0 to X_1, and what greedy adjusting changes.
 
-    python -m paper.fig3_process                              a test digit, fsdd.pt
+    python -m paper.fig3_process                              a test digit, fsdd.pt (digits.pt if there is none)
     python -m paper.fig3_process --ckpt fsdd.pt --images photo.jpg
 
 Writes figure3.png, a row for each time t: the counts of all codes as bars (grey; green what greedy adjusting added,

@@ -9,7 +9,7 @@ paper/details.md says where to get the files.
 How the release differs, and what this becomes:
     M latents of length width are read as width rows of M    the flag reshaped_latents of SetTokenizer
     the count embedding has C + 1 rows, M + 1 are read       the flag unused_rows of Denoiser; all rows are kept
-    time runs as s = 1 - t                                   nothing to convert: our denoiser receives s = 1 - t too
+    time runs as s = 1 - t                                   nothing to convert: our denoiser embeds 1 - t
     X_1 is M distinct codes                                  generation settings, prior "distinct"
     linear maps stored as 1 x 1 convolutions                 two axes of length 1 are removed, see the tables
     pixels in [0, 1]                                         nothing to convert: SetTokenizer converts its [-1, 1]

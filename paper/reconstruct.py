@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from generation import load_tokenizer
 from paper.inputs import DEVICE, NUM, SEED, read_images, read_options
 from support.files import load_checkpoint
 from support.hardware import init_distributed
 from support.pictures import grid, save, to_uint8
 from support.seeds import generator
 from support.training import run
-from tokenizer import SetTokenizer
 
 COLUMNS = ("image", "as encoded", "reversed", "shuffled", "ascending", "descending")
 OPTIONS = [
@@ -34,8 +34,7 @@ def main(argv=None):
     args = read_options(OPTIONS, "reconstruct", __doc__, argv)
     device, _, _ = init_distributed(args.device, tf32=False)  # TF32's rounding would hide that of the orders
     checkpoint = load_checkpoint(args.ckpt, "python train_tokenizer.py", "tokenizer")
-    tokenizer = SetTokenizer(**checkpoint["model_config"]).to(device).eval()
-    tokenizer.load_state_dict(checkpoint["weights"])
+    tokenizer = load_tokenizer(checkpoint, device)
     images = read_images(args.images, args.num, tokenizer)  # (N, ch, H, W) uint8
     rows, squared, differences = [], [], []
     for i, image in enumerate(tqdm(images, disable=None)):

@@ -58,7 +58,7 @@ METHODS = {  # which properties the paper ascribes to it: set, discrete, fixed s
     "AR-random": ("x", "x", " ", 8.99, baselines.autoregressive_loss),
     "AR-sorted": ("x", "x", " ", "", baselines.autoregressive_loss),  # codes sorted along the codebook's first axis
     "SetAR": ("x", "x", " ", 6.92, baselines.autoregressive_loss),
-    "Discrete Diffusion": ("x", "x", " ", 6.23, baselines.flow_loss),
+    "Discrete Diffusion": ("x", "x", " ", 6.23, partial(fsdd_loss, process=baselines.flow_process)),
     "Continuous Diffusion": ("x", " ", "x", 75.45, baselines.continuous_loss),
     "FSDD (paper)": ("x", "x", "x", 5.56, fsdd_loss),  # uniform training times, the paper's sampler
     "FSDD": ("x", "x", "x", "", fsdd_loss),            # times uniform in flips, the exchange sampler

@@ -1,6 +1,6 @@
 """Quality against the number of sampling steps, by the samplers that a model can have (next to Table 5).
 
-    python -m paper.table5_steps                                 the digits, fsdd.pt
+    python -m paper.table5_steps                                 the digits, fsdd.pt (digits.pt if there is none)
     python -m paper.table5_steps --ckpt fsdd.pt --ref VIRTUAL_imagenet256_labeled.npz
 
 Prints a Markdown table and draws steps.png, the FID over the number of steps. Guidance, top-p and top-k are those of
