@@ -163,15 +163,14 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
     batches = training_batches(train_set, B, rows, cfg.seed, start, end, cfg.workers)
     progress = progress_bar(start, end, B)
     for step, (images, _) in zip(progress, batches):
-        images, shuffle, skips, random = prepare_batch(images, rows, step, device, cfg)
+        images, shuffle, unquantized, random = prepare_batch(images, rows, step, device, cfg)
 
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         means = torch.zeros(3, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
             with autocast(device, cfg.bf16):
-                skip = None if skips is None else skips[part]
-                decoded, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], proxy, skip)
+                decoded, tokens, latents, quantizer_loss = ddp(images[part], shuffle[part], proxy, unquantized[part])
             if proxy:
                 error = F.cross_entropy(vqgan.logits(decoded), vqgan.encode(images[part]))
                 loss = error
@@ -229,15 +228,13 @@ def start_phase(model, checkpoint, cfg, proxy):
 
 def prepare_batch(images, rows, step, device, cfg):
     """This rank's images (n, ch, H, W) in [-1, 1], random numbers (n, M) for the order of their tokens, which of them
-    skip the quantizer, (n,) bool or None, and the generator of the step's further random numbers. Every rank draws the
+    skip the quantizer, (n,) bool, and the generator of the step's further random numbers. Every rank draws the
     random numbers of the global batch, so that they are the same for any number of ranks."""
     images = images.to(device, non_blocking=True) / 127.5 - 1
     random = generator(device, "step", cfg.seed, step)
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens, generator=random, device=device)[rows]
-    skips = None
-    if cfg.unquantized:
-        skips = torch.rand(cfg.batch_size, generator=random, device=device)[rows] < cfg.unquantized
-    return images, shuffle, skips, random
+    unquantized = torch.rand(cfg.batch_size, generator=random, device=device)[rows] < cfg.unquantized
+    return images, shuffle, unquantized, random
 
 
 def report(log, progress, done, means, in_use, lr):

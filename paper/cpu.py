@@ -69,11 +69,11 @@ def stage1():
     model = SetTokenizer(channels=1, **{name: getattr(cfg, name) for name in train_tokenizer.MODEL})
     images = torch.rand(cfg.batch_size, 1, cfg.image_size, cfg.image_size) * 2 - 1
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens)
-    skips = torch.rand(cfg.batch_size) < cfg.unquantized
+    unquantized = torch.rand(cfg.batch_size) < cfg.unquantized
 
     def step():
         with autocast(torch.device("cpu"), cfg.bf16):
-            recon, _, latents, loss = model(images, shuffle, False, skips)
+            recon, _, latents, loss = model(images, shuffle, False, unquantized)
         (F.mse_loss(recon.float(), images) + loss + cfg.uniformity * train_tokenizer.uniformity(latents)).backward()
 
     return model, step, cfg
