@@ -34,9 +34,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """Every test draws the same random numbers in every run."""
+def fresh_start(tmp_path, monkeypatch):
+    """Every test draws the same random numbers in every run, and starts in an empty folder of its own."""
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +99,6 @@ def cache(digits, small_digits, few_to_train_on, tmp_path, monkeypatch):
     """A folder for the variants of a table, not yet made, in the working directory. Variants are trained on 300 digits
     and measured on 400."""
     from paper import variants
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(variants, "FOLDER", "cache")
     monkeypatch.setattr(variants, "CLASSIFIER", f"{digits}/digits_classifier.pt")
     return tmp_path / "cache"

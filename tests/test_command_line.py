@@ -15,11 +15,6 @@ TABLE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def settings(*argv):
     return parse(TABLE, "what it does", "fsdd", argv)[0]
 

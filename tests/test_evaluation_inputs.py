@@ -50,18 +50,16 @@ GOOD = np.zeros((9, 28, 28, 3), np.uint8)
     ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)"),
     ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "in bad.npz must be floating-point numbers, got <U1"),
     ({"mu": np.array([None, {}]), "sigma": np.eye(8)}, "mu in bad.npz can't be read")])
-def test_arrays_of_another_kind(arrays, words, tmp_path, monkeypatch):
+def test_arrays_of_another_kind(arrays, words):
     """Broken: an array that is no batch of images and no statistics would give a number, or end in a traceback."""
-    monkeypatch.chdir(tmp_path)
     np.savez("bad.npz", **arrays)
     with pytest.raises(ValueError) as refused:
         open_images("bad.npz", None)
     assert words in str(refused.value)
 
 
-def test_damaged_files(tmp_path, monkeypatch):
+def test_damaged_files(tmp_path):
     """Broken: a file that was copied in part, or is no .npz, would end in a traceback or be measured in part."""
-    monkeypatch.chdir(tmp_path)
     np.savez_compressed("good.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
     content = (tmp_path / "good.npz").read_bytes()
     array = zipfile.ZipFile("good.npz").read("arr_0.npy")
@@ -77,10 +75,9 @@ def test_damaged_files(tmp_path, monkeypatch):
             open_images(f"{name}.npz", None).read(slice(0, 9))
 
 
-def test_folders(tmp_path, monkeypatch):
+def test_folders(tmp_path):
     """Broken: images of different sizes, an unreadable one, or none would end in a traceback; or photographs be cropped
     in another way than the training images."""
-    monkeypatch.chdir(tmp_path)
     for name, sizes in (("empty", ()), ("mixed", (20, 20, 21)), ("bad", (20, 20, 20))):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):

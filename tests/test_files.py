@@ -23,11 +23,6 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def test_an_interrupted_write_leaves_the_old_file():
     """Broken: a run that is killed while it saves would lose the checkpoint it had, or leave half a file behind."""
     write_json({"a": 1}, "a.json")

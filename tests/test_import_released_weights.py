@@ -332,9 +332,8 @@ def test_other_scripts_take_it(imported, tmp_path):
         assert_one_sentence(run_here(main, "--resume", "--out", folder / path, folder=tmp_path), path, "--resume")
 
 
-def test_what_exists_is_kept(imported, tmp_path, monkeypatch, capsys):
+def test_what_exists_is_kept(imported, tmp_path, capsys):
     """Broken: an import would overwrite what was trained here, or write more than it should."""
-    monkeypatch.chdir(tmp_path)
     for path in ("fsdd.pt", "tokenizer.pt"):
         (tmp_path / path).write_text("trained for weeks")
     command = ["--tokenizer", str(imported[0] / "set_tokenizer.pth")]

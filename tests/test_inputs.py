@@ -14,9 +14,8 @@ OPTIONS = [("images", (), "", "images"), (inputs.NUM, 5, "[2, inf)", "images"), 
            inputs.DATA, inputs.SEED, ("--toy", False, "", "tiny sizes")]
 
 
-def test_options(tmp_path, monkeypatch):
+def test_options():
     """Broken: an option would have another type or value than its row says."""
-    monkeypatch.chdir(tmp_path)
     args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num_images=7", "--seed=3", "--toy"])
     assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3, "toy": True}
 
@@ -63,9 +62,8 @@ def test_images_are_spread_evenly(rank, world_size):
     assert torch.allclose(torch.cat([images for _, images in batches]), dataset.images[indices] / 127.5 - 1)
 
 
-def test_images_in_files_and_folders(tmp_path, monkeypatch):
+def test_images_in_files_and_folders(tmp_path):
     """Broken: an image would be missing, stretched, or not the center crop."""
-    monkeypatch.chdir(tmp_path)
     random, arrays = np.random.default_rng(0), []
     for name, size in (("folder/b.png", (24, 16)), ("folder/more/c.PNG", (16, 21)), ("a.bmp", (16, 16))):
         arrays.append(random.integers(256, size=(*size[::-1], 3)).astype(np.uint8))

@@ -44,9 +44,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def draw(checkpoint, tmp_path, monkeypatch):
+def draw(checkpoint, tmp_path):
     """A function that calls sample.py with the checkpoint in an empty folder, and for an .npz returns its arrays."""
-    monkeypatch.chdir(tmp_path)
 
     def draw_images(*options, out="a.npz"):
         finished = successful(run_here(sample.main, "--ckpt", checkpoint, "--device=cpu", f"--out={out}", *options,

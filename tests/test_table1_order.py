@@ -13,9 +13,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def table(digits, small_digits, tmp_path, capsys, monkeypatch):
+def table(digits, small_digits, capsys):
     """A function: options -> the table's two rows of numbers, over 400 test digits."""
-    monkeypatch.chdir(tmp_path)
 
     def rows(*options):
         table1_order.main([f"--ckpt={digits}/tokenizer.pt", f"--classifier={digits}/digits_classifier.pt",

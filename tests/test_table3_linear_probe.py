@@ -66,9 +66,8 @@ def test_large_images_are_shrunk():
 
 
 @pytest.mark.slow
-def test_the_table(digits, few, tmp_path, capsys, monkeypatch):
+def test_the_table(digits, few, capsys, monkeypatch):
     """Broken: a row would be missing or that of another tokenizer, or pixels and chance be those of other images."""
-    monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options) or f"{digits}/tokenizer.pt")
     table3_linear_probe.main(["--num_tokens=16", "--codebook_sizes=64", "--epochs=10", "--num_train=500",

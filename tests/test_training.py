@@ -20,11 +20,6 @@ from support.training import (Signals, StoppedBySignal, check_finite, check_trai
 from tests.scripts import ROOT, on_ranks
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize("error, code", [
     (None, 0), (StoppedBySignal(143), 143), (KeyboardInterrupt, "error: interrupted"),
     (OSError(28, "No space left on device", "a.pt"), "error: [Errno 28] No space left on device: 'a.pt'"),
