@@ -2,6 +2,7 @@
 import os
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -79,6 +80,7 @@ class Killed(torch.utils.data.Dataset):
 
     def __getitems__(self, items):
         if items[0][1] == 1:  # epoch 1
+            time.sleep(2)  # until the batches of epoch 0 have arrived
             os.kill(os.getpid(), signal.SIGKILL)
         return torch.zeros(len(items), 3, 4, 4, dtype=torch.uint8), torch.zeros(len(items), dtype=torch.int64)
 
