@@ -228,7 +228,9 @@ class SparseDenoiser(Denoiser):
         tokens = torch.searchsorted(x_t.cumsum(1), m, right=True)
         counts, embedding, positions = x_t, self.code_embedding, tokens
         if codes is not None:  # L positions, one for each of the codes
-            counts, embedding = x_t.gather(1, codes), self.code_embedding[0][codes]  # (B, L), (B, L, width)
+            # F.embedding(), as the gradient of an index is added up in any order by several threads
+            embedding = F.embedding(codes, self.code_embedding[0])  # (B, L, width)
+            counts = x_t.gather(1, codes)  # (B, L)
             position = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
             positions = torch.zeros_like(x_t).scatter(1, codes, position).gather(1, tokens)  # (B, M)
         x = (self.count_embedding(counts) + embedding).to(c.dtype)  # (B, C or L, width)

@@ -361,6 +361,19 @@ def test_sparse_loss_estimates_the_loss_of_all_codes():
         sparse_loss(denoiser, batch, 11)
 
 
+def test_sparse_gradients_do_not_depend_on_chance():
+    """Broken: on several threads, the same training would give other weights in every run, and so after a resume."""
+    batch, denoiser = random_batch(64, 256, 32, 44), small_denoiser(256, 32, model_class=SparseDenoiser)
+    threads, gradients = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    for _ in range(20):
+        denoiser.zero_grad()
+        sparse_loss(denoiser, batch, 64).backward()
+        gradients.append([parameter.grad.clone() for parameter in denoiser.parameters()])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for others in gradients[1:] for first, other in zip(gradients[0], others))
+
+
 @pytest.mark.slow
 def test_sparse_compiled_is_the_same():
     """Broken: torch.compile would train another sparse denoiser."""
