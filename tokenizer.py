@@ -223,7 +223,7 @@ class Quantizer(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             # on the sphere, the nearest code has the largest inner product
             tokens = (latents.detach() @ codes.detach().t()).argmax(-1)
-        q = codes[tokens]
+        q = F.embedding(tokens, codes)  # (B, M, code_dim)
         loss = self.commitment * F.mse_loss(latents, q.detach()) + F.mse_loss(q, latents.detach())
         return latents + (q - latents).detach(), tokens, loss
 
