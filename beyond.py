@@ -3,7 +3,8 @@
     1. training times   flip_times()                       uniform in the share of flips that have happened
     2. start            start_from_codebook()              code embeddings that know which codes decode alike
     3. sampler          exchange_step(), exchange_times()  Eq. 8 with a posterior, and an adjustment that does not stall
-    4. denoiser         SparseDenoiser, sparse_loss()      attention to the tokens that are there, not to all C codes
+    4. denoiser         SparseDenoiser, sparse_loss(),     attention to the tokens that are there, not to all C codes,
+                        likely_probabilities()             and fewer codes to compute, in training and in generation
     5. noise            hide_tokens(), reveal_step()       noise that hides tokens, and a sampler that reveals them
 
 The digits' recipe uses 2, 4 and 5. The fifth replaces the paper's noise, for which 1 and 3 are. Each section can be
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from dual_transform import counts_to_tokens, tokens_to_counts
-from fsdd import (Denoiser, draw, forward_process, fsdd_loss, greedy_adjust, look_up, take_steps, truncate,
-                  uniform_times)
+from fsdd import (Denoiser, draw, forward_process, fsdd_loss, greedy_adjust, guided_probabilities, look_up, take_steps,
+                  truncate, uniform_times)
 from tokenizer import Attention
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,9 +196,14 @@ def exchange(x, q, generator=None):
 #
 # The weights keep their names and shapes. As no code depends on an absent one, the loss can be computed from few codes:
 # all those that X_t or X_0 contains, and a random sample of the others, weighted to represent the rest. The cost of a
-# training step then grows with M, not with C.
+# training step then grows with M, not with C. Generation computes all codes while little is known, and from time
+# LIKELY_FROM on only those that may still be in X_0.
 # On the digits, a training step takes a fifth of the time, at a loss within the spread of seeds; a step of S at the
 # size of ImageNet takes 46 GFLOPs an image in place of 1451 (python -m paper.cost).
+
+
+LIKELY_FROM = 0.8  # from this time on, generation leaves out codes ...
+LIKELY = 0.003     # ... whose probability to be in X_0 is at most this
 
 
 class SparseAttention(Attention):
@@ -259,6 +265,21 @@ def sparse_loss(denoiser, batch, num_codes, process=forward_process):
     logits = denoiser(x_t, batch.t, batch.labels, codes)  # (B, L, M + 1)
     loss = F.cross_entropy(logits.float().flatten(0, 1), x0.gather(1, codes).flatten(), reduction="none")
     return (loss * weight.flatten()).sum() / x0.numel()
+
+
+def likely_probabilities(denoiser, x_t, t, labels, weight, previous=None):
+    """fsdd.guided_probabilities() of a SparseDenoiser that from time LIKELY_FROM on computes only the codes that may still
+    be in X_0. The others are taken to be absent, then and in all later steps.
+
+    previous: the result of the step before (B, C, M + 1), which tells these codes; None: compute all.
+    """
+    if previous is None or t > LIKELY_FROM or not isinstance(denoiser, SparseDenoiser):
+        return guided_probabilities(denoiser, x_t, t, labels, weight)
+    chance = 1 - previous[:, :, 0] + (x_t > 0)  # of being in X_0, (B, C); codes that X_t contains come first
+    codes = chance.topk(int((chance > LIKELY).sum(1).max())).indices  # (B, L), enough for the row with the most
+    p = guided_probabilities(denoiser, x_t, t, labels, weight, None, codes)  # (B, L, M + 1)
+    absent = F.one_hot(torch.zeros_like(x_t), p.shape[2]).to(p.dtype)  # (B, C, M + 1)
+    return absent.scatter(1, codes[:, :, None].expand_as(p), p)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -301,6 +301,36 @@ def uniform_times(steps):
     return [1 - step / steps for step in range(steps + 1)]
 
 
+@torch.no_grad()
+def guided_probabilities(denoiser, x_t, t, labels, weight, previous=None, *context):
+    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + weight (p_class - p_null),
+    negative values set to 0, normalized.
+
+    x_t: (B, C).  t: a number.  labels: (B,).  previous: the result of the step before, not needed here.
+    context: further arguments of the denoiser, here none.
+    """
+    t = torch.full((len(x_t),), t, device=x_t.device)
+    p_class = denoiser(x_t, t, labels, *context).float().softmax(-1)
+    if weight == 1:
+        return p_class
+    null = torch.full_like(labels, denoiser.num_classes)
+    p_null = denoiser(x_t, t, null, *context).float().softmax(-1)
+    p = (p_null + weight * (p_class - p_null)).clamp(min=0)
+    return p / p.sum(-1, keepdim=True)
+
+
+def guidance_weight(guidance, t):
+    """The weight of classifier-free guidance at time t.
+
+    guidance: one weight; several, for equal parts of the time from noise to data (the release has three); or a function
+    of t.
+    """
+    if callable(guidance):
+        return guidance(t)
+    weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
+    return weights[min(int(len(weights) * (1 - t + 1e-9)), len(weights) - 1)]
+
+
 def paper_step(x, p, t, s, generator=None, prior=None, top_p=TOP_P, top_k=0):
     """X_t -> X_s: draw x_0 (from ADJUST_FROM on adjusted to sum to M), draw X_s from a Gaussian between the two
     (Eq. 9-10), and adjust it.
@@ -325,7 +355,7 @@ def paper_step(x, p, t, s, generator=None, prior=None, top_p=TOP_P, top_k=0):
 
 
 def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE, top_p=TOP_P, top_k=0, generator=None,
-           noise=sample_noise, step=paper_step, times=uniform_times, start=None):
+           noise=sample_noise, predict=guided_probabilities, step=paper_step, times=uniform_times, start=None):
     """Generate count vectors step by step: yields X_1 (noise), then X_t after each step, finally X_0.
 
     Every one is (B, C) int64 and every row sums to M.
@@ -335,15 +365,16 @@ def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE
     steps: the number of steps.  guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see paper_step().
     The defaults, except for the prior (theirs is "distinct"), are the authors' for the best FID; top_k = 2 and
     top_p = 1 are their sharper, less diverse setting.
-    noise, step, times: the sampler: functions like sample_noise(), which draws X_1, paper_step(), X_t -> X_s, and
-    uniform_times().
+    noise, predict, step, times: the sampler: functions like sample_noise(), which draws X_1, guided_probabilities(),
+    paper_step(), X_t -> X_s, and uniform_times().
     start: X_t (B, C) and t, to continue from this state instead of noise.
     """
     C, M = denoiser.codebook_size, denoiser.num_tokens
     x, t_start = start or (noise(len(labels), C, M, prior, generator, labels.device), 1.0)
+    p = None
     yield x
     for t, s in pairwise([t_start] + [t for t in times(steps) if t < t_start]):
-        p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
+        p = predict(denoiser, x, t, labels, guidance_weight(guidance, t), p)  # p(x_0 | X_t), (B, C, M + 1)
         x = step(x, p, t, s, generator=generator, prior=prior, top_p=top_p, top_k=top_k)
         yield x
 
@@ -353,28 +384,3 @@ def generate(denoiser, labels, **settings):
     for x in refine(denoiser, labels, **settings):
         pass
     return x
-
-
-def guidance_weight(guidance, t):
-    """The weight of classifier-free guidance at time t.
-
-    guidance: one weight; several, for equal parts of the time from noise to data (the release has three); or a function
-    of t.
-    """
-    if callable(guidance):
-        return guidance(t)
-    weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
-    return weights[min(int(len(weights) * (1 - t + 1e-9)), len(weights) - 1)]
-
-
-@torch.no_grad()
-def guided_probabilities(denoiser, x_t, t, labels, weight):
-    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + weight (p_class - p_null),
-    negative values set to 0, normalized."""
-    t = torch.full((len(x_t),), t, device=x_t.device)
-    if weight == 1:
-        return denoiser(x_t, t, labels).float().softmax(-1)
-    null = torch.full_like(labels, denoiser.num_classes)
-    p_class, p_null = denoiser(x_t.repeat(2, 1), t.repeat(2), torch.cat([labels, null])).float().softmax(-1).chunk(2)
-    p = (p_null + weight * (p_class - p_null)).clamp(min=0)
-    return p / p.sum(-1, keepdim=True)

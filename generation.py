@@ -6,7 +6,8 @@ import os
 
 import torch
 
-from beyond import SparseDenoiser, all_hidden, exchange_step, exchange_times, guidance_ramp, hide_tokens, reveal_step
+from beyond import (SparseDenoiser, all_hidden, exchange_step, exchange_times, guidance_ramp, hide_tokens,
+                    likely_probabilities, reveal_step)
 from fsdd import Denoiser, forward_process, paper_step, sample_noise, uniform_times
 from support.command_line import checked
 from support.files import load_checkpoint
@@ -26,7 +27,7 @@ GENERATION = [
 SAMPLERS = {  # the arguments of refine() that make it use a sampler
     "paper": {"step": paper_step, "times": uniform_times},
     "exchange": {"step": exchange_step, "times": exchange_times},
-    "reveal": {"noise": all_hidden, "step": reveal_step},  # for the prior hidden
+    "reveal": {"noise": all_hidden, "predict": likely_probabilities, "step": reveal_step},  # for the prior hidden
 }
 PROCESS = {  # what draws X_1 and X_t, by the prior
     "multinomial": (sample_noise, forward_process),  # the paper

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import beyond
-from beyond import (SparseDenoiser, all_hidden, exchange_step, exchange_times, flip_times, hide_tokens, reveal_step,
-                    sparse_loss)
+from beyond import SparseDenoiser, all_hidden, exchange_step, exchange_times, flip_times, hide_tokens, sparse_loss
 from fsdd import (Denoiser, discrete_gaussian, draw, forward_process, fsdd_loss, generate, greedy_adjust, refine,
                   sample_noise, uniform_times)
+from generation import SAMPLERS
 from tests.test_fsdd import (KnowsData, LargestTensor, assert_generation_ends_at_the_data,
                              assert_generation_keeps_the_sum, assert_same_distribution, dense_gaussian, generator,
                              random_batch, skewed_counts, small_denoiser)
 
-EXCHANGE = {"step": exchange_step, "times": exchange_times}
+EXCHANGE = SAMPLERS["exchange"]
 
 # --- 1. training times -----------------------------------------------------------------------------------------------
 
@@ -292,7 +292,7 @@ class HiddenOracle(Oracle):
         return super().distance(x[:, :self.data.shape[1]])
 
 
-REVEAL = {"noise": all_hidden, "step": reveal_step}
+REVEAL = SAMPLERS["reveal"]
 
 
 @pytest.mark.parametrize("C, M, images", [(6, 4, 4), pytest.param(8, 3, 5, marks=pytest.mark.slow),
@@ -344,6 +344,30 @@ def test_sparse_logits_of_some_codes_are_those_of_all():
     codes = (torch.rand(x.shape) + (x > 0)).topk(12, dim=1).indices
     expected = denoiser(x, t, labels).gather(1, codes[:, :, None].expand(-1, -1, 7))
     torch.testing.assert_close(denoiser(x, t, labels, codes), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_unlikely_codes_are_left_out_of_generation():
+    """Broken: codes that may be in X_0, or that X_t contains, would vanish from samples; or none would be left out."""
+    denoiser = small_denoiser(30, 6, model_class=SparseDenoiser)
+    x, labels, (uniform, order) = skewed_counts(9, 30, 6, 42), torch.randint(3, (9,)), torch.rand(2, 9, 30)
+    chance = uniform * (order > 0.5)  # of being in X_0: half of the codes have none, also some that X_t contains
+    previous = torch.nn.functional.pad(torch.stack([1 - chance, chance], dim=2), (0, 5))
+    for weight in (1, 3):
+        every = beyond.guided_probabilities(denoiser, x, 0.5, labels, weight)
+        found = beyond.likely_probabilities(denoiser, x, 0.5, labels, weight, previous)
+        kept = (chance > beyond.LIKELY) | (x > 0)
+        torch.testing.assert_close(found[kept], every[kept], rtol=1e-4, atol=1e-5)
+        left_out = found[:, :, 0] == 1
+        assert not left_out[kept].any() and left_out.sum() > 60 and found.sum(2).allclose(torch.tensor(1.0))
+        for likely in (beyond.likely_probabilities(denoiser, x, 0.5, labels, weight),
+                       beyond.likely_probabilities(denoiser, x, 0.5, labels, weight, torch.ones(9, 30, 7) / 7)):
+            torch.testing.assert_close(likely, every, rtol=1e-4, atol=1e-5)
+        early = [beyond.guided_probabilities(denoiser, x, 0.9, labels, weight),
+                 beyond.likely_probabilities(denoiser, x, 0.9, labels, weight, previous)]
+        assert torch.equal(*early)
+    dense = small_denoiser(30, 6)  # which needs all codes
+    assert torch.equal(beyond.likely_probabilities(dense, x, 0.5, labels, 3, previous),
+                       beyond.guided_probabilities(dense, x, 0.5, labels, 3))
 
 
 def test_sparse_loss_estimates_the_loss_of_all_codes():
@@ -407,7 +431,7 @@ def test_every_token_is_hidden_with_probability_t():
 @pytest.mark.parametrize("steps", [1, 3, 7, 6, 40])
 def test_revealed_tokens_stay(steps):
     """Broken: a state would not sum to M, a token that is visible would change, or some stay hidden at the end."""
-    denoiser, labels = small_denoiser(13, 6), torch.arange(60) % 3
+    denoiser, labels = small_denoiser(13, 6, model_class=SparseDenoiser), torch.arange(60) % 3
     for settings in ({}, {"top_p": 0.7}, {"top_k": 2}, {"guidance": 5.0}):
         states = list(refine(denoiser, labels, **REVEAL, **{"guidance": 1.0, "top_p": 1.0} | settings, steps=steps,
                              prior="hidden", generator=generator(51)))

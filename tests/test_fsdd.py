@@ -345,13 +345,16 @@ def test_guidance_acts_on_probabilities(weight):
     assert torch.allclose(ours, by_hand / by_hand.sum(2, keepdim=True), atol=1e-5)
 
 
-def test_guidance_by_thirds(monkeypatch):
+def test_guidance_by_thirds():
     """Broken: the three weights must each hold for a third of the time from noise to data."""
-    calls, real = [], fsdd.guided_probabilities
-    monkeypatch.setattr(fsdd, "guided_probabilities",
-                        lambda d, x, t, y, weight: calls.append(weight) or real(d, x, t, y, weight))
-    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55))
-    assert calls == [4] * 9 + [50] * 8 + [55] * 8
+    weights = []
+
+    def predict(denoiser, x_t, t, labels, weight, previous):
+        weights.append(weight)
+        return fsdd.guided_probabilities(denoiser, x_t, t, labels, weight)
+
+    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55), predict=predict)
+    assert weights == [4] * 9 + [50] * 8 + [55] * 8
     for steps in range(1, 200):  # rounding must not put a step into the third before
         weights = [fsdd.guidance_weight((0, 1, 2), t) for t in fsdd.uniform_times(steps)[:-1]]
         assert weights == [3 * step // steps for step in range(steps)]
