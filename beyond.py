@@ -268,8 +268,8 @@ def sparse_loss(denoiser, batch, num_codes, process=forward_process):
 
 
 def likely_probabilities(denoiser, x_t, t, labels, weight, previous=None):
-    """fsdd.guided_probabilities() of a SparseDenoiser that from time LIKELY_FROM on computes only the codes that may still
-    be in X_0. The others are taken to be absent, then and in all later steps.
+    """fsdd.guided_probabilities() of a SparseDenoiser, from time LIKELY_FROM on only of the codes that may still be in
+    X_0. The others are taken to be absent, then and in all later steps.
 
     previous: the result of the step before (B, C, M + 1), which tells these codes; None: compute all.
     """

@@ -27,7 +27,7 @@ from support.pictures import to_uint8  # noqa: E402
 from support.seeds import generator  # noqa: E402
 
 failed = []
-TRAINING_SECONDS, GENERATION_SECONDS = (540, 2.5) if fast_bf16(torch.device("cpu")) else (1320, 8)
+TRAINING_SECONDS, GENERATION_SECONDS = (540, 2.5) if fast_bf16(torch.device("cpu")) else (1320, 6)
 DIGITS_FID = 45
 
 
