@@ -12,6 +12,7 @@ TOY = ["--device=cpu", "--toy", "--workers=2"]
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_every_part_reports_and_one_that_fails_does_not_stop_the_others(few_to_train_on, small_digits, monkeypatch,
                                                                         tmp_path):
     """Broken: a part could not be run at all, so that its time on a GPU would be lost; or what follows a failure; or
