@@ -269,14 +269,15 @@ def sparse_loss(denoiser, batch, num_codes, process=forward_process):
 
 def likely_probabilities(denoiser, x_t, t, labels, weight, previous=None):
     """fsdd.guided_probabilities() of a SparseDenoiser, from time LIKELY_FROM on only of the codes that may still be in
-    X_0. The others are taken to be absent, then and in all later steps.
+    X_0. The others are taken to be absent.
 
     previous: the result of the step before (B, C, M + 1), which tells these codes; None: compute all.
+    Every row computes as many codes as the row with the most needs, so another batch may give other samples.
     """
     if previous is None or t > LIKELY_FROM or not isinstance(denoiser, SparseDenoiser):
         return guided_probabilities(denoiser, x_t, t, labels, weight)
     chance = 1 - previous[:, :, 0] + (x_t > 0)  # of being in X_0, (B, C); codes that X_t contains come first
-    codes = chance.topk(int((chance > LIKELY).sum(1).max())).indices  # (B, L), enough for the row with the most
+    codes = chance.topk(int((chance > LIKELY).sum(1).max())).indices  # (B, L)
     p = guided_probabilities(denoiser, x_t, t, labels, weight, None, codes)  # (B, L, M + 1)
     absent = F.one_hot(torch.zeros_like(x_t), p.shape[2]).to(p.dtype)  # (B, C, M + 1)
     return absent.scatter(1, codes[:, :, None].expand_as(p), p)
