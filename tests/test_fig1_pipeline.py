@@ -5,7 +5,7 @@ from paper import fig1_pipeline
 
 
 def test_the_figure(digits, tmp_path, capsys):
-    """Broken: the picture would lack the image, the bars or the decoded image."""
+    """Fails if the picture lacks the image, the bars or the decoded image."""
     fig1_pipeline.main([f"--ckpt={digits}/fsdd.pt", f"--out={tmp_path}/f.png"])
     assert "6 tokens" in capsys.readouterr().out
     with Image.open(tmp_path / "f.png") as page:

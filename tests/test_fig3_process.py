@@ -5,7 +5,7 @@ from paper import fig3_process
 
 
 def test_the_figure(digits, tmp_path, capsys):
-    """Broken: the picture would lack a time, or the table the sums."""
+    """Fails if the picture lacks a time, or the table the sums."""
     fig3_process.main([f"--ckpt={digits}/fsdd.pt", f"--out={tmp_path}/f.png"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 1 + len(fig3_process.TIMES)

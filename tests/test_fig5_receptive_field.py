@@ -15,7 +15,7 @@ from tests.test_tokenizer import small_tokenizer
 @pytest.mark.parametrize("settings", [{"channels": 3}, {"model_class": GridTokenizer, "num_tokens": 4},
                                       {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
-    """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a
+    """Fails if the map is another token's or pixel's, mixes the images of a batch, or misses a channel or a
     dimension."""
     model = small_tokenizer(**settings).double().requires_grad_(False)
     images = torch.rand(3, settings.get("channels", 1), 8, 8, dtype=torch.float64) * 2 - 1
@@ -36,7 +36,7 @@ def test_sensitivity_is_that_of_finite_differences(settings):
 
 
 def test_spread_by_hand():
-    """Broken: the measures would not be those that the table's head says."""
+    """Fails if the measures are not those that the table's head says."""
     even, point, corner, two = torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)
     point[5, 2], corner[:4, 4:], two[3, 3], two[4, 4] = 3, 0.25, 8.9, 1.1
     maps = torch.stack([even, point, corner, two]).double()
@@ -47,7 +47,7 @@ def test_spread_by_hand():
 
 @pytest.mark.slow
 def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
-    """Broken: a tokenizer would be missing from the table or the picture, or a smaller M would break it."""
+    """Fails if a tokenizer is missing from the table or the picture, or a smaller M breaks it."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 30))
     save_tokenizer(tmp_path / "set.pt", num_tokens=3)
     save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")

@@ -8,7 +8,7 @@ from tests.scripts import assert_one_sentence, run_here
 
 
 def test_purity_by_hand():
-    """Broken: the share of the most frequent class would be another's, or counted over all images."""
+    """Fails if the share of the most frequent class is another's, or counted over all images."""
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
     contains = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
     shares, classes = fig6_clusters.purity(contains, labels)
@@ -17,8 +17,8 @@ def test_purity_by_hand():
 
 
 def test_the_table_and_the_figure(digits, tmp_path, capsys, monkeypatch):
-    """Broken: the clusters would not be those of the tokens, or chance not that of clusters of the same sizes; without
-    a cluster the script would end in a traceback."""
+    """Fails if the clusters are not those of the tokens, or chance is not that of clusters of the same sizes, or the
+    script ends in a traceback where there is no cluster."""
     monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 500))
     arguments = [f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png"]
     fig6_clusters.main([*arguments, "--k=1", "--least=5", "--shown=4"])

@@ -3,13 +3,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import generation
+import sample
 from paper import reconstruct
 from paper.inputs import open_tokenizer
 
 
 def test_five_orders():
-    """Broken: an order of Table 1 would not be the one it is named for, or lose or double a token."""
+    """Fails if an order of Table 1 is not the one it is named for, or loses or doubles a token."""
     tokens = torch.randint(9, (4, 30))
     shuffle = torch.randperm(30)
     encoded, backwards, shuffled, up, down = reconstruct.five_orders(tokens, shuffle)
@@ -21,7 +21,7 @@ def test_five_orders():
 
 
 def test_the_page(digits, tmp_path, capsys):
-    """Broken: an image would stand next to what is not decoded from its tokens."""
+    """Fails if an image stands next to what is not decoded from its tokens."""
     reconstruct.main(["digits", f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/page.png", "--num=3",
                       "--device=cpu"])
     output = capsys.readouterr().out
@@ -31,7 +31,7 @@ def test_the_page(digits, tmp_path, capsys):
     tokenizer, dataset, _ = open_tokenizer(f"{digits}/tokenizer.pt", None, torch.device("cpu"))
     images = dataset.images[:3]
     assert (pixels[:, 0] == images[:, 0].numpy()).all()
-    decoded = generation.decode(tokenizer, tokenizer.encode(images / 127.5 - 1)).numpy()  # (3, 1, 28, 28)
+    decoded = sample.decode(tokenizer, tokenizer.encode(images / 127.5 - 1)).numpy()  # (3, 1, 28, 28)
     assert abs(pixels[:, 1:] - decoded).max() <= 1
     for i, j in ((0, 1), (0, 2), (1, 2)):  # and each row has its own
         assert abs(pixels[i, 1] - pixels[j, 1]).max() > 10

@@ -41,7 +41,7 @@ def table(output):
 
 @pytest.mark.parametrize("C", [1, 3, 40])
 def test_overlap_is_that_of_counters(C):
-    """Broken: the shares would differ from a count by hand, or mix up the images of a batch."""
+    """Fails if the shares differ from a count by hand, or mix up the images of a batch."""
     tokens, others = torch.randint(C, (2, 50, 9))
     others[::2, :5] = tokens[::2, :5]
     as_set, as_sequence = table2_noise.overlap(tokens, others, C)
@@ -52,7 +52,7 @@ def test_overlap_is_that_of_counters(C):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_noise_has_the_power_asked_for(channels):
-    """Broken: the ratio would be that of other units, of amplitudes, or of the batch instead of each image."""
+    """Fails if the ratio is that of other units, of amplitudes, or of the batch instead of each image."""
     brightness = torch.tensor([1, 0.5, 0.1, 0.01, 1, 0]).view(6, 1, 1, 1)
     pixels = torch.rand(6, channels, 64, 64, dtype=torch.float64) * brightness
     for snr in table2_noise.SNRS:
@@ -66,7 +66,7 @@ def test_noise_has_the_power_asked_for(channels):
 
 @pytest.mark.slow
 def test_the_table(few, tmp_path, capsys):
-    """Broken: a row would not be that tokenizer's, or the two ways to count would be exchanged."""
+    """Fails if a row is not that tokenizer's, or the two ways to count are exchanged."""
     model = save_tokenizer(tmp_path / "set.pt")
     save_tokenizer(tmp_path / "sequence.pt", kind="sequence tokenizer", num_tokens=7)
     save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
@@ -83,7 +83,7 @@ def test_the_table(few, tmp_path, capsys):
 
 
 def test_the_digits_are_trained(monkeypatch):
-    """Broken: a layout would be trained as another one, or with other settings than the rest."""
+    """Fails if a layout is trained as another one, or with other settings than the rest."""
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options))
     for layout in table2_noise.LAYOUTS:

@@ -26,7 +26,7 @@ def probe(train, labels, test, test_labels, classes):
 
 
 def test_separable_classes_are_recognized():
-    """Broken: the probe would not be trained, not be scaled, or be measured on other images than the test's."""
+    """Fails if the probe is not trained, not scaled, or measured on other images than the test's."""
     labels, test_labels = torch.randint(3, (800,)), torch.randint(3, (700,))
     for scale, shift, dtype in ((1e-2, 50, torch.float32), (20, 100, torch.uint8), (300, -5000, torch.int16)):
         train, test = ((shift + scale * (torch.eye(3)[y] + torch.randn(len(y), 3).clamp(-2, 2) / 10)).to(dtype)
@@ -40,7 +40,7 @@ def test_separable_classes_are_recognized():
 
 
 def test_features_of_an_image(digits):
-    """Broken: the counts would not be those of encode(), the latents not those that it quantizes, or images change
+    """Fails if the counts are not those of encode(), the latents not those that it quantizes, or images change
     rows."""
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     tokenizer, _ = evaluate_fid.open_tokenizer("", checkpoint, "digits", CPU)
@@ -55,7 +55,7 @@ def test_features_of_an_image(digits):
 
 
 def test_large_images_are_shrunk():
-    """Broken: the raw pixels of ImageNet would take 250 GB."""
+    """Fails if the raw pixels of ImageNet are kept whole, which would take 250 GB."""
     tokenizer = SetTokenizer(64, 3, 16, 4, 16, 4, 16, 2, 1, 1)
     images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
     dataset = torch.utils.data.Dataset()
@@ -67,7 +67,7 @@ def test_large_images_are_shrunk():
 
 @pytest.mark.slow
 def test_the_table(digits, few, capsys, monkeypatch):
-    """Broken: a row would be missing or that of another tokenizer, or pixels and chance be those of other images."""
+    """Fails if a row is missing or that of another tokenizer, or pixels and chance are those of other images."""
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options) or f"{digits}/tokenizer.pt")
     table3_linear_probe.main(["--num_tokens=16", "--codebook_sizes=64", "--epochs=10", "--num_train=500",
