@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate_fid
-from data.digits import Digits
+from data import open_dataset
 from data.image_folder import SUFFIXES, find_images, read_image
 from data.loader import read_ahead
 from paper.layouts import KINDS
@@ -26,14 +26,10 @@ def read_options(table, script, description, argv):
     """The options of a script, from a table of them and its command line.
 
     A row: the name, the default (a tuple for an option with several values), for an integer the interval that it must
-    lie in, else "", and the meaning, which for the default None says what is done without the option. The default False
-    makes an option without a value.
+    lie in, else "", and the meaning, which for the default None says what is done without the option.
     """
     parser = Parser(prog=f"python -m paper.{script}", description=description)
     for name, default, interval, meaning in table:
-        if default is False:
-            parser.add_argument(name, action="store_true", help=meaning)
-            continue
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         parser.add_argument(name, default=default, type=checked(int if interval else str, interval),
                             nargs="+" if isinstance(default, tuple) else None,
@@ -88,7 +84,7 @@ def read_images(paths, num, tokenizer):
     if list(paths) == ["digits"]:
         if (size, channels) != (28, 1):
             stop(f"the digits are 28 pixels wide and grey, the tokenizer's images {size} with {channels} channels")
-        return Digits("test").images[:num]
+        return open_dataset("digits", "test", 28).images[:num]
     files = [file for path in paths for file in find_files(path)]
     return torch.from_numpy(np.stack([read_image(file, size, channels) for file in files[:num]])).permute(0, 3, 1, 2)
 

@@ -16,7 +16,7 @@ import sample
 from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, SEED, WORKERS, open_tokenizer, read_batches, read_options
 from paper.reconstruct import COLUMNS, five_orders
-from published.digits_classifier import DigitsClassifier
+from published.inception import InceptionV3
 from support.command_line import stop
 from support.hardware import init_distributed
 from support.seeds import generator
@@ -41,7 +41,7 @@ def main(argv=None):
         fids = [evaluate_fid.frechet_distance(*order, *images) for order in orders]
     except ValueError as problem:
         stop(str(problem))
-    fid = "digits FID" if isinstance(net, DigitsClassifier) else "rFID"
+    fid = "rFID" if isinstance(net, InceptionV3) else f"{data} FID"
     print("| order | " + " | ".join(COLUMNS[1:]) + " |\n|" + "---|" * 6)
     print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in fids) + " |")
     print("| largest change of a pixel, of 255 | " + " | ".join(map(str, changes)) + " |")

@@ -33,7 +33,6 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, fsdd_loss
 from paper import baselines, variants
 from paper.inputs import DEVICE, open_tokenizer, read_options
-from published.digits_classifier import open_classifier
 from support.command_line import stop
 from support.files import load_checkpoint, save_checkpoint
 from support.hardware import autocast, init_distributed
@@ -99,10 +98,11 @@ def prepare(args):
     cfg = SimpleNamespace(**SETTINGS | {"tokens": variants.tokens_of(args.ckpt)})
     os.makedirs(variants.FOLDER, exist_ok=True)
     train_set, _ = open_datasets(cfg, tokenizer.image_size)
-    net = open_classifier(variants.CLASSIFIER, device, rank=0)
+    net = evaluate_fid.network(SimpleNamespace(inception="", classifier=variants.CLASSIFIER), "digits", device, rank=0)
+    digits = Images("the training digits", len(train_set), lambda part: train_set.images[part])
     return SimpleNamespace(
         device=device, tokenizer=tokenizer, M=tokenizer.num_tokens, C=tokenizer.codebook_size, net=net,
-        reference=evaluate_fid.measure(net, evaluate_fid.training_digits(), BATCH, False, device),
+        reference=evaluate_fid.measure(net, digits, BATCH, False, device),
         tokens=encode_training_set(tokenizer, train_set, device, cfg),  # (1, N, M)
         labels=train_set.labels, class_names=train_set.class_names, tokens_file=cfg.tokens,
         first_axis=tokenizer.quantizer.codes()[:, 0].detach().cpu())

@@ -8,7 +8,6 @@ in sample.GENERATION. For a denoiser of masked tokens, the only sampler is its o
 import time
 
 import sample
-from evaluate_fid import NUM_DIGITS
 from paper import variants
 from paper.inputs import DEVICE, read_options
 from support.command_line import stop
@@ -19,7 +18,7 @@ from support.training import run
 STEPS = (3, 6, 12, 25, 50)
 OPTIONS = [
     ("--ckpt", sample.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
-    ("--num", NUM_DIGITS, "[2, inf)", "images to generate"),
+    ("--num", 2000, "[2, inf)", "images to generate"),
     DEVICE,
 ]
 

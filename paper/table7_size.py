@@ -10,7 +10,6 @@ import time
 import torch
 
 import sample
-from evaluate_fid import NUM_DIGITS
 from paper import variants
 from paper.inputs import DEVICE, read_options
 from support.files import load_checkpoint
@@ -20,7 +19,7 @@ from support.training import run
 SIZES = ({"width": 48, "heads": 1}, {"width": 96, "heads": 3})  # the second is the recipe's
 OPTIONS = [
     ("--ckpt", "tokenizer.pt", "", "checkpoint of train_tokenizer.py"),
-    ("--num", NUM_DIGITS, "[2, inf)", "images to generate"),
+    ("--num", 2000, "[2, inf)", "images to generate"),
     DEVICE,
 ]
 

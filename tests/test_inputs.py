@@ -11,13 +11,13 @@ from tests.scripts import assert_one_sentence, run_here
 from tests.test_tokenizer import small_tokenizer
 
 OPTIONS = [("images", (), "", "images"), ("--num", 5, "[2, inf)", "images"), ("--out", "a.png", "", "the picture"),
-           inputs.DATA, inputs.SEED, ("--toy", False, "", "tiny sizes")]
+           inputs.DATA, inputs.SEED]
 
 
 def test_options():
     """Fails if an option has another type or value than its row says."""
-    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num=7", "--seed=3", "--toy"])
-    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3, "toy": True}
+    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num=7", "--seed=3"])
+    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3}
 
 
 @pytest.mark.parametrize("argument, words", [("--num=1", "[2, inf)"), ("--num=x", "invalid int"),
