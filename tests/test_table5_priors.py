@@ -91,6 +91,24 @@ def test_batches():
     assert orders["AR-order1"] != orders["AR-order2"]
 
 
+@pytest.mark.parametrize("method", table5_priors.METHODS)
+def test_training_lowers_the_loss(method, small, monkeypatch):
+    """Fails if a method's batch, model and loss do not belong together, or the loop does not train."""
+    task = SimpleNamespace(tokens=np.arange(6, dtype=np.uint16)[None, None].repeat(50, 1), M=6, C=20,
+                           device=torch.device("cpu"), class_names=list("0123456789"),
+                           labels=torch.zeros(50, dtype=torch.int64), first_axis=torch.arange(20.0))
+    settings = table5_priors.SETTINGS | {"steps": 30, "warmup": 1, "ema": 0.5, "seed": 0, "bf16": "off"}
+    cfg = SimpleNamespace(**settings | {"noise": "masked" if method == "masked tokens" else "multinomial"})
+    model, batch = table5_priors.build(method, task), table5_priors.draw_batch(method, task, 40, cfg)
+
+    def loss(model):
+        torch.manual_seed(1)  # the same noise before and after
+        return table5_priors.METHODS[method][-1](model, batch).item()
+
+    before = loss(model)
+    assert loss(table5_priors.train(method, model, task, cfg)) < 0.9 * before
+
+
 def test_mistakes_get_one_sentence(digits, tmp_path):
     """Fails if a mistake ends in a traceback, or is found after hours."""
     for arguments, words in ((["--methods=FSDD,VAE"], ["--methods", "VAE", "SetAR"]),
