@@ -61,7 +61,7 @@ LEARNING_RATES = ((0.5, 0.5), (1.0, 1.0), (2.0, 2.0), (4.0, 1.0))
 SAMPLING = ({"steps": 25, "times": "even"}, {"steps": 50, "times": "even"}, {"steps": 50, "times": "dense"})
 TRUNCATIONS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 GUIDANCE = ("4", "1", "2", "4,8,8", "1.2,7")  # see sample.parse_guidance()
-FIRST = {**SAMPLING[0], **TRUNCATIONS[0], "guidance": GUIDANCE[0]}
+FIRST = {**SAMPLING[1], **TRUNCATIONS[1], "guidance": GUIDANCE[0]}
 BATCH = 250  # samples at once
 OPTIONS = [
     ("--ckpt", "tokenizer.pt", "", "checkpoint of train_tokenizer.py"),

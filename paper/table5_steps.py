@@ -31,7 +31,7 @@ def main(argv=None):
     if checkpoint.get("config", {}).get("data") != "digits":
         stop(f"{args.ckpt} was not trained on the digits; measure it by evaluate_fid.py --steps")
     samplers = ("masked",) if checkpoint["generation"]["prior"] == "masked" else ("paper", "exchange")
-    print("| sampler | steps | digits FID | precision | recall | classified as their label |\n|---|---|---|---|---|---|")
+    print("| sampler | steps | digits FID | precision | recall | classified as their label |\n|" + "---|" * 6)
     for sampler in samplers:
         for steps in STEPS:
             found = variants.evaluate(args.ckpt, device, num=args.num, sampler=sampler, steps=steps)

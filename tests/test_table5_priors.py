@@ -25,6 +25,7 @@ def small(monkeypatch):
     monkeypatch.setattr(table5_priors, "TRUNCATIONS", table5_priors.TRUNCATIONS[1:])
     monkeypatch.setattr(table5_priors, "GUIDANCE", ("4", "1.2,7"))
     monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((2.0, 2.0), (4.0, 1.0)))
+    monkeypatch.setitem(table5_priors.FIRST, "steps", 2)
 
 
 def rows_of(capsys, ckpt, *options, seeds=2):
