@@ -130,7 +130,7 @@ def repair_sum(x, log_p, num_tokens, generator=None):
         step = -delta.sign()
         stepped = (x + step).clamp(0, num_tokens)
         before, after = (log_p.gather(2, k[:, :, None])[:, :, 0] for k in (x, stepped))  # each (B, C)
-        odds = (after - before).masked_fill((x == stepped) & (delta != 0), -math.inf)
+        odds = (after - before).masked_fill(x == stepped, -math.inf)
         gumbel = -(-torch.rand(x.shape, generator=generator, device=x.device).log()).log()
         best = (odds + gumbel).topk(min(int(delta.abs().max()), x.shape[1]))  # (B, n)
         rank = torch.arange(best.values.shape[1], device=x.device)
