@@ -5,6 +5,7 @@ import torch
 from paper import table1_order
 from paper.inputs import open_tokenizer
 from support.seeds import generator
+from tests.scripts import read_table
 from tests.test_evaluate_fid import evaluate
 
 
@@ -15,10 +16,7 @@ def table(digits, small_digits, capsys):
     def rows(*options):
         table1_order.main([f"--ckpt={digits}/tokenizer.pt", f"--classifier={digits}/digits_classifier.pt",
                            "--device=cpu", *options])
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert lines[0].split(" | ")[1:] == ["as encoded", "reversed", "shuffled", "ascending", "descending |"]
-        assert lines[2].startswith("| digits FID |") and lines[3].startswith("| largest change of a pixel, of 255 |")
-        return [[float(number) for number in line.split("|")[2:-1]] for line in lines[2:4]]
+        return [[float(number) for number in row[1:]] for row in read_table(capsys.readouterr().out)]
 
     return rows
 

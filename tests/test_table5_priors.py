@@ -10,8 +10,7 @@ from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import sample_noise
 from paper import table5_priors
 from paper.inputs import open_tokenizer
-from tests.scripts import assert_one_sentence, run_here
-from tests.test_table2_noise import table
+from tests.scripts import assert_one_sentence, read_table, run_here
 
 SMALL = ["--num_images=40", "--num_search=20", "--search_steps=2", "--device=cpu"]
 
@@ -31,7 +30,7 @@ def small(monkeypatch):
 def rows_of(capsys, ckpt, *options, seeds=2):
     """The rows that are printed: {method: cells}."""
     table5_priors.main([f"--ckpt={ckpt}", *SMALL, "--steps=3", f"--seeds={seeds}", *options])
-    return {row[0]: row[1:] for row in table(capsys.readouterr().out)}
+    return {row[0]: row[1:] for row in read_table(capsys.readouterr().out)}
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from paper import table6_sweep, variants
+from tests.scripts import read_table
 from tests.test_evaluate_fid import evaluate
-from tests.test_table2_noise import table
 from tests.test_variants import DENOISER, TOKENIZER
 
 
@@ -21,7 +21,7 @@ def test_the_table(cache, capsys, monkeypatch):
     monkeypatch.setattr(table6_sweep, "TOKENIZER", {name: TOKENIZER[name] for name in TOKENIZER.keys() - {"device"}})
     monkeypatch.setattr(table6_sweep, "DENOISER", {name: DENOISER[name] for name in DENOISER.keys() - {"device"}})
     table6_sweep.main(["--num_tokens=8", "--codebook_sizes=64", "--num=30", "--device=cpu"])
-    rows = table(capsys.readouterr().out)
+    rows = read_table(capsys.readouterr().out)
     assert [row[:2] for row in rows] == [["32", "64"], ["8", "128"]]
     for M, C, reconstructions, samples in rows:
         tokenizer, = cache.glob(f"tokenizer-num_tokens{M}-codebook_size{C}-*.pt")

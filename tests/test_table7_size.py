@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from paper import table7_size, variants
-from tests.test_table2_noise import table
+from tests.scripts import read_table
 from tests.test_variants import DENOISER
 
 
@@ -14,7 +14,7 @@ def test_the_table(cache, digits, capsys, monkeypatch):
     small = {name: DENOISER[name] for name in ("layers", "batch_size", "steps")}
     monkeypatch.setattr(variants, "fsdd", lambda path, **options: train(path, **options | small))
     table7_size.main([f"--ckpt={digits}/tokenizer.pt", "--num=30", "--device=cpu"])
-    rows = table(capsys.readouterr().out)
+    rows = read_table(capsys.readouterr().out)
     found = [torch.load(next(cache.glob(f"fsdd-*-width{width}-*.pt")), weights_only=True) for width in (48, 96)]
     for row, width, checkpoint in zip(rows, (48, 96), found, strict=True):
         millions = sum(weight.numel() for weight in checkpoint["weights"].values()) / 1e6
