@@ -114,12 +114,11 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         keep_previous(cfg.out)
     log = open_log(replace_suffix(cfg.out, ".csv"), COLUMNS, start)
     with Signals() as signals:
-        common = train_set, test_set, checkpoint, header, cfg, log, signals
         if start < cfg.proxy_steps:
-            model = train_phase(model, vqgan, None, *common)
+            model = train_phase(model, vqgan, None, train_set, test_set, checkpoint, header, cfg, log, signals)
             del vqgan
         if cfg.proxy_steps < cfg.steps:
-            model = train_phase(model, None, pixel_losses, *common)
+            model = train_phase(model, None, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
