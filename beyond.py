@@ -16,8 +16,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from fsdd import (Denoiser, fsdd_loss, greedy_adjust, guided_probabilities, sample_categorical, sample_noise,
-                  sampling_times, truncate)
+from fsdd import (Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_probabilities, sample_categorical,
+                  sample_noise, sampling_times, truncate)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Training times
@@ -153,10 +153,10 @@ def sparse_loss(denoiser, batch, num_codes):
 
 
 @torch.no_grad()
-def refine_by_exchange(denoiser, labels, prior="multinomial", steps=12, times="dense", guidance=(0.5, 12.0), top_p=1.0,
-                       top_k=0, generator=None, start=None):
+def refine_by_exchange(denoiser, labels, prior="multinomial", steps=12, times="middle", guidance=(1.0, 6.0, 12.0),
+                       top_p=1.0, top_k=0, generator=None, start=None):
     """Generate count vectors by Eq. 8 and exchange(): yields X_1, then X_t after each step, finally X_0. Arguments as
-    for fsdd.refine(), except for guidance, see guidance_ramp(). Every row of every state sums to M.
+    for fsdd.refine(). Every row of every state sums to M.
 
     top_p, top_k: applied to p(x_0 | X_t), see fsdd.truncate().
     """
@@ -164,16 +164,9 @@ def refine_by_exchange(denoiser, labels, prior="multinomial", steps=12, times="d
     x, t_start = start or (sample_noise(len(labels), C, M, prior, generator, labels.device), 1.0)
     yield x
     for t, s in pairwise([t_start] + [t for t in sampling_times(steps, times) if t < t_start]):
-        p = guided_probabilities(denoiser, x, t, labels, guidance_ramp(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
+        p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
         x = exchange(x, next_probabilities(x, p, t, s, prior, top_p, top_k), generator)
         yield x
-
-
-def guidance_ramp(guidance, t):
-    """A guidance weight that goes from the first (at noise) to the last (at data) in proportion to the counts that have
-    changed. A small weight while little is decided keeps samples diverse."""
-    remaining = 1 / (1 + math.exp(-8 * (2 * t - 1)))
-    return remaining * guidance[0] + (1 - remaining) * guidance[-1]
 
 
 def next_probabilities(x, p, t, s, prior="multinomial", top_p=1.0, top_k=0):

@@ -58,7 +58,7 @@ SETTINGS = {name: digits for name, digits, *_ in train_fsdd.HYPERPARAMETERS} | {
     "width": 64, "layers": 2, "heads": 2, "lr": 2e-3}
 # What lr and muon_lr are multiplied by; compared by samples with the setting FIRST. The last is the digits' recipe
 LEARNING_RATES = ((0.5, 0.5), (1.0, 1.0), (2.0, 2.0), (4.0, 1.0))
-SAMPLING = ({"steps": 25, "times": "even"}, {"steps": 50, "times": "even"}, {"steps": 50, "times": "dense"})
+SAMPLING = ({"steps": 25, "times": "even"}, {"steps": 50, "times": "even"}, {"steps": 36, "times": "middle"})
 TRUNCATIONS = ({"top_p": 1.0, "top_k": 0}, {"top_p": 0.8, "top_k": 0}, {"top_p": 1.0, "top_k": 2})
 GUIDANCE = ("4", "1", "2", "4,8,8", "1.2,7")  # see sample.parse_guidance()
 FIRST = {**SAMPLING[1], **TRUNCATIONS[1], "guidance": GUIDANCE[0]}

@@ -122,13 +122,6 @@ def test_sparse_compiled_is_the_same():
 # --- 4. the exchange sampler -----------------------------------------------------------------------------------------
 
 
-def test_the_guidance_ramp_follows_the_flips():
-    """Broken: the first weight would not hold at noise, the last not at data, or others in between."""
-    assert [beyond.guidance_ramp((2, 6), t) for t in (1, 0.5, 0)] == pytest.approx([2, 4, 6], abs=0.01)
-    assert beyond.guidance_ramp((2, 6), 0.3) == pytest.approx(6 - 4 / (1 + math.exp(-8 * (2 * 0.3 - 1))))
-    assert beyond.guidance_ramp([4], 0.3) == 4
-
-
 def marginal(t, a, C, M, prior):
     """p(X_t = k | x_0 = a) of one code, before adjusting, (M + 1,), by the dense formula."""
     p = torch.zeros(M + 1, dtype=torch.float64)

@@ -96,7 +96,7 @@ def test_seed_labels_and_settings_matter(draw):
     defaults = ("--seed=0", "--sampler=paper", "--steps=4", "--times=even", "--guidance=2,3,4", "--top_p=0.9",
                 "--top_k=0")
     assert (plain == draw("--num=12", "--labels=3,7", *defaults)[0]).all()
-    for option in ("--seed=1", "--labels=3,8", "--sampler=exchange", "--steps=5", "--times=dense", "--guidance=1",
+    for option in ("--seed=1", "--labels=3,8", "--sampler=exchange", "--steps=5", "--times=middle", "--guidance=1",
                    "--top_p=0.3", "--top_k=1", "--batch=5"):
         assert (plain != draw("--num=12", "--labels=3,7", option)[0]).any(), option
     one_class = draw("--num=12", "--labels=3", "--batch=6")[0]

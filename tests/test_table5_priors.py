@@ -20,7 +20,7 @@ def small(monkeypatch):
     """Tiny models, and a search of few settings."""
     for name, value in {"width": 16, "layers": 1, "heads": 2, "batch_size": 8}.items():
         monkeypatch.setitem(table5_priors.SETTINGS, name, value)
-    monkeypatch.setattr(table5_priors, "SAMPLING", ({"steps": 2, "times": "even"}, {"steps": 3, "times": "dense"}))
+    monkeypatch.setattr(table5_priors, "SAMPLING", ({"steps": 2, "times": "even"}, {"steps": 3, "times": "middle"}))
     monkeypatch.setattr(table5_priors, "TRUNCATIONS", table5_priors.TRUNCATIONS[1:])
     monkeypatch.setattr(table5_priors, "GUIDANCE", ("4", "1.2,7"))
     monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((2.0, 2.0), (4.0, 1.0)))
