@@ -1,0 +1,119 @@
+"""The authors' release computes the same as ours: both models, Algorithm 1 and the sampler.
+
+release_outputs.npz contains what the authors' own modules (github.com/Gengzigang/TokenSet) compute, in float32: narrow
+models whose weights come from a rule, Algorithm 1 on random input, and the sampler with every random draw replaced by
+the most probable outcome. Our models get the same weights through paper/import_released_weights.py.
+"""
+import argparse
+import os
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import fsdd
+from paper.import_released_weights import import_fsdd, import_tokenizer
+from tokenizer import SetTokenizer
+
+RELEASE = {name: torch.from_numpy(array) if array.dtype.kind in "fi" else array.tolist()
+           for name, array in np.load(os.path.join(os.path.dirname(__file__), "release_outputs.npz")).items()}
+
+
+def released_weights(lines):
+    """The weights that the release's outputs were computed with. lines: "name<TAB>shape" of each tensor."""
+    tensors = {}
+    for line in lines:
+        name, shape = line.split("\t")
+        shape = tuple(map(int, shape.split("x")))
+        a = np.random.default_rng(zlib.crc32(b"narrow/" + name.encode())).standard_normal(shape, dtype=np.float32)
+        if name.endswith("bias"):
+            a = 0.1 * a
+        elif len(shape) == 1:  # the scale of a norm
+            a = 1 + 0.2 * a
+        elif any(word in name for word in ("embedding", "token", "pos_embed")):
+            a = 0.3 * a
+        else:
+            a = a / np.sqrt(np.prod(shape[1:]))
+        tensors[name] = torch.from_numpy(np.asarray(a, dtype=np.float32))
+    return tensors
+
+
+def write_released_files(folder):
+    """The narrow models as the authors publish theirs: set_tokenizer.pth and fsdd.pth. Returns their paths."""
+    paths = f"{folder}/set_tokenizer.pth", f"{folder}/fsdd.pth"
+    torch.save(released_weights(RELEASE["tokenizer_names"]), paths[0])
+    torch.save({"ema": released_weights(RELEASE["denoiser_names"]),
+                "args": argparse.Namespace(model="DiT1D-S", lr=1e-4, results="results")}, paths[1])
+    return paths
+
+
+def load(model_class, config, weights):
+    model = model_class(**config).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+@torch.no_grad()
+def test_tokenizer_equals_the_release(tmp_path):
+    """Fails if a tensor is imported under a wrong name, or if the tokenizer does not compute what the release does."""
+    tokenizer = load(SetTokenizer, *import_tokenizer(write_released_files(tmp_path)[0]))
+    images = RELEASE["images"]
+    latents = RELEASE["latents"][:, :, 0].transpose(1, 2)  # (3, code_dim, 1, M) -> (3, M, code_dim)
+    assert torch.allclose(tokenizer.encoder(images), latents, atol=1e-4)
+    assert torch.equal(tokenizer.encode(images), RELEASE["tokens"])
+    assert torch.allclose(tokenizer.decode(RELEASE["sets"]), RELEASE["decoded"], atol=1e-4)
+
+
+@torch.no_grad()
+def test_denoiser_equals_the_release(tmp_path):
+    """Fails if a tensor is imported under a wrong name, if the denoiser does not compute what the release does, if time
+    runs the wrong way, or if another row of the class embedding is the null class."""
+    denoiser = load(fsdd.Denoiser, *import_fsdd(write_released_files(tmp_path)[1]))
+    logits = denoiser(RELEASE["counts"], 1 - RELEASE["data_fraction"], RELEASE["labels"])
+    assert torch.allclose(logits, RELEASE["logits"], atol=1e-4)
+
+
+def test_greedy_adjusting_equals_the_release():
+    """Fails if Algorithm 1 chooses other codes than the release."""
+    log_p = RELEASE["adjust_p"].log()  # (64, 12, 9)
+    adjusted = fsdd.greedy_adjust(RELEASE["adjust_x"], lambda k: log_p.gather(2, k[:, :, None])[:, :, 0], 8)
+    assert torch.equal(adjusted, RELEASE["adjusted"])
+
+
+class Formula:
+    """The denoiser that the release's sampler was run with, a formula in place of a network."""
+    codebook_size, num_tokens, num_classes = 12, 8, 1
+
+    def __call__(self, x_t, t, labels):
+        linear = torch.einsum("bc,cjk->bjk", x_t.float(), RELEASE["w"])
+        return linear * (0.3 + 0.5 * (1 - t))[:, None, None] - 2.2 * torch.arange(9)
+
+
+def most_probable_states(monkeypatch, x, t, **settings):
+    """The states of our sampler from X_t (6, C) on, (steps + 1, 6, C), every draw replaced by the most probable
+    outcome."""
+    monkeypatch.setattr(fsdd, "draw", lambda p, *args, **settings: p.argmax(-1))
+    labels = torch.zeros(6, dtype=torch.int64)
+    return torch.stack(list(fsdd.refine(Formula(), labels, guidance=1, start=(x, t), **settings)))
+
+
+def test_sampler_equals_the_release(monkeypatch):
+    """Fails if Eq. 8-10, the time from which x_0 is adjusted, or the end of the noise differ from the release's preset
+    for the best FID."""
+    states = RELEASE["fid_xt"]  # (11, 6, C)
+    ours = most_probable_states(monkeypatch, RELEASE["start"], 1.0, steps=10, top_p=0.8)
+    assert torch.equal(ours[:9], states[:9])
+    # In the step to t = 0.1 the release's Gaussians underflow, and it rounds the means by largest remainder; we adjust
+    # as in all steps. From the release's state at t = 0.1, the last step is the same again.
+    assert torch.equal(most_probable_states(monkeypatch, states[9], 0.1, steps=1, top_p=0.8)[1], states[10])
+
+
+def test_sharp_sampler_equals_the_release_where_its_sums_are_right(monkeypatch):
+    """Fails if our sampler with top_k = 2 does not keep the sum M, or if its states differ from those of the release's
+    sharp preset that sum to M. (The release adjusts nothing there: its last states sum to 2 to 6 in place of 8.)"""
+    states = RELEASE["sharp_xt"]  # (11, 6, C)
+    ours = most_probable_states(monkeypatch, RELEASE["start"], 1.0, steps=10, top_p=1.0, top_k=2)
+    assert (ours.sum(2) == 8).all()
+    right = (states[:9].sum(2) == 8)  # after these steps, the release rounds by largest remainder here too
+    assert torch.equal(ours[:9][right], states[:9][right])
