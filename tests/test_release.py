@@ -90,30 +90,41 @@ class Formula:
         return linear * (0.3 + 0.5 * (1 - t))[:, None, None] - 2.2 * torch.arange(9)
 
 
-def most_probable_states(monkeypatch, x, t, **settings):
-    """The states of our sampler from X_t (6, C) on, (steps + 1, 6, C), every draw replaced by the most probable
-    outcome."""
+def most_probable_steps(monkeypatch, x, t, **settings):
+    """Our sampler from X_t (6, C) on, every draw replaced by the most probable outcome: the states (steps + 1, 6, C)
+    and the means of the Gaussians (steps, 6, C)."""
+    means, real = [], fsdd.discrete_gaussian
     monkeypatch.setattr(fsdd, "draw", lambda p, *args, **settings: p.argmax(-1))
+    monkeypatch.setattr(fsdd, "discrete_gaussian", lambda mean, *args: means.append(mean) or real(mean, *args))
     labels = torch.zeros(6, dtype=torch.int64)
-    return torch.stack(list(fsdd.refine(Formula(), labels, guidance=1, start=(x, t), **settings)))
+    states = list(fsdd.refine(Formula(), labels, guidance=1, start=(x, t), **settings))
+    return torch.stack(states), torch.stack(means)
+
+
+def means_between(states, x0, steps=10):
+    """Eq. 10, the means (steps, 6, C) that follow from the release's states X_t and the x_0 drawn in each step."""
+    t = 1 - torch.arange(steps)[:, None, None] / steps
+    return states[:-1] + (x0 - states[:-1]) / (steps * t)
 
 
 def test_sampler_equals_the_release(monkeypatch):
-    """Fails if Eq. 8-10, the time from which x_0 is adjusted, or the end of the noise differ from the release's preset
-    for the best FID."""
-    states = RELEASE["fid_xt"]  # (11, 6, C)
-    ours = most_probable_states(monkeypatch, RELEASE["start"], 1.0, steps=10, top_p=0.8)
-    assert torch.equal(ours[:9], states[:9])
+    """Fails if x_0, the steps in which it is adjusted, the means of Eq. 10, or the states differ from the release's
+    preset for the best FID."""
+    states, x0 = RELEASE["fid_xt"], RELEASE["fid_x0"]  # (11, 6, C), (10, 6, C)
+    ours, means = most_probable_steps(monkeypatch, RELEASE["start"], 1.0, steps=10, top_p=0.8)
+    assert torch.equal(ours[:9], states[:9]) and torch.allclose(means[:9], means_between(states, x0)[:9], atol=1e-5)
     # In the step to t = 0.1 the release's Gaussians underflow, and it rounds the means by largest remainder; we adjust
     # as in all steps. From the release's state at t = 0.1, the last step is the same again.
-    assert torch.equal(most_probable_states(monkeypatch, states[9], 0.1, steps=1, top_p=0.8)[1], states[10])
+    ours, _ = most_probable_steps(monkeypatch, states[9], 0.1, steps=1, top_p=0.8)
+    assert torch.equal(ours[1], states[10])
 
 
 def test_sharp_sampler_equals_the_release_where_its_sums_are_right(monkeypatch):
     """Fails if our sampler with top_k = 2 does not keep the sum M, or if its states differ from those of the release's
     sharp preset that sum to M. (The release adjusts nothing there: its last states sum to 2 to 6 in place of 8.)"""
-    states = RELEASE["sharp_xt"]  # (11, 6, C)
-    ours = most_probable_states(monkeypatch, RELEASE["start"], 1.0, steps=10, top_p=1.0, top_k=2)
+    states, x0 = RELEASE["sharp_xt"], RELEASE["sharp_x0"]
+    ours, means = most_probable_steps(monkeypatch, RELEASE["start"], 1.0, steps=10, top_p=1.0, top_k=2)
     assert (ours.sum(2) == 8).all()
-    right = (states[:9].sum(2) == 8)  # after these steps, the release rounds by largest remainder here too
+    right = states[:9].sum(2) == 8  # (9, 6); after these steps, the release rounds by largest remainder here too
     assert torch.equal(ours[:9][right], states[:9][right])
+    assert torch.allclose(means[:9][right], means_between(states, x0)[:9][right], atol=1e-5)
