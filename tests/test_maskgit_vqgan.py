@@ -1,4 +1,6 @@
 """MaskGIT-VQGAN: the published file loads, and the network computes what its weights were trained for."""
+import zlib
+
 import torch
 import torch.nn.functional as F
 
@@ -14,20 +16,17 @@ def random_vqgan(num_codes=20):
     return model
 
 
-def test_vqgan_has_the_published_sizes(tmp_path):
-    """Broken: the published file would not load."""
+def test_the_published_file_is_taken(tmp_path):
+    """Fails if the names and shapes of the published file are not the ones that are expected."""
     with torch.device("meta"):
-        weights = VQGAN().state_dict()
-    assert len(weights) == 168 and sum(weight.numel() for weight in weights.values()) == 54515587
-    assert weights["encoder.down.2.block.0.nin_shortcut.weight"].shape == (256, 256, 1, 1)
-    assert weights["decoder.up.3.block.0.conv1.weight"].shape == (256, 512, 3, 3)
-    assert not {"encoder.conv_in.bias", "decoder.up.0.upsample_conv.weight"} & set(weights)
+        lines = sorted(f"{name}\t{'x'.join(map(str, weight.shape))}" for name, weight in VQGAN().state_dict().items())
+    assert len(lines) == 168 and zlib.crc32("\n".join(lines).encode()) == 1860369550  # of the published file's
     weights = random_vqgan().state_dict()
     torch.save(weights, tmp_path / "vqgan.bin")
     assert all(map(torch.equal, load_vqgan(str(tmp_path / "vqgan.bin")).state_dict().values(), weights.values()))
 
 
-# The published network as plain operations on its tensors w, which lie under a name.
+# The published encoder as plain operations on its tensors w, by their names.
 
 
 def norm(x, w, name):
@@ -46,18 +45,8 @@ def two_blocks(x, w, name):
     return x
 
 
-def decoder_pixels(x, w, name):
-    """Codes (B, dim, h, w) -> images in [0, 1] but for overshoots."""
-    x = two_blocks(conv(x, w, name + ".conv_in"), w, name + ".mid")
-    for level in (4, 3, 2, 1, 0):
-        x = two_blocks(x, w, f"{name}.up.{level}.block")
-        if level:
-            x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), w, f"{name}.up.{level}.upsample_conv")
-    return conv(norm(x, w, name + ".norm_out"), w, name + ".conv_out")
-
-
-def test_vqgan_is_that_of_the_published_weights():
-    """Broken: the proxy codes would not be MaskGIT-VQGAN's, or the decoder not make its images."""
+def test_encoder_is_that_of_the_published_weights():
+    """Fails if the proxy codes are not MaskGIT-VQGAN's. (tests/test_release.py tests the decoder.)"""
     model = random_vqgan()
     w = model.state_dict()
     images = torch.rand(2, 3, 48, 32) * 2 - 1
@@ -69,8 +58,6 @@ def test_vqgan_is_that_of_the_published_weights():
                 x = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
         x = conv(norm(two_blocks(x, w, "encoder.mid"), w, "encoder.norm_out"), w, "encoder.conv_out")
         assert torch.allclose(model.encoder(images), x, atol=1e-4) and x.std() > 0.1
-        y = 2 * decoder_pixels(x, w, "decoder") - 1
-        assert torch.allclose(model.decoder(x), y, atol=1e-4) and y.shape == images.shape
     codes = model.quantize["embedding"].weight
     nearest = torch.cdist(x.permute(0, 2, 3, 1).flatten(0, 2), codes).argmin(1).view(2, 3, 2)
     assert torch.equal(model.encode(images), nearest) and len(nearest.unique()) > 1
