@@ -176,6 +176,12 @@ def assert_one_sentence(finished, *words):
         assert word in finished.stderr, finished.stderr
 
 
+def read_table(output):
+    """The cells of the Markdown table that a script has printed, without its head."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("| ")]
+    return rows[1:]
+
+
 def read_log(path):
     """The rows of a log as dicts of numbers, without the empty columns."""
     with open(path, newline="") as file:

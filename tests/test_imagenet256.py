@@ -9,7 +9,7 @@ import train_fsdd
 import train_tokenizer
 from published.convnext import ConvNeXt
 from published.maskgit_vqgan import VQGAN
-from tests.image_folder import add_truncated_image, make_image_folder
+from tests.image_folder import make_image_folder
 from tests.scripts import (assert_one_sentence, assert_same_gradients, assert_same_training, crash, read_log, run_here,
                            run_ranks, send_sigterm, stop_and_resume, successful)
 
@@ -28,14 +28,20 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagenet256")
     make_image_folder(folder / "images", 40, classes=5)
     torch.manual_seed(0)
-    vqgan = VQGAN(32, 8, 16)
-    with torch.no_grad():
-        vqgan.encoder.conv_out.weight *= 20  # so that images have several codes
-    torch.save(vqgan.state_dict(), folder / "vqgan.bin")
-    convnext = ConvNeXt((4, 4, 8, 8), (1, 1, 2, 1), 10)
-    torch.save({name: weight + torch.randn(weight.shape) * 0.1 for name, weight in convnext.state_dict().items()},
-               folder / "convnext.pth")
+    save_networks(VQGAN(32, 8, 16), ConvNeXt((4, 4, 8, 8), (1, 1, 2, 1), 10), folder / "vqgan.bin",
+                  folder / "convnext.pth")
     return folder
+
+
+def save_networks(vqgan, convnext, vqgan_path, convnext_path):
+    """Write the two networks as the published files, changed so that images differ in their codes and logits."""
+    with torch.no_grad():
+        vqgan.encoder.conv_out.weight *= 20
+        for name, weight in convnext.named_parameters():
+            if "layer_scale" in name:
+                weight.fill_(0.1)
+    torch.save(vqgan.state_dict(), vqgan_path)
+    torch.save(convnext.state_dict(), convnext_path)
 
 
 def linked(files, folder, *names):
@@ -72,16 +78,6 @@ def test_the_whole_training(whole):
     successful(run_here(sample.main, "--ckpt=fsdd.pt", "--num=20", "--out=samples.png", folder=whole))
     with Image.open(whole / "samples.png") as picture:
         assert picture.mode == "RGB" and picture.height == 5 * 32 and len(picture.getcolors(2 ** 16)) > 50
-
-
-@pytest.mark.slow
-def test_both_phases_learn(files, tmp_path):
-    """Broken: a phase would not learn its task."""
-    folder = linked(files, tmp_path / "longer")
-    successful(run_here(train_tokenizer.main, *STAGE1, "--batch_size=8", "--device_batch=8", "--lr=0.003", "--steps=80",
-                        "--proxy_steps=60", folder=folder))
-    log = read_log(folder / "tokenizer.csv")
-    assert mean(log[50:60], "proxy") < mean(log[:10], "proxy") / 2 and mean(log[75:], "mse") < mean(log[60:65], "mse")
 
 
 @pytest.mark.parametrize("stops", [
@@ -162,15 +158,10 @@ def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
     assert not (folder / "tokenizer.pt").exists()
 
 
-def test_other_or_damaged_images_end_the_training(whole, files, tmp_path):
-    """Broken: --resume on other images would give other batches and call it the same run; or an image that can't be
-    read would end in a traceback, or be left out silently."""
+def test_resume_on_other_images_is_refused(whole, files, tmp_path):
+    """Fails if --resume on other images gives other batches and calls it the same run."""
     folder = linked(files, tmp_path / "other", "vqgan.bin", "convnext.pth")
     (folder / "tokenizer.pt").write_bytes((whole / "tokenizer.pt").read_bytes())
     make_image_folder(folder / "images", 32, classes=5)
     assert_one_sentence(run_here(train_tokenizer.main, "--resume", "--steps=40", folder=folder),
                         "images or classes are not those")
-    path = add_truncated_image(folder / "images")
-    finished = run_here(train_tokenizer.main, *STAGE1, "--batch_size=33", "--device_batch=33", "--out=new.pt",
-                        folder=folder)
-    assert_one_sentence(finished, path.removeprefix(f"{folder}/"), "can't be read (OSError: image file is truncated")

@@ -4,16 +4,14 @@ import torch
 
 from paper import table7_size, variants
 from support.files import load_checkpoint, save_checkpoint
-from tests.scripts import assert_one_sentence, run_here
+from tests.scripts import assert_one_sentence, read_table, run_here
 from tests.test_sample import save_random_checkpoint
 from tests.test_variants import DENOISER, SET, TOKENIZER
 
 
 def table(capsys, *options):
     table7_size.main([*options, "--device=cpu"])
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[0][-1].strip() == "digits FID"
-    return [[cell.strip() for cell in row] for row in rows[1:]]
+    return read_table(capsys.readouterr().out)
 
 
 @pytest.mark.slow

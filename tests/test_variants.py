@@ -27,8 +27,6 @@ def test_a_variant_is_trained_once(cache, monkeypatch):
     """Broken: a second table would train a model again, or take one with other settings for it."""
     path = variants.tokenizer(**SET, **TOKENIZER)
     assert os.path.dirname(path) == "cache" and "num_tokens4-codebook_size16" in path
-    checkpoint = load_checkpoint(path, "", "tokenizer")
-    assert checkpoint["step"] == 3 and checkpoint["model_config"]["num_tokens"] == 4
     with monkeypatch.context() as without:
         without.setattr(train_tokenizer, "main", refuse)
         assert variants.tokenizer(**SET, **TOKENIZER) == path
@@ -44,14 +42,10 @@ def test_a_variant_is_trained_once(cache, monkeypatch):
 
 @pytest.mark.slow
 def test_a_denoiser_belongs_to_its_tokenizer(cache, monkeypatch):
-    """Broken: a denoiser, or the encoded training set, of another tokenizer would be taken."""
+    """Fails if a denoiser, or the encoded training set, of another tokenizer is taken."""
     first, second = (variants.tokenizer(**SET, **TOKENIZER, seed=seed) for seed in (0, 1))
     denoisers = [variants.fsdd(path, **DENOISER) for path in (first, second)]
     assert denoisers[0] != denoisers[1] and len(list(cache.glob("tokens-*.npy"))) == 2
-    for path, tokenizer_path in zip(denoisers, (first, second)):
-        denoiser, tokenizer = (load_checkpoint(one, "", "fsdd", "tokenizer") for one in (path, tokenizer_path))
-        assert all(torch.equal(denoiser["tokenizer"]["weights"][name], weight)
-                   for name, weight in tokenizer["weights"].items())
     monkeypatch.setattr(train_fsdd, "main", refuse)
     assert variants.fsdd(first, **DENOISER) == denoisers[0]
 
@@ -68,18 +62,17 @@ def test_a_variant_that_was_interrupted_resumes(cache, monkeypatch):
 
 @pytest.mark.slow
 def test_fids_of_variants_are_kept(cache, digits, monkeypatch):
-    """Broken: a second table would measure again, or take an FID that other settings gave."""
-    tokenizer = variants.tokenizer(**SET, **TOKENIZER)
-    denoiser = variants.fsdd(tokenizer, **DENOISER)
-    rfid, gfid = variants.fid(tokenizer, CPU), variants.fid(denoiser, CPU, num=40, steps=None)
-    args = evaluate_fid.parse([f"--ckpt={denoiser}", "--num=40", f"--classifier={variants.CLASSIFIER}", "--device=cpu"])
-    assert gfid == ("digits FID", pytest.approx(evaluate_fid.evaluate(args, CPU)["digits_fid"]))
+    """Fails if a second table measures again, or takes an FID that other settings gave."""
+    path = variants.fsdd(variants.tokenizer(**SET, **TOKENIZER), **DENOISER)
+    found = variants.fid(path, CPU, num=40, steps=None)
+    args = evaluate_fid.parse([f"--ckpt={path}", "--num=40", f"--classifier={variants.CLASSIFIER}", "--device=cpu"])
+    assert found == ("digits FID", pytest.approx(evaluate_fid.evaluate(args, CPU)["digits_fid"]))
     monkeypatch.setattr(evaluate_fid, "evaluate", lambda *args: {"fid": -1.0})
-    for path, options, expected in ((tokenizer, {}, rfid), (denoiser, {"num": 40}, gfid),
-                                    (denoiser, {"num": 40, "steps": 1}, ("FID", -1)),
-                                    (f"{digits}/tokenizer.pt", {}, ("FID", -1))):
-        assert tuple(variants.fid(path, CPU, **options)) == expected
-    assert not os.path.exists(f"{digits}/tokenizer.pt.json")  # no variant: it may be another model next time
+    assert tuple(variants.fid(path, CPU, num=40)) == found
+    assert tuple(variants.fid(path, CPU, num=40, steps=1)) == ("FID", -1)
+    # no variant: it may be another model next time
+    assert tuple(variants.fid(f"{digits}/tokenizer.pt", CPU)) == ("FID", -1)
+    assert not os.path.exists(f"{digits}/tokenizer.pt.json")
 
 
 def test_no_variants_under_torchrun(cache, monkeypatch):
