@@ -141,12 +141,11 @@ def test_every_weight_is_trained():
     assert [name for name, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())] == []
 
 
-@pytest.mark.parametrize("fused", ["auto", "on", "off"])
 @pytest.mark.parametrize("length", [5, 300])
-def test_attention_is_pytorchs(length, fused):
-    """Broken: the plain formula or the fused kernel would compute another attention than PyTorch's module."""
+def test_attention_is_pytorchs(length):
+    """Fails if the plain formula, for few keys, or the fused kernel, for many, computes another attention than
+    PyTorch's module."""
     ours, theirs = Attention(24, 3), torch.nn.MultiheadAttention(24, 3, batch_first=True)
-    ours.fused = fused
     theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
                             "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
     x = torch.randn(2, length, 24)
