@@ -99,33 +99,25 @@ def test_stage_1_resumes_in_every_phase(stops, files, whole, tmp_path, monkeypat
 def test_ranks_and_micro_batches_change_nothing(steps, losses, world_size, device_batch, files, tmp_path):
     """Broken: a phase's losses, noise or gradients would depend on the number of ranks, or on how many images each of
     them takes at once. (The shares of 3 ranks are unequal.)"""
-    logs, lecam = [], []
-    for name, ranks, size in (("one", 1, 4), ("other", world_size, device_batch)):
+    folders = [linked(files, tmp_path / name) for name in ("one", "other")]
+    for folder, ranks, size in zip(folders, (1, world_size), (4, device_batch)):
         successful(run_ranks("train_tokenizer.py", *STAGE1, f"--steps={steps}", "--proxy_steps=1",
                              "--adversarial_from=0", "--warmup=1", "--proxy_warmup=1", "--clip=0",
-                             f"--device_batch={size}", folder=linked(files, tmp_path / name), world_size=ranks))
-        logs.append(read_log(tmp_path / name / "tokenizer.csv")[-1])
-        training = torch.load(tmp_path / name / "tokenizer.pt", weights_only=True)["training"]
-        lecam.append(training.get("lecam", torch.ones(2)))  # only the pixel phase has it
-    assert logs[0] == pytest.approx(logs[1], rel=1e-4, abs=1e-5) and losses <= logs[0].keys()
-    assert torch.allclose(*lecam, rtol=1e-3, atol=1e-7) and lecam[0].all()
-    assert_same_gradients(tmp_path / "one" / "tokenizer.pt", tmp_path / "other" / "tokenizer.pt")
+                             f"--device_batch={size}", folder=folder, world_size=ranks))
+    one, other = (read_log(folder / "tokenizer.csv")[-1] for folder in folders)
+    assert one == pytest.approx(other, rel=1e-4, abs=1e-5) and losses <= one.keys()
+    assert_same_gradients(*(folder / "tokenizer.pt" for folder in folders))
 
 
 def test_the_pixel_phase_keeps_the_tokens(files, tmp_path):
-    """Broken: the pixel phase would change the tokens that it learns to decode."""
+    """Fails if the pixel phase changes the tokens that it learns to decode, or does not learn to decode them."""
     folder = linked(files, tmp_path / "frozen")
-    checkpoints = []
+    weights = []
     for options in ([*STAGE1, "--steps=3", "--proxy_steps=3"], ["--resume", "--steps=5"]):
         successful(run_here(train_tokenizer.main, *options, folder=folder))
-        checkpoints.append(torch.load(folder / "tokenizer.pt", weights_only=True))
-    before, after = checkpoints
-    for name, weight in before["weights"].items():
-        frozen = name.startswith(("encoder.", "quantizer."))
-        assert torch.equal(weight, after["weights"][name]) == frozen, name
-        if frozen:
-            assert torch.equal(weight, after["training"]["model"][name]), name
-    assert after["training"]["discriminator"]
+        weights.append(torch.load(folder / "tokenizer.pt", weights_only=True)["weights"])
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]) == name.startswith(("encoder.", "quantizer.")), name
 
 
 def test_other_images_without_published_networks(files, tmp_path):
@@ -142,7 +134,6 @@ def test_other_images_without_published_networks(files, tmp_path):
     (["--vqgan=none.bin"], ["MaskGIT-VQGAN is needed at none.bin", "huggingface.co/fun-research/TiTok"]),
     (["--convnext=none.pth"], ["ConvNeXt-S is needed at none.pth", "download.pytorch.org"]),
     (["--vqgan=convnext.pth"], ["convnext.pth can't be read as MaskGIT-VQGAN"]),
-    (["--convnext=broken.pth"], ["classifier.2.weight", "(10, 8)"]),
     (["--vqgan="], ["--vqgan", "--proxy_steps 0"]), (["--convnext="], ["--convnext", "--perceptual 0"]),
     (["--proxy_steps=33"], ["proxy_steps 33", "12"]), (["--patch_size=8"], ["16 pixels"]),
     (["--discriminator=33"], ["33"]),
@@ -150,10 +141,6 @@ def test_other_images_without_published_networks(files, tmp_path):
 def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
     """Broken: a missing or wrong file would end in a traceback, or only after hours of training."""
     folder = linked(files, tmp_path / "wrong")
-    if "broken" in arguments[0]:
-        weights = torch.load(files / "convnext.pth")
-        weights["classifier.2.weight"] = torch.zeros(3, 3)
-        torch.save(weights, folder / "broken.pth")
     assert_one_sentence(run_here(train_tokenizer.main, *STAGE1, *arguments, folder=folder), *words)
     assert not (folder / "tokenizer.pt").exists()
 

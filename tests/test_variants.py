@@ -83,16 +83,6 @@ def test_no_variants_under_torchrun(cache, monkeypatch):
     assert not cache.exists()
 
 
-def test_all_ranks_agree_on_what_is_kept(tmp_path, monkeypatch):
-    """Broken: a rank that does not see the file of rank 0 yet would measure alone, and wait forever."""
-    path = f"{tmp_path}/a.json"
-    write_json({"key": 5.0}, path)
-    monkeypatch.setattr(variants, "all_gather", lambda own: [5.0, own])
-    assert variants.keep(path, "key", refuse) == 5.0
-    os.remove(path)
-    assert variants.keep(path, "key", refuse) == 5.0 and not os.path.exists(path)
-
-
 def test_what_is_measured_is_kept_once(tmp_path):
     """Broken: an interrupted table would measure again, or lose what else the file holds; a value of 0 would count as
     none."""
