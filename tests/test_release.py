@@ -97,7 +97,7 @@ def most_probable_steps(monkeypatch, x, t, **settings):
     monkeypatch.setattr(fsdd, "draw", lambda p, *args, **settings: p.argmax(-1))
     monkeypatch.setattr(fsdd, "discrete_gaussian", lambda mean, *args: means.append(mean) or real(mean, *args))
     labels = torch.zeros(6, dtype=torch.int64)
-    states = list(fsdd.refine(Formula(), labels, guidance=1, start=(x, t), **settings))
+    states = list(fsdd.refine(Formula(), labels, guidance=(1,), start=(x, t), **settings))
     return torch.stack(states), torch.stack(means)
 
 
