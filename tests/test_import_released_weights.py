@@ -1,4 +1,4 @@
-"""The authors' weights become checkpoints that every script takes. (tests/test_release.py compares what they compute.)"""
+"""The authors' weights become checkpoints that every script takes. What they compute: test_release.py"""
 import os
 import zlib
 

@@ -9,7 +9,6 @@ import os
 import zlib
 
 import numpy as np
-import pytest
 import torch
 
 import fsdd

@@ -9,7 +9,7 @@ import evaluate_fid
 import train_fsdd
 import train_tokenizer
 from paper import variants
-from support.files import load_checkpoint, save_checkpoint, write_json
+from support.files import load_checkpoint, save_checkpoint
 
 TOKENIZER = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "steps": 3,
              "device": "cpu"}
