@@ -1,4 +1,4 @@
-"""The commands and links on the pages work: README.md, beyond.md, and those in paper/."""
+"""The commands and links on the pages work."""
 import contextlib
 import functools
 import importlib
@@ -10,7 +10,7 @@ import pytest
 
 from tests.scripts import ROOT
 
-PAGES = ["README.md", "beyond.md", "paper/README.md", "paper/details.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "beyond.md", "paper/README.md", "paper/details.md"]
 
 
 def read(page):
