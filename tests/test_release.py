@@ -19,12 +19,10 @@ RELEASE = {name: torch.from_numpy(array) if array.dtype.kind in "fi" else array.
            for name, array in np.load(os.path.join(os.path.dirname(__file__), "release_outputs.npz")).items()}
 
 
-def released_weights(lines):
-    """The weights that the release's outputs were computed with. lines: "name<TAB>shape" of each tensor."""
+def weights_by_rule(shapes):
+    """The weights that the release's outputs were computed with. shapes: {name: shape}."""
     tensors = {}
-    for line in lines:
-        name, shape = line.split("\t")
-        shape = tuple(map(int, shape.split("x")))
+    for name, shape in shapes.items():
         a = np.random.default_rng(zlib.crc32(b"narrow/" + name.encode())).standard_normal(shape, dtype=np.float32)
         if name.endswith("bias"):
             a = 0.1 * a
@@ -38,11 +36,16 @@ def released_weights(lines):
     return tensors
 
 
+def shapes_of(lines):
+    """Lines "name<TAB>shape" -> {name: shape}."""
+    return {name: tuple(map(int, shape.split("x"))) for name, shape in (line.split("\t") for line in lines)}
+
+
 def write_released_files(folder):
     """The narrow models as the authors publish theirs: set_tokenizer.pth and fsdd.pth. Returns their paths."""
     paths = f"{folder}/set_tokenizer.pth", f"{folder}/fsdd.pth"
-    torch.save(released_weights(RELEASE["tokenizer_names"]), paths[0])
-    torch.save({"ema": released_weights(RELEASE["denoiser_names"]),
+    torch.save(weights_by_rule(shapes_of(RELEASE["tokenizer_names"])), paths[0])
+    torch.save({"ema": weights_by_rule(shapes_of(RELEASE["denoiser_names"])),
                 "args": argparse.Namespace(model="DiT1D-S", lr=1e-4, results="results")}, paths[1])
     return paths
 

@@ -90,14 +90,6 @@ def test_repeated_tokens_count():
         assert (one - two).abs().max() > 1e-2
 
 
-def test_encoding_an_image_ignores_its_neighbours():
-    """Broken: an image's tokens would depend on the rest of the batch."""
-    model, images = small_tokenizer(), torch.rand(6, 1, 8, 8) * 2 - 1
-    alone = torch.cat([model.encode(image[None]) for image in images])
-    assert torch.equal(model.encode(images), alone)
-    assert len(alone.unique(dim=0)) > 1
-
-
 def test_the_token_is_the_nearest_code():
     """Broken: the token would not be the nearest code on the unit sphere."""
     quantizer = Quantizer(50, 12, 0.25)
