@@ -204,7 +204,7 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             save_training(header, done, cfg, model, ema, optimizers + others, idle=usage.idle, **state)
             if stopped:
                 stop_by_signal(stopped, cfg.out)
-        if done % cfg.picture_every == 0 or last:
+        if cfg.picture_every and (done % cfg.picture_every == 0 or last):
             draw_reconstructions(ema.module, test_set, device, replace_suffix(cfg.out, ".png"))
     return ema.module
 
