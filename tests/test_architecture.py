@@ -10,7 +10,7 @@ from tests.scripts import ROOT
 
 SCRIPTS = ("train_tokenizer", "train_fsdd", "evaluate_fid", "play")
 LAYERS = [("support",), ("data", "published"), ("dual_transform",), ("tokenizer",), ("fsdd",), ("beyond",), ("masked",),
-          ("generation",), ("sample",), SCRIPTS, ("paper",)]
+          ("sample",), SCRIPTS, ("paper",)]
 LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 

@@ -96,7 +96,7 @@ def most_probable_steps(monkeypatch, x, t, **settings):
     """Our sampler from X_t (6, C) on, every draw replaced by the most probable outcome: the states (steps + 1, 6, C)
     and the means of the Gaussians (steps, 6, C)."""
     means, real = [], fsdd.discrete_gaussian
-    monkeypatch.setattr(fsdd, "draw", lambda p, *args, **settings: p.argmax(-1))
+    monkeypatch.setattr(fsdd, "sample_categorical", lambda p, *args, **settings: p.argmax(-1))
     monkeypatch.setattr(fsdd, "discrete_gaussian", lambda mean, *args: means.append(mean) or real(mean, *args))
     labels = torch.zeros(6, dtype=torch.int64)
     states = list(fsdd.refine(Formula(), labels, guidance=(1,), start=(x, t), **settings))
