@@ -14,7 +14,7 @@ from tests.test_tokenizer import small_tokenizer
 @pytest.mark.parametrize("settings", [{"channels": 3}, {"model_class": GridTokenizer, "num_tokens": 4},
                                       {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
-    """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a
+    """Fails if the map is of another token or pixel, mixes the images of a batch, or misses a channel or a
     dimension."""
     model = small_tokenizer(**settings).double().requires_grad_(False)
     images = torch.rand(3, settings.get("channels", 1), 8, 8, dtype=torch.float64) * 2 - 1
@@ -35,7 +35,7 @@ def test_sensitivity_is_that_of_finite_differences(settings):
 
 
 def test_spread_by_hand():
-    """Broken: the measures would not be those that the table's head says."""
+    """Fails if the measures are not those that the table's head says."""
     even, point, corner, two = torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)
     point[5, 2], corner[:4, 4:], two[3, 3], two[4, 4] = 3, 0.25, 8.9, 1.1
     maps = torch.stack([even, point, corner, two]).double()

@@ -42,7 +42,7 @@ def train(folder, *arguments):
 
 
 def test_stage_1(folder):
-    """Broken: the full-size tokenizer, VQGAN, ConvNeXt-S and discriminator would not train together, or not learn."""
+    """Fails if the full-size tokenizer, VQGAN, ConvNeXt-S and discriminator do not train together, or do not learn."""
     train(folder, "train_tokenizer.py", *SHORT, "--steps=20", "--proxy_steps=10", "--warmup=1", "--proxy_warmup=1",
           "--adversarial_from=5")
     log = read_log(folder / "tokenizer.csv")
@@ -54,7 +54,7 @@ def test_stage_1(folder):
 
 @pytest.mark.parametrize("model", ["S", "B"])
 def test_stage_2(model, folder):
-    """Broken: the full-size denoiser would not train on 4096 codes, or not learn."""
+    """Fails if the full-size denoiser does not train on 4096 codes, or does not learn."""
     train(folder, "train_fsdd.py", *SHORT, f"--model={model}", "--batch_size=1", "--steps=10", "--sample_steps=1",
           "--guidance=1", f"--out={model}.pt")
     log = read_log(folder / f"{model}.csv")

@@ -66,7 +66,8 @@ def mean(rows, key):
 
 
 def test_the_whole_training(whole):
-    """Broken: the paper's training would not run from proxy codes to samples, or a loss not come in at its step."""
+    """Fails if the paper's training does not run from proxy codes to samples, or if a loss does not come in at its
+    step."""
     log = read_log(whole / "tokenizer.csv")
     assert [row["step"] for row in log] == list(range(1, 13))
     for row in log:
@@ -85,8 +86,8 @@ def test_the_whole_training(whole):
     pytest.param([(5, crash, 3), (8, crash, 6), (12, crash, 9)], marks=pytest.mark.slow),
     pytest.param([(6, send_sigterm, 6), (7, send_sigterm, 7)], marks=pytest.mark.slow)])
 def test_stage_1_resumes_in_every_phase(stops, files, whole, tmp_path, monkeypatch):
-    """Broken: after a stop in the proxy phase, at the beginning of the pixel phase, or with the discriminator in
-    training, --resume would not give the numbers of the unbroken run."""
+    """Fails if --resume does not give the numbers of the unbroken run after a stop in the proxy phase, at the beginning
+    of the pixel phase, or with the discriminator in training."""
     out = linked(files, tmp_path / "stopped") / "tokenizer.pt"
     stop_and_resume(monkeypatch, train_tokenizer, STAGE1, out, stops)
     assert_same_training(whole / "tokenizer.pt", out)
@@ -97,8 +98,8 @@ def test_stage_1_resumes_in_every_phase(stops, files, whole, tmp_path, monkeypat
 @pytest.mark.parametrize("steps, losses",
                          [("1", {"proxy"}), ("2", {"mse", "perceptual", "adversarial", "discriminator"})])
 def test_ranks_and_micro_batches_change_nothing(steps, losses, world_size, device_batch, files, tmp_path):
-    """Broken: a phase's losses, noise or gradients would depend on the number of ranks, or on how many images each of
-    them takes at once. (The shares of 3 ranks are unequal.)"""
+    """Fails if a phase's losses, noise or gradients depend on the number of ranks, or on how many images each of them
+    takes at once. (The shares of 3 ranks are unequal.)"""
     folders = [linked(files, tmp_path / name) for name in ("one", "other")]
     for folder, ranks, size in zip(folders, (1, world_size), (4, device_batch)):
         successful(run_ranks("train_tokenizer.py", *STAGE1, f"--steps={steps}", "--proxy_steps=1",
@@ -123,7 +124,7 @@ def test_the_pixel_phase_keeps_the_tokens(files, tmp_path):
 
 
 def test_other_images_without_published_networks(files, tmp_path):
-    """Broken: without the published files there would be no way to train on a folder of images."""
+    """Fails if there is no way to train on a folder of images without the published files."""
     folder = linked(files, tmp_path / "plain", "images")
     successful(run_here(train_tokenizer.main, *STAGE1, "--steps=30", "--proxy_steps=0", "--vqgan=", "--convnext=",
                         "--perceptual=0", "--adversarial=0", "--uniformity=0.25", "--reset_after=3", "--workers=1",
@@ -141,7 +142,7 @@ def test_other_images_without_published_networks(files, tmp_path):
     (["--discriminator=33"], ["33"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
-    """Broken: a missing or wrong file would end in a traceback, or only after hours of training."""
+    """Fails if a missing or wrong file ends in a traceback, or is found only after hours of training."""
     folder = linked(files, tmp_path / "wrong")
     assert_one_sentence(run_here(train_tokenizer.main, *STAGE1, *arguments, folder=folder), *words)
     assert not (folder / "tokenizer.pt").exists()

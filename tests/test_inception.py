@@ -29,8 +29,8 @@ def test_features_are_torch_fidelitys(size, weights):
 
 
 def test_inception_is_the_published_one(weights):
-    """Broken: the published file could not be loaded, a layer would have another shape, the fast form of the network
-    would not be the network, or grey images would not be grey RGB ones."""
+    """Fails if the published file can't be loaded, a layer has another shape, the fast form of the network is not the
+    network, or grey images are not grey RGB ones."""
     tensors = {name: tensor for name, tensor in weights.items() if "num_batches_tracked" not in name}
     assert names_and_shapes(tensors) == (472, 1913396854)  # the published file's
     plain, fast = InceptionV3(), InceptionV3(weights)
@@ -52,7 +52,7 @@ def test_inception_is_the_published_one(weights):
 
 
 def test_files_of_weights(weights, tmp_path):
-    """Broken: another file would be taken for Inception's, or one written by an old PyTorch would be refused."""
+    """Fails if another file is taken for Inception's, or if one written by an old PyTorch is refused."""
     old = {name: tensor for name, tensor in weights.items() if "num_batches_tracked" not in name}
     torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert torch.equal(load_inception(str(tmp_path / "old.pth")).fc.weight, weights["fc.weight"])

@@ -15,7 +15,7 @@ OPTIONS = [("images", (), "", "images"), (inputs.NUM, 5, "[2, inf)", "images"), 
 
 
 def test_options():
-    """Broken: an option would have another type or value than its row says."""
+    """Fails if an option has another type or value than its row says."""
     args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num_images=7", "--seed=3", "--toy"])
     assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3, "toy": True}
 
@@ -24,7 +24,7 @@ def test_options():
                                              ("--out=a.jpg", ".png"), ("--out=no/a.png", "no folder no"),
                                              ("--sed=1", "--sed")])
 def test_wrong_options_get_one_sentence(argument, words, tmp_path):
-    """Broken: a mistake would end in a traceback, or only after the work."""
+    """Fails if a mistake ends in a traceback, or is found only after the work."""
     finished = run_here(lambda argv: inputs.read_options(OPTIONS, "test", "", argv), "a", argument, folder=tmp_path)
     assert_one_sentence(finished, words)
 
@@ -33,7 +33,7 @@ def test_wrong_options_get_one_sentence(argument, words, tmp_path):
                                     table1_order, table2_noise, table3_linear_probe, table5_steps, table6_sweep,
                                     table7_size])
 def test_a_missing_checkpoint_gets_one_sentence(script, tmp_path):
-    """Broken: a script that needs a checkpoint would not say which command makes it."""
+    """Fails if a script that needs a checkpoint does not say which command makes it."""
     arguments = ["digits"] if script is reconstruct else []
     finished = run_here(script.main, *arguments, "--ckpt=none.pt", folder=tmp_path)
     assert_one_sentence(finished, "no checkpoint none.pt", "python train_")
@@ -41,7 +41,7 @@ def test_a_missing_checkpoint_gets_one_sentence(script, tmp_path):
 
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 3), (1, 3), (2, 3)])
 def test_images_are_spread_evenly(rank, world_size):
-    """Broken: of validation images in the order of their classes only the first classes would be measured, or an image
+    """Fails if only the first classes of validation images in the order of their classes are measured, or an image
     twice."""
     dataset = few_digits("test", 700)
     batches = list(inputs.read_batches(dataset, 300, 28, torch.device("cpu"), rank, world_size, 0))
@@ -51,7 +51,7 @@ def test_images_are_spread_evenly(rank, world_size):
 
 
 def test_images_in_files_and_folders(tmp_path):
-    """Broken: an image would be missing, stretched, or not the center crop."""
+    """Fails if an image is missing, stretched, or not the center crop."""
     random, arrays = np.random.default_rng(0), []
     for name, size in (("folder/b.png", (24, 16)), ("folder/more/c.PNG", (16, 21)), ("a.bmp", (16, 16))):
         arrays.append(random.integers(256, size=(*size[::-1], 3)).astype(np.uint8))

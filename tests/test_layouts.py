@@ -15,7 +15,7 @@ LAYOUTS = {"set": {}, "sequence": {"model_class": SequenceTokenizer},  # for sma
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_order_matters_but_to_a_set(layout):
-    """Broken: a sequence or a grid would be a set in disguise, or the set a sequence."""
+    """Fails if a sequence or a grid is a set in disguise, or the set a sequence."""
     model = small_tokenizer(**LAYOUTS[layout])
     M = model.num_tokens
     tokens = torch.stack([torch.randperm(10)[:M] for _ in range(20)])  # no token twice, so that every order is another
@@ -27,8 +27,7 @@ def test_the_order_matters_but_to_a_set(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_decodes_as_decode_does(layout):
-    """Broken: the tokens of a sequence or a grid would be shuffled in training, or forward() and decode() would
-    differ."""
+    """Fails if the tokens of a sequence or a grid are shuffled in training, or if forward() and decode() differ."""
     model, images = small_tokenizer(**LAYOUTS[layout]), torch.rand(7, 1, 8, 8) * 2 - 1
     assert model.encode(images).shape == (7, model.num_tokens)
     latents = torch.randn(7, model.num_tokens, 5)  # this encoder's own give few different tokens
@@ -39,7 +38,7 @@ def test_training_decodes_as_decode_does(layout):
 
 
 def test_tokens_of_a_grid_have_their_positions():
-    """Broken: token p of a grid would not be that of patch p, row by row."""
+    """Fails if token p of a grid is not that of patch p, row by row."""
     model = small_tokenizer(**LAYOUTS["grid"])
     for block in model.encoder.blocks:  # without attention a position depends on its own patch only
         torch.nn.init.zeros_(block.attention.proj.weight)
@@ -59,7 +58,7 @@ def test_tokens_of_a_grid_have_their_positions():
      r"tokens\[0, 3\] = 10 is outside"),
 ])
 def test_bad_input_is_refused(wrong, words):
-    """Broken: bad input would fail somewhere inside, or not at all."""
+    """Fails if bad input raises no error, or another one."""
     with pytest.raises(ValueError, match=words):
         wrong()
 

@@ -36,7 +36,7 @@ def test_the_encoder_is_titoks():
 
 
 def test_vqgan_logits_are_negative_squared_distances():
-    """Broken: cross-entropy would not pull the map to the codes that the VQGAN's decoder reads."""
+    """Fails if cross-entropy does not pull the map to the codes that the VQGAN's decoder reads."""
     model, code_map = small_vqgan(), torch.randn(2, 8, 3, 3)
     codes = model.quantize["embedding"].weight
     expected = -(code_map[:, None] - codes[None, :, :, None, None]).square().sum(2)

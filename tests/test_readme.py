@@ -30,7 +30,7 @@ def help_of(module, *words):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_have_options_that_exist(page):
-    """Broken: a command on the page would end in an error about its options."""
+    """Fails if a command on the page ends in an error about its options."""
     commands = re.findall(r"(?:python|torchrun --\S+) (?:-m )?(paper\.\w+|\w+\.py)\b([^`|#&\n]*)",
                           read(page).replace("\\\n", " "))
     assert len(commands) > 5
@@ -43,7 +43,7 @@ def test_commands_have_options_that_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    """Broken: a picture, file or page that the page links to would be missing."""
+    """Fails if a picture, file or page that the page links to is missing."""
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", read(page)) if not link.startswith("http")]
     assert links
     for link in links:

@@ -9,7 +9,7 @@ from support.pictures import to_uint8
 
 
 def test_five_orders():
-    """Broken: an order of Table 1 would not be the one it is named for, or lose or double a token."""
+    """Fails if an order of Table 1 is not the one it is named for, or loses or doubles a token."""
     tokens = torch.tensor([[3, 1, 1, 2]])
     orders = reconstruct.five_orders(tokens, torch.tensor([2, 0, 3, 1]))
     assert [order.tolist() for order in orders] == [[[3, 1, 1, 2]], [[2, 1, 1, 3]], [[1, 3, 2, 1]], [[1, 1, 2, 3]],
@@ -17,7 +17,7 @@ def test_five_orders():
 
 
 def test_the_page(digits, tmp_path, capsys):
-    """Broken: an image would stand next to what is not decoded from its tokens."""
+    """Fails if an image stands next to what is not decoded from its tokens."""
     reconstruct.main(["digits", f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/page.png", "--num=3",
                       "--device=cpu"])
     output = capsys.readouterr().out

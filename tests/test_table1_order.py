@@ -24,7 +24,7 @@ def table(digits, small_digits, capsys):
 
 @pytest.mark.slow
 def test_the_table(table, digits, tmp_path):
-    """Broken: the orders would be compared with other images than the validation images, by another distance than
+    """Fails if the orders are compared with other images than the validation images, or by another distance than
     rFID."""
     fids, changes = table()
     expected = evaluate("--ckpt", digits / "tokenizer.pt", folder=tmp_path)["digits_fid"]
@@ -36,7 +36,7 @@ def test_the_table(table, digits, tmp_path):
 
 @pytest.mark.slow
 def test_a_decoder_that_depends_on_the_order_shows(table, digits, monkeypatch):
-    """Broken: the five columns would not be five orders, or the change not the largest of all pixels and batches."""
+    """Fails if the five columns are not five orders, or if the change is not the largest of all pixels and batches."""
     def first_token_as_brightness(self, tokens):
         light = (tokens[:, 0] - 32) / 127.5  # that many steps of brightness away from the middle
         return light[:, None, None, None].expand(-1, 1, 28, 28)

@@ -29,7 +29,7 @@ def save_tokenizer(path, kind="tokenizer", **settings):
 
 @pytest.mark.parametrize("C", [1, 3, 40])
 def test_overlap_is_that_of_counters(C):
-    """Broken: the shares would differ from a count by hand, or mix up the images of a batch."""
+    """Fails if the shares differ from a count by hand, or mix up the images of a batch."""
     tokens, others = torch.randint(C, (2, 50, 9))
     others[::2, :5] = tokens[::2, :5]
     as_set, as_sequence = table2_noise.overlap(tokens, others, C)
@@ -40,7 +40,7 @@ def test_overlap_is_that_of_counters(C):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_noise_has_the_power_asked_for(channels):
-    """Broken: the ratio would be that of other units, of amplitudes, or of the batch instead of each image."""
+    """Fails if the ratio is that of other units, of amplitudes, or of the batch instead of each image."""
     brightness = torch.tensor([1, 0.5, 0.1, 0.01, 1, 0]).view(6, 1, 1, 1)
     pixels = torch.rand(6, channels, 64, 64, dtype=torch.float64) * brightness
     for snr in table2_noise.SNRS:
@@ -70,7 +70,7 @@ def test_the_table(small_digits, capsys):
 
 
 def test_the_digits_are_trained(monkeypatch):
-    """Broken: a layout would be trained as another one, or with other settings than the rest."""
+    """Fails if a layout is trained as another one, or with other settings than the rest."""
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options))
     for layout in table2_noise.LAYOUTS:

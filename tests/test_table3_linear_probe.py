@@ -20,7 +20,7 @@ def probe(train, labels, test, test_labels, classes):
 
 
 def test_separable_classes_are_recognized():
-    """Broken: the probe would not be trained, not be scaled, or be measured on other images than the test's."""
+    """Fails if the probe is not trained, not scaled, or measured on other images than the test's."""
     labels, test_labels = torch.randint(3, (800,)), torch.randint(3, (700,))
     for scale, shift, dtype in ((1e-2, 50, torch.float32), (20, 100, torch.uint8), (300, -5000, torch.int16)):
         train, test = ((shift + scale * (torch.eye(3)[y] + torch.randn(len(y), 3).clamp(-2, 2) / 10)).to(dtype)
@@ -34,7 +34,7 @@ def test_separable_classes_are_recognized():
 
 
 def test_features_of_an_image(digits):
-    """Broken: the counts would not be those of encode(), the latents not those that it quantizes, or images change
+    """Fails if the counts are not those of encode(), the latents not those that it quantizes, or if images change
     rows."""
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     tokenizer, _ = evaluate_fid.open_tokenizer("", checkpoint, "digits", CPU)

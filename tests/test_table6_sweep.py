@@ -8,14 +8,14 @@ from tests.test_variants import DENOISER, TOKENIZER
 
 
 def test_pairs_are_the_papers():
-    """Broken: the table would not vary one of M and C at a time, or show the pair that both columns share twice."""
+    """Fails if the table does not vary one of M and C at a time, or shows the pair that both columns share twice."""
     pairs = table6_sweep.pairs((8, 32, 64), (32, 128, 512))
     assert pairs == [(32, 32), (32, 128), (32, 512), (8, 128), (64, 128)]
 
 
 @pytest.mark.slow
 def test_the_table_of_models_trained_here(cache, capsys, monkeypatch):
-    """Broken: a row would be of models of another M or C, or its two distances change columns."""
+    """Fails if a row is of models of another M or C, or if its two distances change columns."""
     monkeypatch.setattr(table6_sweep, "TOKENIZER", {name: TOKENIZER[name] for name in TOKENIZER.keys() - {"device"}})
     monkeypatch.setattr(table6_sweep, "DENOISER", {name: DENOISER[name] for name in DENOISER.keys() - {"device"}})
     table6_sweep.main(["--num_tokens=8", "--codebook_sizes=64", "--num=30", "--steps=1", "--device=cpu"])
@@ -29,7 +29,7 @@ def test_the_table_of_models_trained_here(cache, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_table_of_checkpoints(cache, digits, capsys):
-    """Broken: a tokenizer and a denoiser of the same M and C would not share a row, or one alone be left out."""
+    """Fails if a tokenizer and a denoiser of the same M and C do not share a row, or if one alone is left out."""
     fsdd, tokenizer = f"{digits}/fsdd.pt", f"{digits}/tokenizer.pt"
     table6_sweep.main(["--ckpt", fsdd, tokenizer, "--num=30", "--device=cpu"])
     (M, C, rfid, gfid), = read_table(capsys.readouterr().out)

@@ -16,7 +16,7 @@ def table(capsys, *options):
 
 @pytest.mark.slow
 def test_the_digits_two_sizes(cache, capsys, monkeypatch):
-    """Broken: the smaller denoiser would differ in more than its size, or stand in the other's row."""
+    """Fails if the smaller denoiser differs in more than its size, or stands in the other's row."""
     save_checkpoint(load_checkpoint(variants.tokenizer(**SET, **TOKENIZER), "", "tokenizer"), "tokenizer.pt")
     own = load_checkpoint(variants.fsdd("tokenizer.pt", **DENOISER, lr=1e-3), "", "fsdd")
     save_checkpoint(own, "fsdd.pt")
@@ -32,13 +32,13 @@ def test_the_digits_two_sizes(cache, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_checkpoints_that_are_given(cache, digits, capsys):
-    """Broken: with --ckpt something would be trained, or a row be missing."""
+    """Fails if something is trained with --ckpt, or if a row is missing."""
     rows = table(capsys, "--ckpt", f"{digits}/fsdd.pt", f"{digits}/fsdd.pt", "--num=30")
     assert len(rows) == 2 and rows[0] == rows[1] and not cache.exists()
 
 
 def test_mistakes_get_one_sentence(digits):
-    """Broken: a mistake would end in a traceback, or denoisers of two tokenizers be compared."""
+    """Fails if a mistake ends in a traceback, or if denoisers of two tokenizers are compared."""
     save_random_checkpoint("fsdd.pt")
     assert_one_sentence(run_here(table7_size.main, folder="."), "no checkpoint tokenizer.pt", "train_tokenizer.py")
     tokenizer, fsdd = (torch.load(digits / name, weights_only=True) for name in ("tokenizer.pt", "fsdd.pt"))

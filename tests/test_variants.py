@@ -24,7 +24,7 @@ def refuse(*args, **options):
 
 @pytest.mark.slow
 def test_a_variant_is_trained_once(cache, monkeypatch):
-    """Broken: a second table would train a model again, or take one with other settings for it."""
+    """Fails if a second table trains a model again, or takes one with other settings for it."""
     path = variants.tokenizer(**SET, **TOKENIZER)
     assert os.path.dirname(path) == "cache" and "num_tokens4-codebook_size16" in path
     with monkeypatch.context() as without:
@@ -52,7 +52,7 @@ def test_a_denoiser_belongs_to_its_tokenizer(cache, monkeypatch):
 
 @pytest.mark.slow
 def test_a_variant_that_was_interrupted_resumes(cache, monkeypatch):
-    """Broken: half a training would count as a variant, or be trained from the first step again."""
+    """Fails if half a training counts as a variant, or is trained from the first step again."""
     path, arguments = variants.tokenizer(**SET, **TOKENIZER), []
     save_checkpoint(load_checkpoint(path, "", "tokenizer") | {"step": 2}, path)
     monkeypatch.setattr(train_tokenizer, "main", lambda argv, *_: arguments.extend(argv))
@@ -76,7 +76,7 @@ def test_fids_of_variants_are_kept(cache, digits, monkeypatch):
 
 
 def test_no_variants_under_torchrun(cache, monkeypatch):
-    """Broken: every process would train the same model into the same file."""
+    """Fails if every process trains the same model into the same file."""
     monkeypatch.setattr(variants, "rank_and_world_size", lambda: (0, 2))
     with pytest.raises(SystemExit, match="leave out torchrun"):
         variants.tokenizer(**SET, **TOKENIZER)
@@ -84,7 +84,7 @@ def test_no_variants_under_torchrun(cache, monkeypatch):
 
 
 def test_what_is_measured_is_kept_once(tmp_path):
-    """Broken: an interrupted table would measure again, or lose what else the file holds; a value of 0 would count as
+    """Fails if an interrupted table measures again or loses what else the file holds, or if a value of 0 counts as
     none."""
     path, values = f"{tmp_path}/a.json", iter((0.0, 1.0))
     assert [variants.keep(path, key, lambda: next(values)) for key in "aabb"] == [0, 0, 1, 1]
