@@ -40,7 +40,7 @@ def autoregressive_logits(model, x, label):
 
 @pytest.mark.parametrize("length, symbols", [(3, 4), (5, 2), (1, 6)])
 def test_likelihoods_sum_to_one(length, symbols):
-    """Broken: a symbol would be predicted from itself or a later one, or the model would give probability to what is no
+    """Fails if a symbol is predicted from itself or a later one, or if the model gives probability to what is no
     sequence, such as the symbol that starts one."""
     model = random_weights(baselines.CausalDenoiser(length, symbols, **SIZE))
     x = torch.tensor(list(itertools.product(range(symbols), repeat=length)))
@@ -60,7 +60,7 @@ def log_likelihood(model, x, label):
 @pytest.mark.slow
 @pytest.mark.parametrize("label, weight", [(1, 1.0), (0, 3.0)])
 def test_sequences_come_as_often_as_their_likelihood_says(label, weight):
-    """Broken: generation would not be that of the model that was trained, or guidance act at another position."""
+    """Fails if generation is not that of the model that was trained, or if guidance acts at another position."""
     model = random_weights(baselines.CausalDenoiser(3, 3, **SIZE))
     x = torch.tensor(list(itertools.product(range(3), repeat=3)))
     found = baselines.autoregressive_generate(model, torch.full((10000,), label), (weight,) * 3,
@@ -97,8 +97,8 @@ class Exact:
 
 
 def test_standardized_and_quantized_counts():
-    """Broken: noise and data would be of different scales; or rounding would lose the sum that every state of the
-    continuous diffusion has, or change more than it must."""
+    """Fails if noise and data are of different scales, or if rounding loses the sum that every state of the continuous
+    diffusion has, or changes more than it must."""
     counts = sample_noise(5000, 12, 30, "multinomial")
     x = baselines.standardize(counts, 30)
     assert x.sum(1).abs().max() < 1e-4 and x.std().item() == pytest.approx(1, abs=0.03)
@@ -134,7 +134,7 @@ class ExactVelocity:
     pytest.param(baselines.flow_generate, Exact(), 50, marks=pytest.mark.slow),
     (baselines.continuous_generate, ExactVelocity(), 100)])
 def test_generation_reaches_a_known_distribution(generate, exact, steps, label):
-    """Broken: the steps from noise to data would not follow the process that the model is trained for."""
+    """Fails if the steps from noise to data do not follow the process that the model is trained for."""
     found = generate(exact, torch.full((4000,), label), steps=steps, generator=generator(1))
     assert (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.03
 
@@ -142,7 +142,7 @@ def test_generation_reaches_a_known_distribution(generate, exact, steps, label):
 @pytest.mark.parametrize("loss, exact", [(partial(fsdd_loss, process=baselines.flow_process), Exact()),
                                          (baselines.continuous_loss, ExactVelocity())])
 def test_the_loss_is_least_for_the_exact_model(loss, exact):
-    """Broken: training would aim at something else than p(x_0 | X_t), or the mean of X_1 - X_0 at X_t."""
+    """Fails if training aims at something else than p(x_0 | X_t), or the mean of X_1 - X_0 at X_t."""
     labels = torch.arange(2).repeat(10000)
     x0 = STATES[torch.multinomial(SHARES[labels], 1)[:, 0]]
     batch = SimpleNamespace(x0=x0, labels=labels, t=1 - torch.rand(20000), uniform=torch.rand(20000, 3),
@@ -154,7 +154,7 @@ def test_the_loss_is_least_for_the_exact_model(loss, exact):
 
 
 def test_all_have_as_many_parameters():
-    """Broken: Table 5 would compare models of different sizes."""
+    """Fails if Table 5 compares models of different sizes."""
     size = {"num_classes": 10, "width": 96, "layers": 3, "heads": 3}
     models = [Denoiser(96, 32, **size), baselines.CausalDenoiser(32, 96, **size),
               baselines.CausalDenoiser(96, 33, **size), baselines.ContinuousDenoiser(96, 32, **size)]
@@ -166,7 +166,7 @@ def test_all_have_as_many_parameters():
 
 
 def test_the_likelihood_of_an_oracle_is_the_datas():
-    """Broken: the bound would not be one, or not be reached by the exact p(x_0 | X_t), which makes it tight."""
+    """Fails if the bound is not one, or if the exact p(x_0 | X_t), which makes it tight, does not reach it."""
     oracle = HiddenOracle(6, 4, 12)
     draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(54))
     tokens, no_labels = counts_to_tokens(oracle.data[draws]), torch.zeros(4000, dtype=torch.int64)

@@ -38,8 +38,7 @@ def rows_of(output):
 
 @pytest.mark.slow
 def test_the_table(digits, cache, few_settings, capsys, monkeypatch):
-    """Broken: a method would be left out, be given other models or searches than the rest, or break the sum
-    unnoticed."""
+    """Fails if a method is left out, is given other models or searches than the rest, or gives wrong sums unnoticed."""
     monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((1.0, 1.0), (2.0, 1.0)))
     rows = table(capsys, f"{digits}/tokenizer.pt")
     assert list(rows) == list(table5_priors.METHODS)
@@ -60,7 +59,7 @@ def test_the_table(digits, cache, few_settings, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["AR-random", "Continuous Diffusion"])
 def test_an_interrupted_run_resumes(method, digits, cache, capsys, monkeypatch):
-    """Broken: hours of training would be lost, or continue in another way than without the interruption."""
+    """Fails if hours of training are lost, or continue in another way than without the interruption."""
     options = [f"--methods={method}", "--search_lr=no", "--save_every=2"]
     whole = table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1)
     path, = cache.glob("*-seed0-*.pt")
@@ -82,7 +81,7 @@ def test_an_interrupted_run_resumes(method, digits, cache, capsys, monkeypatch):
 
 
 def test_counts_of_any_sum_are_decoded(digits):
-    """Broken: samples that break the sum would be left out, truncated, or change rows."""
+    """Fails if samples with a wrong sum are left out, truncated, or change rows."""
     tokenizer = open_tokenizer(f"{digits}/tokenizer.pt", None, torch.device("cpu"))[0]
     counts = torch.cat([sample_noise(3, 64, M, "multinomial") for M in (5, 6, 0, 19, 6)])[torch.randperm(15)]
     one_by_one = [generation.decode(tokenizer, counts_to_tokens(row[None])) for row in counts]
@@ -91,8 +90,8 @@ def test_counts_of_any_sum_are_decoded(digits):
 
 
 def test_batches():
-    """Broken: AR-order1 and 2 would learn more than one order, or AR-random only one; a method would learn other images
-    or labels than the rest, or other ones in a world of several ranks."""
+    """Fails if AR-order1 or 2 learns more than one order, AR-random only one, or if a method learns other images or
+    labels than the rest, or other ones on several ranks."""
     tokens = torch.stack([torch.randperm(64)[:6] for _ in range(100)])
     cfg = SimpleNamespace(batch_size=20, seed=3, label_drop=0.1, prior="multinomial", training_times="uniform")
     task = SimpleNamespace(tokens=tokens.numpy().astype(np.uint16)[None], M=6, C=64, device=torch.device("cpu"),
@@ -115,7 +114,7 @@ def test_batches():
 
 
 def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
-    """Broken: a mistake would end in a traceback, or be found after hours."""
+    """Fails if a mistake ends in a traceback, or is found after hours."""
     main, ckpt = table5_priors.main, f"--ckpt={digits}/tokenizer.pt"
     monkeypatch.setattr(table5_priors, "encode_training_set", None)  # of ImageNet it takes an hour
     for arguments, words in (([], ["no checkpoint tokenizer.pt", "train_tokenizer.py"]),
@@ -127,8 +126,7 @@ def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_is_measured_depends_on_all_its_settings(digits, cache, few_settings, capsys):
-    """Broken: a distance measured with one setting would be shown for another; or that of the search for the
-    table's."""
+    """Fails if a distance measured with one setting is shown for another, or that of the search for the table's."""
     options = ["--methods=FSDD", "--search_lr=no"]
     found = [table(capsys, f"{digits}/tokenizer.pt", *options, *more, seeds=1)["FSDD"][4]
              for more in ([], ["--num_images=20"], ["--sample_steps=3"], ["--batch=30"])]  # 20: as many as the search
@@ -137,7 +135,7 @@ def test_what_is_measured_depends_on_all_its_settings(digits, cache, few_setting
 
 @pytest.mark.slow
 def test_the_same_table_from_two_ranks(digits, cache, few_settings, capsys, tmp_path, monkeypatch):
-    """Broken: under torchrun a rank would train or measure something else, or wait for another forever."""
+    """Fails if a rank under torchrun trains or measures something else, or waits for another forever."""
     script = tmp_path / "table5.py"
     script.write_text("from paper import table5_priors\nfrom support.training import run\nrun(table5_priors.main)\n")
     options = [f"--ckpt={digits}/tokenizer.pt", "--methods=AR-random,Continuous Diffusion", "--search_lr=no",
