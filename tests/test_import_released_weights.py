@@ -57,8 +57,8 @@ def test_other_scripts_take_it(imported, tmp_path):
     finished = run_here(sample.main, "--ckpt", imported / "fsdd.pt", "--labels=7,29", "--num=4", folder=tmp_path)
     assert "prior distinct, sampler paper, steps 25, guidance 4,50,55, top_p 0.8" in finished.stdout, finished.stderr
     successful(run_here(train_fsdd.main, "--recipe=imagenet256", "--data=images", "--tokenizer",
-                        imported / "tokenizer.pt", "--steps=1", "--sample_steps=2", "--batch_size=2", "--width=64",
-                        "--heads=1", "--layers=1", "--compile=false", "--workers=0", "--prior=distinct",
+                        imported / "tokenizer.pt", "--steps=1", "--batch_size=2", "--width=64",
+                        "--heads=1", "--layers=1", "--compile=false", "--workers=0", "--noise=distinct",
                         folder=tmp_path))
     for main, path in ((train_tokenizer.main, "tokenizer.pt"), (train_fsdd.main, "fsdd.pt")):
         assert_one_sentence(run_here(main, "--resume", "--out", imported / path, folder=tmp_path), path, "--resume")
