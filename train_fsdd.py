@@ -57,9 +57,9 @@ HYPERPARAMETERS = [
     ("training_times",   "flips",        "uniform",       "uniform | flips",    "t; masked: always uniform"),
     ("code_start",       "codebook",     "zeros",         "zeros | codebook",   "start of the code embedding"),
     ("denoiser",         "sparse",       "dense",         "dense | sparse",     "codes attend to codes, or tokens"),
-    ("loss_codes",       3,              3,               "[2, inf)",           "sparse: times M codes in the loss"),
+    ("loss_codes",       2,              3,               "[2, inf)",           "sparse: times M codes in the loss"),
     # optimization
-    ("steps",            4000,           1000000,         "[1, inf)",           "optimizer steps"),
+    ("steps",            3600,           1000000,         "[1, inf)",           "optimizer steps"),
     ("batch_size",       64,             256,             "[1, inf)",           "images per step, over all processes"),
     ("device_batch",     64,             32,              "[1, inf)",           "images that a process takes at once"),
     ("optimizer",        "muon",         "adamw",         "adamw | muon",       "muon: for the blocks' matrices"),

@@ -14,7 +14,7 @@ from tests.test_tokenizer import small_tokenizer
 @pytest.mark.parametrize("settings", [{"channels": 3}, {"model_class": GridTokenizer, "num_tokens": 4},
                                       {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
-    """Fails if the map is of another token or pixel, mixes the images of a batch, or misses a channel or a
+    """Fails if the map is another token's or pixel's, mixes the images of a batch, or misses a channel or a
     dimension."""
     model = small_tokenizer(**settings).double().requires_grad_(False)
     images = torch.rand(3, settings.get("channels", 1), 8, 8, dtype=torch.float64) * 2 - 1

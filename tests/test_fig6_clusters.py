@@ -7,7 +7,7 @@ from tests.scripts import assert_one_sentence, read_table, run_here
 
 
 def test_purity_by_hand():
-    """Fails if the share of the most frequent class is another class's, or counted over all images."""
+    """Fails if the share of the most frequent class is another's, or counted over all images."""
     labels = torch.tensor([0, 0, 1, 1, 1, 2])
     contains = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
     shares, classes = fig6_clusters.purity(contains, labels)

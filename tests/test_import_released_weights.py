@@ -42,8 +42,8 @@ def test_checkpoint_has_the_releases_settings(imported):
     """Fails if sample.py draws with other settings than the release's best."""
     checkpoint = torch.load(imported / "fsdd.pt", weights_only=True)
     assert checkpoint["denoiser"] == "dense"
-    assert checkpoint["generation"] == {"prior": "distinct", "sampler": "paper", "steps": 25, "guidance": "4,50,55",
-                                        "top_p": 0.8, "top_k": 0}
+    assert checkpoint["generation"] == {"prior": "distinct", "sampler": "paper", "steps": 25, "times": "even",
+                                        "guidance": "4,50,55", "top_p": 0.8, "top_k": 0}
     assert checkpoint["class_names"] == [str(i) for i in range(30)]
     alone = torch.load(imported / "tokenizer.pt", weights_only=True)
     assert alone["model_config"] == checkpoint["tokenizer"]["model_config"]
@@ -55,7 +55,8 @@ def test_other_scripts_take_it(imported, tmp_path):
     traceback."""
     make_image_folder(tmp_path / "images", 40, classes=2)
     finished = run_here(sample.main, "--ckpt", imported / "fsdd.pt", "--labels=7,29", "--num=4", folder=tmp_path)
-    assert "prior distinct, sampler paper, steps 25, guidance 4,50,55, top_p 0.8" in finished.stdout, finished.stderr
+    settings = "prior distinct, sampler paper, steps 25, times even, guidance 4,50,55, top_p 0.8"
+    assert settings in finished.stdout, finished.stderr
     successful(run_here(train_fsdd.main, "--recipe=imagenet256", "--data=images", "--tokenizer",
                         imported / "tokenizer.pt", "--steps=1", "--batch_size=2", "--width=64",
                         "--heads=1", "--layers=1", "--compile=false", "--workers=0", "--noise=distinct",

@@ -5,32 +5,39 @@ import torch
 from PIL import Image
 
 from paper import fig1_pipeline, fig3_process, fig5_receptive_field, fig6_clusters, inputs, reconstruct
-from paper import table1_order, table2_noise, table3_linear_probe, table5_steps, table6_sweep, table7_size
+from paper import table1_order, table2_noise, table3_linear_probe, table5_priors, table5_steps, table7_size
 from tests.conftest import few_digits
 from tests.scripts import assert_one_sentence, run_here
 from tests.test_tokenizer import small_tokenizer
 
-OPTIONS = [("images", (), "", "images"), (inputs.NUM, 5, "[2, inf)", "images"), ("--out", "a.png", "", "the picture"),
-           inputs.DATA, inputs.SEED, ("--toy", False, "", "tiny sizes")]
+OPTIONS = [("images", (), "", "images"), ("--num", 5, "[2, inf)", "images"), ("--out", "a.png", "", "the picture"),
+           inputs.DATA, inputs.SEED]
 
 
 def test_options():
     """Fails if an option has another type or value than its row says."""
-    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num_images=7", "--seed=3", "--toy"])
-    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3, "toy": True}
+    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num=7", "--seed=3"])
+    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3}
 
 
 @pytest.mark.parametrize("argument, words", [("--num=1", "[2, inf)"), ("--num=x", "invalid int"),
                                              ("--out=a.jpg", ".png"), ("--out=no/a.png", "no folder no"),
                                              ("--sed=1", "--sed")])
 def test_wrong_options_get_one_sentence(argument, words, tmp_path):
-    """Fails if a mistake ends in a traceback, or is found only after the work."""
+    """Fails if a mistake ends in a traceback, or only after the work."""
     finished = run_here(lambda argv: inputs.read_options(OPTIONS, "test", "", argv), "a", argument, folder=tmp_path)
     assert_one_sentence(finished, words)
 
 
+def test_one_process(monkeypatch, tmp_path):
+    """Fails if every process of torchrun does the same work and writes the same files."""
+    monkeypatch.setenv("RANK", "0")
+    finished = run_here(lambda argv: inputs.read_options(OPTIONS, "test", "", argv), "a", folder=tmp_path)
+    assert_one_sentence(finished, "leave out torchrun")
+
+
 @pytest.mark.parametrize("script", [fig1_pipeline, fig3_process, fig5_receptive_field, fig6_clusters, reconstruct,
-                                    table1_order, table2_noise, table3_linear_probe, table5_steps, table6_sweep,
+                                    table1_order, table2_noise, table3_linear_probe, table5_priors, table5_steps,
                                     table7_size])
 def test_a_missing_checkpoint_gets_one_sentence(script, tmp_path):
     """Fails if a script that needs a checkpoint does not say which command makes it."""
@@ -39,15 +46,14 @@ def test_a_missing_checkpoint_gets_one_sentence(script, tmp_path):
     assert_one_sentence(finished, "no checkpoint none.pt", "python train_")
 
 
-@pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 3), (1, 3), (2, 3)])
-def test_images_are_spread_evenly(rank, world_size):
+def test_images_are_spread_evenly():
     """Fails if only the first classes of validation images in the order of their classes are measured, or an image
     twice."""
     dataset = few_digits("test", 700)
-    batches = list(inputs.read_batches(dataset, 300, 28, torch.device("cpu"), rank, world_size, 0))
+    batches = list(inputs.read_batches(dataset, 300, 28, torch.device("cpu"), 0))
     indices = [i for batch, _ in batches for i in batch]
-    assert indices == [i * 700 // 300 for i in range(300 * rank // world_size, 300 * (rank + 1) // world_size)]
-    assert torch.allclose(torch.cat([images for _, images in batches]), dataset.images[indices] / 127.5 - 1)
+    assert indices == [i * 700 // 300 for i in range(300)]
+    assert torch.equal(torch.cat([images for _, images in batches]), dataset.images[indices])
 
 
 def test_images_in_files_and_folders(tmp_path):

@@ -27,7 +27,7 @@ def test_the_order_matters_but_to_a_set(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_decodes_as_decode_does(layout):
-    """Fails if the tokens of a sequence or a grid are shuffled in training, or if forward() and decode() differ."""
+    """Fails if the tokens of a sequence or a grid are shuffled in training, or forward() and decode() differ."""
     model, images = small_tokenizer(**LAYOUTS[layout]), torch.rand(7, 1, 8, 8) * 2 - 1
     assert model.encode(images).shape == (7, model.num_tokens)
     latents = torch.randn(7, model.num_tokens, 5)  # this encoder's own give few different tokens
@@ -58,7 +58,7 @@ def test_tokens_of_a_grid_have_their_positions():
      r"tokens\[0, 3\] = 10 is outside"),
 ])
 def test_bad_input_is_refused(wrong, words):
-    """Fails if bad input raises no error, or another one."""
+    """Fails if bad input is found somewhere inside, or not at all."""
     with pytest.raises(ValueError, match=words):
         wrong()
 

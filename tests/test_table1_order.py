@@ -1,7 +1,6 @@
 """Table 1: the distance of the reconstructions in five orders of the tokens."""
 import pytest
 import torch
-from PIL import Image
 
 from paper import table1_order
 from paper.inputs import open_tokenizer
@@ -30,13 +29,11 @@ def test_the_table(table, digits, tmp_path):
     expected = evaluate("--ckpt", digits / "tokenizer.pt", folder=tmp_path)["digits_fid"]
     assert expected > 1 and fids == pytest.approx([expected] * 5, rel=0.01)
     assert changes[0] == 0 and max(changes) <= 1  # rounding
-    with Image.open(tmp_path / "figure4.png") as page:
-        assert page.size == (6 * 56, 18 + 10 * 56)
+    assert table("--num=150")[0][0] != fids[0]
 
 
-@pytest.mark.slow
 def test_a_decoder_that_depends_on_the_order_shows(table, digits, monkeypatch):
-    """Fails if the five columns are not five orders, or if the change is not the largest of all pixels and batches."""
+    """Fails if the five columns are not five orders, or the change is not the largest of all pixels and batches."""
     def first_token_as_brightness(self, tokens):
         light = (tokens[:, 0] - 32) / 127.5  # that many steps of brightness away from the middle
         return light[:, None, None, None].expand(-1, 1, 28, 28)

@@ -34,7 +34,7 @@ def test_separable_classes_are_recognized():
 
 
 def test_features_of_an_image(digits):
-    """Fails if the counts are not those of encode(), the latents not those that it quantizes, or if images change
+    """Fails if the counts are not those of encode(), the latents not those that it quantizes, or images change
     rows."""
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     tokenizer, _ = evaluate_fid.open_tokenizer("", checkpoint, "digits", CPU)

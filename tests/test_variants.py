@@ -1,6 +1,5 @@
 """The models that the tables train: each once, under a name that says what it is."""
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from support.files import load_checkpoint, save_checkpoint
 TOKENIZER = {"width": 16, "heads": 2, "encoder_layers": 1, "decoder_layers": 1, "batch_size": 8, "steps": 3,
              "device": "cpu"}
 SET = {"num_tokens": 4, "codebook_size": 16}
-DENOISER = {"width": 16, "heads": 2, "layers": 1, "batch_size": 8, "steps": 3, "sample_steps": 2, "device": "cpu"}
+DENOISER = {"width": 16, "heads": 2, "layers": 1, "batch_size": 8, "steps": 3, "device": "cpu"}
 CPU = torch.device("cpu")
 
 
@@ -63,29 +62,21 @@ def test_a_variant_that_was_interrupted_resumes(cache, monkeypatch):
 @pytest.mark.slow
 def test_fids_of_variants_are_kept(cache, digits, monkeypatch):
     """Fails if a second table measures again, or takes an FID that other settings gave."""
-    path = variants.fsdd(variants.tokenizer(**SET, **TOKENIZER), **DENOISER)
-    found = variants.fid(path, CPU, num=40, steps=None)
-    args = evaluate_fid.parse([f"--ckpt={path}", "--num=40", f"--classifier={variants.CLASSIFIER}", "--device=cpu"])
-    assert found == ("digits FID", pytest.approx(evaluate_fid.evaluate(args, CPU)["digits_fid"]))
-    monkeypatch.setattr(evaluate_fid, "evaluate", lambda *args: {"fid": -1.0})
-    assert tuple(variants.fid(path, CPU, num=40)) == found
-    assert tuple(variants.fid(path, CPU, num=40, steps=1)) == ("FID", -1)
-    # no variant: it may be another model next time
-    assert tuple(variants.fid(f"{digits}/tokenizer.pt", CPU)) == ("FID", -1)
-    assert not os.path.exists(f"{digits}/tokenizer.pt.json")
-
-
-def test_no_variants_under_torchrun(cache, monkeypatch):
-    """Fails if every process trains the same model into the same file."""
-    monkeypatch.setattr(variants, "rank_and_world_size", lambda: (0, 2))
-    with pytest.raises(SystemExit, match="leave out torchrun"):
-        variants.tokenizer(**SET, **TOKENIZER)
-    assert not cache.exists()
+    tokenizer = variants.tokenizer(**SET, **TOKENIZER)
+    denoiser = variants.fsdd(tokenizer, **DENOISER)
+    rfid, gfid = variants.digits_fid(tokenizer, CPU), variants.digits_fid(denoiser, CPU, num=40, steps=2)
+    args = evaluate_fid.parse([f"--ckpt={denoiser}", "--num=40", "--steps=2", f"--classifier={variants.CLASSIFIER}",
+                               "--device=cpu"])
+    assert gfid == pytest.approx(evaluate_fid.evaluate(args, CPU)["digits_fid"])
+    monkeypatch.setattr(evaluate_fid, "evaluate", lambda *args: {"digits_fid": -1.0})
+    for path, options, expected in ((tokenizer, {}, rfid), (denoiser, {"num": 40, "steps": 2}, gfid),
+                                    (denoiser, {"num": 40, "steps": 1}, -1), (f"{digits}/tokenizer.pt", {}, -1)):
+        assert variants.digits_fid(path, CPU, **options) == expected
+    assert not os.path.exists(f"{digits}/tokenizer.pt.json")  # no variant: it may be another model next time
 
 
 def test_what_is_measured_is_kept_once(tmp_path):
-    """Fails if an interrupted table measures again or loses what else the file holds, or if a value of 0 counts as
+    """Fails if an interrupted table measures again, or loses what else the file holds, or a value of 0 counts as
     none."""
     path, values = f"{tmp_path}/a.json", iter((0.0, 1.0))
     assert [variants.keep(path, key, lambda: next(values)) for key in "aabb"] == [0, 0, 1, 1]
-    assert variants.keep("", "a", lambda: SimpleNamespace(own=True)).own  # no path: nothing is read or written
