@@ -185,8 +185,7 @@ def next_probabilities(x, p, t, s, prior="multinomial", top_p=1.0, top_k=0):
     b, p_b = noise_of_a_code(C, M, prior)
     K = int(max((p.amax((0, 1)) > 1e-5).nonzero().max(), b.max(), x.max()))  # the largest count that matters
     p, order = truncate(p[:, :, :K + 1], top_p, top_k)
-    if order is not None:
-        p = p.new_zeros(*p.shape[:2], K + 1).scatter(2, order, p)
+    p = p.new_zeros(*p.shape[:2], K + 1).scatter(2, order, p)
     p = p / p.sum(2, keepdim=True)  # (B, C, K + 1)
     F_t, F_s = distribution_function(t, b, K), distribution_function(s, b, K)  # each (K + 1, N, K + 2)
     q = torch.empty_like(p)

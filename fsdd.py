@@ -119,7 +119,9 @@ def sample_categorical(p, uniform, top_p=1.0, top_k=0):
     p: (..., K), each row sums to 1.  uniform: (...) in [0, 1), the random number that decides the draw.
     Returns the outcomes (...) int64 in [0, K).
     """
-    p, order = truncate(p, top_p, top_k)
+    order = None
+    if top_p < 1 or top_k:
+        p, order = truncate(p, top_p, top_k)
     cumulative = p.cumsum(-1)
     outcome = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)  # inverse of the distribution function
     outcome = outcome.clamp(max=p.shape[-1] - 1)
@@ -132,10 +134,8 @@ def truncate(p, top_p=1.0, top_k=0):
     top_p: keep the smallest set of outcomes whose probability exceeds top_p (never empty; 1 keeps all).
     top_k: keep the k most probable outcomes (0 keeps all).
     Returns p (..., k) in descending order, not normalized, with 0 for the outcomes that top_p removes, and order
-    (..., k), the outcome that each entry belongs to; p itself and None if nothing is to be removed.
+    (..., k), the outcome that each entry belongs to.
     """
-    if top_p >= 1 and not top_k:
-        return p, None
     p, order = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
     return p * (p.cumsum(-1) - p <= top_p), order  # the probability before an outcome decides: the first always stays
 

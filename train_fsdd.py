@@ -31,8 +31,8 @@ from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save
 from support.seeds import generator
-from support.training import (Signals, check_finite, check_training, keep_previous, open_log, progress_bar,
-                              replace_suffix, restore_training, run, save_training, stop_by_signal)
+from support.training import (Signals, check_training, diverged, keep_previous, open_log, progress_bar, replace_suffix,
+                              restore_training, run, save_training, stop_by_signal)
 
 MODELS = {  # width, layers, heads of the denoiser
     "digits": (96, 2, 3),
@@ -147,7 +147,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = make_optimizers(model, cfg, cfg.beta2, decay_all=True)
     start = restore_training(checkpoint, model, ema, optimizers)
-    ddp = parallel(model, device, cfg)
+    ddp, mixed_precision = parallel(model, device, cfg), autocast(device, cfg.bf16)
     rows, micro_batches = local_batch(B, cfg.device_batch)
     world_size = rank_and_world_size()[1]
     log = open_log(replace_suffix(cfg.out, ".csv"), COLUMNS, start)
@@ -159,17 +159,20 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
         mean = torch.zeros((), device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
-            with autocast(device, cfg.bf16):
+            some = Batch(*(field[part] for field in batch))
+            with mixed_precision:
                 if cfg.denoiser == "sparse":
-                    loss = sparse_loss(ddp, batch.rows(part), cfg.loss_codes * model.num_tokens)
+                    loss = sparse_loss(ddp, some, cfg.loss_codes * model.num_tokens)
                 else:
-                    loss = fsdd_loss(ddp, batch.rows(part))
+                    loss = fsdd_loss(ddp, some)
             loss = loss * ((part.stop - part.start) / B)
             (loss * world_size).backward()  # DDP divides by the world size
             mean += loss.detach()
 
         # clip, learning rate, step, moving average
-        check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
+        norm = clip_grad_norm_(model.parameters(), cfg.clip or math.inf)  # of the global batch, the same on all ranks
+        if not norm.isfinite():
+            diverged(f"the gradient of step {step + 1} is not finite", cfg)
         lr_scale = warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:
@@ -200,10 +203,6 @@ class Batch(NamedTuple):
     t: torch.Tensor        # (B,) in (0, 1], training times
     labels: torch.Tensor   # (B,) int64, classes, some of them dropped for the null class
     u_codes: torch.Tensor  # (B, C) in [0, 1), decides which codes the sparse loss looks at
-
-    def rows(self, part):
-        """The rows of a slice, such as a micro-batch."""
-        return Batch(*(field[part] for field in self))
 
 
 def draw_batch(tokens, labels, model_config, rows, step, device, cfg):

@@ -72,7 +72,7 @@ def test_any_number_of_ranks_trains_alike(stage1, few_to_train_on, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ([], ("sparse_loss", 12)), (["--loss_codes=5", "--noise=distinct"], ("sparse_loss", 20)),
+    ([], ("sparse_loss", 8)), (["--loss_codes=5", "--noise=distinct"], ("sparse_loss", 20)),
     (["--denoiser=dense", "--noise=masked"], ("fsdd_loss",))])
 def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on, tmp_path, monkeypatch):
     """Fails if training computes the loss from more or fewer codes than --loss_codes says, or a dense denoiser's from
