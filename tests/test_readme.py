@@ -33,7 +33,7 @@ def test_commands_have_options_that_exist(page):
     """Fails if a command on the page ends in an error about its options."""
     commands = re.findall(r"(?:python|torchrun --\S+) (?:-m )?(paper\.\w+|\w+\.py)\b([^`|#&\n]*)",
                           read(page).replace("\\\n", " "))
-    assert len(commands) > 5
+    assert commands
     for script, arguments in commands:
         words = arguments.split(" --")[0].split()
         text = help_of(script.removesuffix(".py"), *words)
