@@ -90,7 +90,7 @@ def refine(denoiser, labels, prior="masked", steps=STEPS, times="even", guidance
 
 
 def unmask(x, p, number, top_p=1.0, top_k=0, generator=None):
-    """Unmask so many tokens in every row. x: X_t (B, C + 1).  p: p(x_0 | X_t) (B, C + 1, M + 1).  Returns (B, C + 1)."""
+    """Unmask a number of tokens in every row. x: X_t (B, C + 1).  p: p(x_0 | X_t) (B, C + 1, M + 1).  Returns X_s."""
     M, device = p.shape[2] - 1, x.device
     if number == 1:
         tokens = torch.multinomial(next_token(x, p), 1, generator=generator)  # (B, 1)

@@ -1,7 +1,7 @@
 """Draw images from a trained model (Sec. 3.3.2, Eq. 8-10): noise -> counts -> tokens -> images.
 
     python sample.py --ckpt digits.pt                              a labelled grid of samples, samples.png
-    python sample.py --ckpt fsdd.pt --out samples.gif              the counts as they are adjusted, decoded at every step
+    python sample.py --ckpt fsdd.pt --out samples.gif              the counts step by step, decoded at every step
     python sample.py --ckpt digits.pt --like digits:17             images that share tokens with an image
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
@@ -46,7 +46,7 @@ GENERATION = [  # settings of generation. A checkpoint keeps the column of its r
     ("times",     "middle",  "even",        "even",    "middle",   "even | middle",              "when the steps are"),
     ("guidance",  "4,8,8",   "4,50,55",     "2.5",     "1,6,12",   "",                           "one weight, or thirds"),
     ("top_p",     1.0,       0.8,           1.0,       1.0,        "(0, 1]",                     "keep likely counts"),
-    ("top_k",     2,         0,             0,         0,          "[0, inf)",                   "keep so many, 0 = all"),
+    ("top_k",     2,         0,             0,         0,          "[0, inf)",                   "keep k, 0 = all"),
 ]
 COLUMNS = ("digits", "imagenet256", "masked", "exchange")
 
@@ -131,7 +131,7 @@ def draw_like(denoiser, tokenizer, labels, prior, refine, args):
         random = generator(device, "like", args.seed, keep)
         order = torch.rand(tokens.shape, generator=random, device=device).argsort(1)
         kept = tokens_to_counts(tokens.gather(1, order[:, :keep]), C)  # (10, C)
-        x = kept + NOISES[prior].sample_noise(len(labels), C, M - keep, prior, random, device)  # and noise for the others
+        x = kept + NOISES[prior].sample_noise(len(labels), C, M - keep, prior, random, device)
         t = 1 - keep / M if prior == "masked" else flip_times(torch.tensor(1 - keep / M)).item()
         with autocast(device, args.bf16):
             *_, x = refine(denoiser, labels, generator=random, start=(x, t))

@@ -21,7 +21,7 @@ from tests.test_fsdd import (LargestTensor, assert_generation_ends_at_the_data, 
 
 
 def test_training_times_are_uniform_in_flips():
-    """Broken: training would not see every share of flips equally often."""
+    """Fails if training does not see every share of flips equally often."""
     t = flip_times(torch.rand(100_000, generator=generator(25)))
     assert 0 < t.min() < 0.08 and 0.92 < t.max() < 1
     x0, x1 = torch.tensor([[1, 0]]).expand(len(t), 2), torch.tensor([[0, 1]]).expand(len(t), 2)
@@ -37,7 +37,7 @@ def test_training_times_are_uniform_in_flips():
 
 @pytest.mark.parametrize("C, code_dim", [(96, 3), (40, 12), (7, 2)])
 def test_similar_codes_start_with_similar_embeddings(C, code_dim):
-    """Broken: inner products of the embeddings would not be in proportion to exp(-2 |e - e'|^2)."""
+    """Fails if inner products of the embeddings are not in proportion to exp(-2 |e - e'|^2)."""
     denoiser = SimpleNamespace(code_embedding=torch.nn.Parameter(torch.zeros(1, C, 4096)))
     codes = torch.nn.functional.normalize(torch.randn(C, code_dim), dim=1)
     beyond.start_from_codebook(denoiser, codes)
@@ -51,7 +51,7 @@ def test_similar_codes_start_with_similar_embeddings(C, code_dim):
 
 @pytest.mark.parametrize("C, M", [(12, 6), (5, 40), (300, 32), (1, 3)])
 def test_sparse_attends_to_the_tokens(C, M):
-    """Broken: a code would not attend to the tokens of X_t, each as often as it occurs, with the dense one's weights.
+    """Fails if a code does not attend to the tokens of X_t, each as often as it occurs, with the dense one's weights.
     Attention to all codes with log X_t added to their scores is the same, as exp(score + log k) = k exp(score)."""
     dense, sparse = (small_denoiser(C, M, model_class=kind).double() for kind in (Denoiser, SparseDenoiser))
     sparse.load_state_dict(dense.state_dict())  # a checkpoint of one can be used by the other
@@ -72,7 +72,7 @@ def test_sparse_attends_to_the_tokens(C, M):
 
 
 def test_sparse_logits_of_some_codes_are_those_of_all():
-    """Broken: training, which computes the logits of some codes, would see other logits than sampling."""
+    """Fails if training, which computes the logits of some codes, sees other logits than sampling."""
     denoiser = small_denoiser(30, 6, model_class=SparseDenoiser)
     x, t, labels = skewed_counts(9, 30, 6, 41), torch.rand(9), torch.randint(3, (9,))
     codes = (torch.rand(x.shape) + (x > 0)).topk(12, dim=1).indices
@@ -81,7 +81,7 @@ def test_sparse_logits_of_some_codes_are_those_of_all():
 
 
 def test_sparse_loss_estimates_the_loss_of_all_codes():
-    """Broken: training on some of the codes would minimize something else than the mean over all."""
+    """Fails if training on some of the codes minimizes something else than the mean over all."""
     denoiser, batch = small_denoiser(40, 6, model_class=SparseDenoiser), random_batch(8, 40, 6, 43)
     batch.x0[0], batch.x_t[0], batch.t[0] = torch.arange(40) < 6, torch.arange(40) >= 34, 1.0  # 2 M codes in the two
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_sparse_loss_estimates_the_loss_of_all_codes():
 
 
 def test_sparse_gradients_do_not_depend_on_chance():
-    """Broken: on several threads, the same training would give other weights in every run, and so after a resume."""
+    """Fails if the same training on several threads gives other weights in every run, and so after a resume."""
     batch, denoiser = random_batch(64, 256, 32, 44), small_denoiser(256, 32, model_class=SparseDenoiser)
     threads, gradients = torch.get_num_threads(), []
     torch.set_num_threads(2)
@@ -109,7 +109,7 @@ def test_sparse_gradients_do_not_depend_on_chance():
 
 @pytest.mark.slow
 def test_sparse_compiled_is_the_same():
-    """Broken: torch.compile would train another sparse denoiser."""
+    """Fails if torch.compile trains another sparse denoiser."""
     batch, gradients = random_batch(8, 40, 6, 44), []
     for compiled in (False, True):
         denoiser = small_denoiser(40, 6, model_class=SparseDenoiser)
@@ -135,7 +135,7 @@ def marginal(t, a, C, M, prior):
 
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 def test_noise_of_a_code_is_that_of_sample_noise(prior):
-    """Broken: the posterior would be that of another noise than sample_noise() draws."""
+    """Fails if the posterior is that of another noise than sample_noise() draws."""
     b, p = beyond.noise_of_a_code(20, 8, prior)
     counts = sample_noise(50_000, 20, 8, prior, generator(30))[:, 3]
     expected = torch.zeros(9, dtype=torch.float64).index_put((b,), p)
@@ -144,7 +144,7 @@ def test_noise_of_a_code_is_that_of_sample_noise(prior):
 
 
 def test_noise_of_a_code_is_finite_for_large_sets():
-    """Broken: with M in the thousands, factorials would overflow; and the values kept would not be few."""
+    """Fails if factorials overflow with M in the thousands, or if more than a few values are kept."""
     b, p = beyond.noise_of_a_code(4096, 1100, "multinomial")
     assert p.sum() == pytest.approx(1, abs=1e-9) and b.tolist() == list(range(len(b))) and len(b) < 20
     assert (p * b).sum() == pytest.approx(1100 / 4096)
@@ -153,8 +153,8 @@ def test_noise_of_a_code_is_finite_for_large_sets():
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 @pytest.mark.parametrize("t, s", [(1.0, 0.9), (1.0, 0.0), (0.8, 0.5), (0.52, 0.48), (0.3, 0.05), (0.04, 0.0)])
 def test_posterior_leads_from_marginal_to_marginal(t, s, prior):
-    """Broken: steps by Eq. 8 would not follow the forward process: q(X_s | x_0) must be the sum over k of
-    q(X_s | X_t = k, x_0) q(X_t = k | x_0)."""
+    """Fails if steps by Eq. 8 do not follow the forward process: q(X_s | x_0) is the sum over k of q(X_s | X_t = k,
+    x_0) q(X_t = k | x_0)."""
     C, M = 10, 6
     b, p_b = beyond.noise_of_a_code(C, M, prior)
     F_t, F_s = beyond.distribution_function(t, b, M), beyond.distribution_function(s, b, M)
@@ -170,7 +170,7 @@ def test_posterior_leads_from_marginal_to_marginal(t, s, prior):
 @pytest.mark.parametrize("C, M", [(6, 4), (64, 32), (3, 50), (1, 7), (200, 5)])
 @pytest.mark.parametrize("kind", ["random", "spikes", "all go up", "all go down", "far"])
 def test_exchange_keeps_the_sum(C, M, kind):
-    """Broken: some distribution would leave a row with a wrong sum or a negative count, or never end."""
+    """Fails if some distribution leaves a row with a wrong sum or a negative count, or never ends."""
     g = generator(31)
     x = sample_noise(40, C, M, "multinomial", g)
     shape = (40, C, M + 1)
@@ -183,7 +183,7 @@ def test_exchange_keeps_the_sum(C, M, kind):
 
 
 def test_exchange_moves_as_many_tokens_as_independent_codes():
-    """Broken: small steps would stall, as they do with Algorithm 1, or change too much, or only the likeliest codes."""
+    """Fails if small steps stall, as they do with Algorithm 1, change too much, or change only the likeliest codes."""
     n, C, M = 20_000, 40, 20
     x = torch.cat([torch.ones(n, M), torch.zeros(n, C - M)], dim=1).long()
     rate = torch.linspace(0.002, 0.02, M).repeat(2)  # of going down where x is 1, of going up where it is 0
@@ -194,12 +194,13 @@ def test_exchange_moves_as_many_tokens_as_independent_codes():
     assert moved.sum() / rate.sum() == pytest.approx(1, abs=0.03)
     assert ((moved / rate.double() - 1).abs() < 0.3).all()
     u = torch.rand(n, C, generator=generator(33))
-    stalled = (greedy_adjust(sample_categorical(q, u), look_up(torch.nn.functional.pad(q, (0, M - 2)).log()), M) != x).double().mean(0)
+    log_q = look_up(torch.nn.functional.pad(q, (0, M - 2)).log())
+    stalled = (greedy_adjust(sample_categorical(q, u), log_q, M) != x).double().mean(0)
     assert stalled.sum() / rate.sum() < 0.4
 
 
 def test_an_exchange_step_makes_no_table_over_all_counts():
-    """Broken: at ImageNet's size a step would take B x C x (M + 1) numbers besides the denoiser's p."""
+    """Fails if a step at ImageNet's size takes B x C x (M + 1) numbers besides the denoiser's p."""
     B, C, M = 2, 4096, 128
     logits = torch.full((B, C, M + 1), -20.0)
     logits[:, :, :4] = torch.tensor([0.0, -3.0, -5.0, -9.0])
@@ -213,14 +214,14 @@ def test_an_exchange_step_makes_no_table_over_all_counts():
 @pytest.mark.parametrize("settings", [{}, {"prior": "distinct"}, {"top_k": 2}, {"steps": 1}, {"top_p": 0.8},
                                       {"guidance": [4.0], "steps": 100}])
 def test_every_state_of_exchange_sums_to_M(settings, model_class):
-    """Broken: the fixed-sum constraint in generation by exchange, of either denoiser."""
+    """Fails if a state of generation by exchange does not sum to M, with either denoiser."""
     assert_generation_keeps_the_sum(small_denoiser(model_class=model_class), refine_by_exchange, **settings)
 
 
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 @pytest.mark.parametrize("steps", [1, 3, 25])
 def test_exchange_ends_at_what_the_denoiser_knows(steps, prior):
-    """Broken: exchange would not lead from noise to X_0 even with a perfect denoiser."""
+    """Fails if exchange does not lead from noise to X_0 even with a perfect denoiser."""
     assert_generation_ends_at_the_data(refine_by_exchange, steps=steps, prior=prior)
 
 
@@ -289,9 +290,9 @@ class Oracle:
     pytest.param(6, 4, 4, "distinct", (5, 25, 100), marks=pytest.mark.slow),
     pytest.param(8, 3, 5, "multinomial", (5, 25, 100), marks=pytest.mark.slow)])
 def test_exchange_samples_the_data_of_an_oracle(C, M, images, prior, all_steps, monkeypatch):
-    """Broken: with the exact p(x_0 | X_t), more steps of exchange would not come closer to the data, or not as close as
-    the noise of the draws; or what beyond.py says of the paper's sampler, of the posterior with Algorithm 1 and of
-    evenly spaced times would not hold. Prints all distances."""
+    """Fails if more steps of exchange, with the exact p(x_0 | X_t), do not come closer to the data, or not as close as
+    the noise of the draws, or if what beyond.py says of the paper's sampler, of the posterior with Algorithm 1 and of
+    evenly spaced times does not hold. Prints all distances."""
     oracle = Oracle(C, M, images, prior)
     draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(44))
     noise = oracle.distance(oracle.data[draws])

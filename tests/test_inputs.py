@@ -46,20 +46,8 @@ def test_a_missing_checkpoint_gets_one_sentence(script, tmp_path):
     assert_one_sentence(finished, "no checkpoint none.pt", "python train_")
 
 
-@pytest.mark.parametrize("data, channels, words", [(None, 1, ["t.pt", "--data"]), ("nowhere", 3, ["nowhere/val"]),
-                                                   ("digits", 3, ["1 channels", "3", "--data"])])
-def test_images_that_do_not_fit_get_one_sentence(data, channels, words, tmp_path):
-    """Fails if a tokenizer is measured with images of another kind, or the script ends in a traceback."""
-    config = dict(image_size=28, channels=channels, patch_size=7, num_tokens=6, codebook_size=10, code_dim=5, width=32,
-                  heads=2, encoder_layers=1, decoder_layers=1)
-    weights = small_tokenizer(**config).state_dict()
-    torch.save({"kind": "tokenizer", "model_config": config, "weights": weights}, tmp_path / "t.pt")
-    finished = run_here(lambda _: inputs.open_tokenizer("t.pt", data, torch.device("cpu")), folder=tmp_path)
-    assert_one_sentence(finished, *words)
-
-
 def test_images_are_spread_evenly():
-    """Fails if of validation images in the order of their classes only the first classes are measured, or an image
+    """Fails if only the first classes of validation images in the order of their classes are measured, or an image
     twice."""
     dataset = few_digits("test", 700)
     batches = list(inputs.read_batches(dataset, 300, 28, torch.device("cpu"), 0))
@@ -86,9 +74,14 @@ def test_images_in_files_and_folders(tmp_path):
     assert torch.equal(digits, few_digits("test", 3).images)
 
 
-@pytest.mark.parametrize("path, words", [("none", "no image none"), ("empty", ".png"), ("digits", "16 with 3")])
-def test_missing_images_get_one_sentence(path, words, tmp_path):
-    """Fails if a mistake ends in a traceback."""
+def test_mistakes_get_one_sentence(digits, tmp_path):
+    """Fails if images that are missing, or that do not fit the tokenizer, end in a traceback."""
     (tmp_path / "empty").mkdir()
-    tokenizer = small_tokenizer(3, image_size=16)
-    assert_one_sentence(run_here(lambda argv: inputs.read_images(argv, 1, tokenizer), path, folder=tmp_path), words)
+    tokenizer, checkpoint = small_tokenizer(3, image_size=16), f"{digits}/tokenizer.pt"
+    for mistake, words in [
+        (lambda _: inputs.read_images(["none"], 1, tokenizer), "no image none"),
+        (lambda _: inputs.read_images(["empty"], 1, tokenizer), ".png"),
+        (lambda _: inputs.read_images(["digits"], 1, tokenizer), "16 with 3"),
+        (lambda _: inputs.open_tokenizer(checkpoint, "nowhere", torch.device("cpu")), "nowhere/val"),
+    ]:
+        assert_one_sentence(run_here(mistake, folder=tmp_path), words)

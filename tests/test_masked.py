@@ -18,7 +18,7 @@ from tests.test_fsdd import KnowsData, assert_same_distribution, generator, skew
 
 
 def test_every_token_is_masked_with_probability_t():
-    """Broken: a token would be more likely to be masked than another, or a state not sum to M."""
+    """Fails if one token is more likely to be masked than another, or if a state does not sum to M."""
     x0 = torch.tensor([[3, 0, 1, 0, 0]]).expand(20_000, -1)  # M = 4, four codes and the mask code
     x1 = masked.sample_noise(len(x0), 5, 4)
     assert x1.tolist() == [[0, 0, 0, 0, 4]] * len(x0)
@@ -32,7 +32,7 @@ def test_every_token_is_masked_with_probability_t():
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 6, 40])
 def test_unmasked_tokens_stay(steps):
-    """Broken: a state would not sum to M, a token that is visible would change, or some stay masked at the end."""
+    """Fails if a state does not sum to M, a visible token changes, or tokens stay hidden at the end."""
     denoiser, labels = small_denoiser(13, 6, model_class=SparseDenoiser), torch.arange(60) % 3
     for settings in ({}, {"top_p": 0.7}, {"top_k": 2}, {"guidance": [5.0]}):
         states = list(masked.refine(denoiser, labels, **{"guidance": [1.0]} | settings, steps=steps,
@@ -44,7 +44,7 @@ def test_unmasked_tokens_stay(steps):
 
 
 def test_unmasking_ends_at_what_the_denoiser_knows():
-    """Broken: masked tokens would not become those that a perfect denoiser predicts, also counts above 1."""
+    """Fails if masked tokens do not become those that a perfect denoiser predicts, also for counts above 1."""
     x0 = torch.nn.functional.pad(skewed_counts(50, 12, 6, 52), (0, 1))
     for steps in (1, 2, 4, 6):
         *_, end = masked.refine(KnowsData(x0), torch.zeros(50, dtype=torch.int64), guidance=[1.0], steps=steps)
@@ -52,7 +52,7 @@ def test_unmasking_ends_at_what_the_denoiser_knows():
 
 
 def test_a_sum_is_repaired_in_proportion_to_the_probabilities():
-    """Broken: steps to the sum M would favour codes other than those whose counts are in doubt, or be taken where the
+    """Fails if steps to the sum M favour codes other than those whose counts are in doubt, or are taken where the
     probability is 0."""
     p = torch.tensor([[0.5, 0.5, 0], [0.2, 0.8, 0], [1, 0, 0], [0.8, 0.1, 0.1]])
     x = torch.tensor([[0, 0, 0, 1]]).expand(40_000, -1)
@@ -90,8 +90,8 @@ class MaskedOracle(Oracle):
 @pytest.mark.parametrize("C, M, images", [(6, 4, 4), pytest.param(8, 3, 5, marks=pytest.mark.slow),
                                           pytest.param(7, 6, 12, marks=pytest.mark.slow)])
 def test_one_token_at_a_time_is_exact_by_an_oracle(C, M, images):
-    """Broken: with the exact p(x_0 | X_t), M steps would not draw from the data, or fewer steps not come closer to it
-    than exchange does. Prints all distances."""
+    """Fails if M steps, with the exact p(x_0 | X_t), do not draw from the data, or if fewer steps do not come closer to
+    it than exchange does. Prints all distances."""
     oracle, steps = MaskedOracle(C, M, images), range(1, 2 * M + 1)
     draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(44))
     noise = oracle.distance(torch.nn.functional.pad(oracle.data[draws], (0, 1)))
@@ -108,7 +108,7 @@ def test_one_token_at_a_time_is_exact_by_an_oracle(C, M, images):
 
 
 def test_only_unlikely_codes_are_left_out_of_generation():
-    """Broken: codes that may be in X_0, or that X_t contains, would vanish from samples; or none would be left out."""
+    """Fails if codes that may be in X_0, or that X_t contains, vanish from samples, or if none is left out."""
     denoiser = small_denoiser(30, 6, model_class=SparseDenoiser)
     x, labels, (uniform, order) = skewed_counts(9, 30, 6, 42), torch.randint(3, (9,)), torch.rand(2, 9, 30)
     chance = uniform * (order > 0.5)  # of being in X_0: half of the codes have none, also some that X_t contains

@@ -67,7 +67,7 @@ def assert_same_arrays(ours, theirs):
 
 
 def test_same_images_for_any_number_of_ranks(checkpoint, tmp_path):
-    """Broken: the images would depend on the number of ranks, or come out in another order."""
+    """Fails if the images depend on the number of ranks, or come out in another order."""
     results = []
     for world_size in (1, 3):  # 5 chunks, so unequal shares
         out = tmp_path / f"{world_size}.npz"
@@ -82,7 +82,7 @@ def test_same_images_for_any_number_of_ranks(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_same_images_under_torchrun(digits, tmp_path):
-    """Broken: the README's command for several GPUs would write other images, or not end."""
+    """Fails if the README's command for several GPUs writes other images, or does not end."""
     for world_size in (1, 2):
         successful(run("sample.py", "--ckpt", digits / "fsdd.pt", "--num_images=230", "--batch=50",
                        f"--out={world_size}.npz", "--device=cpu", folder=tmp_path, world_size=world_size))
@@ -90,7 +90,7 @@ def test_same_images_under_torchrun(digits, tmp_path):
 
 
 def test_seed_labels_and_settings_matter(draw):
-    """Broken: an option would be read and then ignored, or the checkpoint's settings would not be the defaults."""
+    """Fails if an option is read and then ignored, or if the checkpoint's settings are not the defaults."""
     plain, labels = draw("--num=12", "--labels=3,7")
     assert labels.tolist() == [3] * 6 + [7] * 6
     defaults = ("--seed=0", "--sampler=paper", "--steps=4", "--times=even", "--guidance=2,3,4", "--top_p=0.9",
@@ -126,7 +126,7 @@ def test_guidance_is_one_weight_or_several():
 
 
 def test_decoding_in_parts_changes_nothing(checkpoint):
-    """Broken: large images, which are decoded a few at a time, would come out in another order, or some be lost."""
+    """Fails if large images, which are decoded a few at a time, come out in another order, or if some are lost."""
     _, tokenizer, _ = sample.load(str(checkpoint), torch.device("cpu"))
     tokens = counts_to_tokens(sample_noise(11, 10, 6, "multinomial"))
     whole = sample.decode(tokenizer, tokens)
@@ -140,7 +140,7 @@ def test_decoding_in_parts_changes_nothing(checkpoint):
 
 
 def test_labels_are_numbers_or_names(draw):
-    """Broken: a name would be taken for another class, or it would not be printed which class a label is."""
+    """Fails if a name is taken for another class, or if it is not printed which class a label is."""
     names = ["cat", "dog", "2", "0"]
     for text, labels in (("dog,0, cat", [1, 3, 0]), ("2,3", [2, 2, 3, 3]), (None, [0, 1, 2, 3])):
         assert sample.choose_labels(text, len(labels), names, 10).tolist() == labels  # names come before numbers
@@ -155,7 +155,7 @@ def test_labels_are_numbers_or_names(draw):
 
 
 def test_an_animation_shows_every_step(draw):
-    """Broken: the GIF would not have a frame for the noise and one for each step, or not end with the sample."""
+    """Fails if the GIF does not have a frame for the noise and one for each step, or does not end with the sample."""
     for out in ("a.gif", "a.png"):
         draw("--num=10", "--steps=6", out=out)
     with Image.open("a.gif") as film, Image.open("a.png") as page:
@@ -181,7 +181,7 @@ finally:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory by /proc")
 def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
-    """Broken: sample.py would keep images, states or probabilities of all chunks."""
+    """Fails if sample.py keeps images, states or probabilities of all chunks."""
     peaks = []
     for number in (200, 20000):
         finished = subprocess.run([sys.executable, "-c", PEAK, os.path.join(ROOT, "sample.py"),
@@ -199,7 +199,7 @@ def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
 @pytest.mark.parametrize("prior, sampler", [("multinomial", "paper"), ("distinct", "exchange"),
                                             ("masked", "masked")])
 def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_path):
-    """Broken: --like would not keep tokens of the image, keep more or fewer than it says, or take other labels."""
+    """Fails if --like does not keep tokens of the image, keeps more or fewer than it says, or takes other labels."""
     found = torch.load(checkpoint, weights_only=True)
     C = 11 if prior == "masked" else 10  # with the mask code
     found["model_config"]["codebook_size"] = C
@@ -238,5 +238,5 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_
     (["--like=digits:1", "--keep=7"], ["--keep", "from 0 to 6", "7"]), (["--like=digits:1", "--out=a.gif"], [".png"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, digits, tmp_path):
-    """Broken: a mistake on the command line would end in a traceback, or be found only after the work."""
+    """Fails if a mistake on the command line ends in a traceback, or is found only after the work."""
     assert_one_sentence(run_here(sample.main, f"--ckpt={digits}/fsdd.pt", *arguments, folder=tmp_path), *words)

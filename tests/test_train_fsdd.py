@@ -39,8 +39,8 @@ def stage1(tmp_path_factory):
 
 @pytest.mark.parametrize("times", ["uniform", "flips"])
 def test_a_batch_is_drawn_as_the_settings_say(times):
-    """Broken: training would see other times, no mirrored images, too many or too few labels, or the same noise in
-    every step."""
+    """Fails if training sees other times, no mirrored images, too many or too few labels, or the same noise in every
+    step."""
     B, N, M, C = 50, 90, 4, 16
     tokens, labels = np.random.default_rng(0).integers(C, size=(2, N, M)).astype(np.uint16), torch.arange(N) % 10
     sizes = {"codebook_size": C, "num_tokens": M, "num_classes": 10}
@@ -57,7 +57,7 @@ def test_a_batch_is_drawn_as_the_settings_say(times):
 
 
 def test_a_stopped_training_resumes_to_the_same_numbers(stage1, few_to_train_on, tmp_path, monkeypatch):
-    """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
+    """Fails if --resume does not give the numbers of an unbroken run, or if a signal loses the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
     successful(run_here(train_fsdd.main, *TINY, stage1, folder=tmp_path))
     stop_and_resume(monkeypatch, train_fsdd, [*TINY, stage1], tmp_path / "stopped.pt",
@@ -66,8 +66,8 @@ def test_a_stopped_training_resumes_to_the_same_numbers(stage1, few_to_train_on,
 
 
 def test_any_number_of_ranks_trains_alike(stage1, few_to_train_on, tmp_path):
-    """Broken: the batch, its noise or the mean of the gradients would depend on the number of ranks, or of
-    micro-batches: one rank takes three, three ranks take one each."""
+    """Fails if the batch, its noise or the mean of the gradients depend on the number of ranks, or of micro-batches:
+    one rank takes three, three ranks take one each."""
     assert_ranks_train_alike("train_fsdd.py", [*TINY, stage1, "--steps=4", "--optimizer=adamw", "--clip=0"], tmp_path)
 
 
@@ -75,8 +75,8 @@ def test_any_number_of_ranks_trains_alike(stage1, few_to_train_on, tmp_path):
     ([], ("sparse_loss", 8)), (["--loss_codes=5", "--noise=distinct"], ("sparse_loss", 20)),
     (["--denoiser=dense", "--noise=masked"], ("fsdd_loss",))])
 def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on, tmp_path, monkeypatch):
-    """Broken: training would compute the loss from more or fewer codes than --loss_codes says, or a dense denoiser's
-    from some only."""
+    """Fails if training computes the loss from more or fewer codes than --loss_codes says, or a dense denoiser's from
+    some only."""
     calls = []
 
     def record(name, loss):
@@ -93,7 +93,7 @@ def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on
 
 
 def test_the_code_embedding_starts_as_the_setting_says():
-    """Broken: --code_start would not be what training starts from."""
+    """Fails if --code_start is not what training starts from."""
     sizes = dict(codebook_size=16, num_tokens=4, num_classes=10, width=64, layers=1, heads=1)
     cfg = SimpleNamespace(seed=0, denoiser="sparse", code_start="zeros")
     tokenizer = SetTokenizer(**SIZES)
@@ -104,7 +104,7 @@ def test_the_code_embedding_starts_as_the_setting_says():
 
 
 def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp_path):
-    """Broken: fsdd.pt alone would not make images."""
+    """Fails if fsdd.pt alone does not make images."""
     options = ["--steps=2", "--noise=masked", "--picture_every=2", "--ema=0"]
     finished = successful(run_here(train_fsdd.main, *TINY, stage1, *options, folder=tmp_path))
     assert "bits an image" in finished.stdout and "on the sets of 300 test images" in finished.stdout.splitlines()[-1]
@@ -129,7 +129,7 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
     (["--heads=3"], ["width 16", "heads 3"]), (["--batch_size=70000"], ["batch_size 70000"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
-    """Broken: a mistake on the command line would end in a traceback."""
+    """Fails if a mistake on the command line ends in a traceback."""
     save_checkpoint({"something": 1}, tmp_path / "wrong.pt")
     assert_one_sentence(run_here(train_fsdd.main, *TINY, stage1, *arguments, folder=tmp_path), *words)
     assert os.listdir(tmp_path) == ["wrong.pt"]
@@ -143,8 +143,8 @@ def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
     ({"channels": 3}, ["--data=digits"], "images of digits have 1 channels, those of tokenizer.pt 3"),
 ])
 def test_settings_are_checked_before_images_are_read(sizes, arguments, words):
-    """Broken: codes beyond 65535 would wrap around in the token file, or settings that do not fit would be found after
-    an hour of encoding."""
+    """Fails if codes beyond 65535 wrap around in the token file, or if settings that do not fit are found after an hour
+    of encoding."""
     cfg, _ = parse(train_fsdd.HYPERPARAMETERS, "", None, ["--recipe=digits", "--data=nowhere", *arguments])
     stage1 = {"model_config": SIZES | sizes, "weights": SetTokenizer(**SIZES | sizes).state_dict()}
     with pytest.raises(ValueError, match=words):
@@ -152,14 +152,14 @@ def test_settings_are_checked_before_images_are_read(sizes, arguments, words):
 
 
 def test_unused_rows_need_more_codes_than_tokens():
-    """Broken: with unused_rows and few codes, large counts would have no embedding."""
+    """Fails if large counts have no embedding with unused_rows and few codes."""
     with pytest.raises(ValueError, match="unused_rows needs num_tokens <= codebook_size, got 4 > 3"):
         Denoiser(3, 4, 10, width=8, layers=1, heads=1, unused_rows=True)
 
 
 @pytest.mark.parametrize("name, millions", [("S", 36.0), ("B", 136.7)])
 def test_models_by_name_are_the_papers(name, millions):
-    """Broken: --model S or B would not be the paper's denoiser."""
+    """Fails if --model S or B is not the paper's denoiser."""
     width, layers, heads = train_fsdd.MODELS[name]
     with torch.device("meta"):
         model = Denoiser(4096, 128, 1000, width, layers, heads, unused_rows=True)
