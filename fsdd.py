@@ -26,7 +26,7 @@ ADJUST_FROM = 0.65     # once 1 - t reaches this, the drawn x_0 is adjusted to s
 NOISE_STOPS_AT = 0.2   # f of Eq. 10 is a sigmoid that falls from 1 to 0 where t passes this time ...
 NOISE_SLOPE = 100      # ... as steeply as this
 
-MIDDLE = (0.7, 0.3)    # not the authors': where sampling_times() has all steps but the first and the last, if so asked
+MIDDLE = (0.6, 0.3)    # not the authors': the times of all steps but the first and the last, see sampling_times()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise and the forward process (Sec. 3.3.1)
