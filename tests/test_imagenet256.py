@@ -169,7 +169,7 @@ def test_other_or_damaged_images_end_the_training(whole, files, tmp_path):
     (folder / "tokenizer.pt").write_bytes((whole / "tokenizer.pt").read_bytes())
     make_image_folder(folder / "images", 32, classes=5)
     assert_one_sentence(run_here(train_tokenizer.main, "--resume", "--steps=40", folder=folder),
-                        "images or classes are not those")
+                        "the names of the training images are not those")
     path = add_truncated_image(folder / "images")
     finished = run_here(train_tokenizer.main, *STAGE1, "--batch_size=33", "--device_batch=33", "--out=new.pt",
                         folder=folder)

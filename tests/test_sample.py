@@ -216,7 +216,7 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_
 
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt=none.pt"], ["no checkpoint none.pt", "python train_fsdd.py"]),
-    (["--labels=10"], ["--labels", "from 0 to 9", "'10'"]), (["--num=0"], ["--num", "[1, inf)"]),
+    (["--labels=10"], ["--labels", "from 0 to 9", "'10'"]), (["--num=0"], ["--num", "[1, 2^63)"]),
     (["--out=a.jpg"], ["--out", "a.jpg"]), (["--out=nowhere/a.png"], ["nowhere"]),
     (["--guidance=x"], ["guidance", "'x'"]), (["--sampler=best"], ["--sampler", "paper, exchange"]),
     (["--num=20000"], ["20000", ".npz"]), (["--like=none.png"], ["none.png can't be read"]),
