@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -175,6 +176,19 @@ def assert_one_sentence(finished, *words):
     assert "Traceback" not in finished.stderr, finished.stderr
     for word in words:
         assert word in finished.stderr, finished.stderr
+
+
+def names_and_shapes(tensors):
+    """The number of tensors, {name: tensor or shape}, and the checksum of their sorted lines "name<TAB>shape"."""
+    shapes = {name: getattr(tensor, "shape", tensor) for name, tensor in tensors.items()}
+    lines = sorted(f"{name}\t{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return len(lines), zlib.crc32("\n".join(lines).encode())
+
+
+def read_table(output):
+    """The cells of the Markdown table that a script has printed, without its head."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("| ")]
+    return rows[1:]
 
 
 def read_log(path):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdd
-from fsdd import Denoiser, discrete_gaussian, draw, forward_process, greedy_adjust, sample_noise
+from fsdd import Denoiser, discrete_gaussian, forward_process, greedy_adjust, sample_categorical, sample_noise
 
 
 def generator(seed):
@@ -55,9 +55,14 @@ def small_denoiser(C=12, M=6, model_class=Denoiser):
 def random_batch(B, C, M, seed):
     """What the loss of a denoiser with 3 classes takes, see train_fsdd.Batch."""
     g = generator(seed)
-    return SimpleNamespace(x0=skewed_counts(B, C, M, seed), x1=sample_noise(B, C, M, "multinomial", g),
-                           t=1 - torch.rand(B, generator=g), labels=torch.randint(4, (B,), generator=g),
-                           uniform=torch.rand(B, C, generator=g), order=torch.rand(B, C, generator=g))
+    x0, x1, t = skewed_counts(B, C, M, seed), sample_noise(B, C, M, "multinomial", g), 1 - torch.rand(B, generator=g)
+    return SimpleNamespace(x0=x0, x_t=forward_process(x0, x1, t, torch.rand(B, C, generator=g)), t=t,
+                           labels=torch.randint(4, (B,), generator=g), u_codes=torch.rand(B, C, generator=g))
+
+
+def look_up(log_p):
+    """A table of log-probabilities (B, C, M + 1) as the function that greedy_adjust() takes."""
+    return lambda k: log_p.gather(2, k[:, :, None])[:, :, 0]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -192,9 +197,8 @@ def test_greedy_adjusting_makes_the_best_choice():
     x = torch.randint(M + 1, (B, C), generator=g)
     x[::4] = torch.randint(2, (len(x[::4]), C), generator=g)  # sums below M too
     assert (x.sum(1) > M).any() and (x.sum(1) < M).any() and (x.sum(1) - M).abs().max() > C  # and more than one round
-    ours = greedy_adjust(x, log_p, M)
+    ours = greedy_adjust(x, look_up(log_p), M)
     assert torch.equal(ours, torch.stack([brute_force_adjust(x[i], log_p[i], M) for i in range(B)]))
-    assert torch.equal(ours, greedy_adjust(x, lambda k: log_p.gather(2, k[..., None])[..., 0], M))  # as a function
 
 
 @pytest.mark.parametrize("C, M", [(6, 4), (64, 32), (3, 50), (1, 7), (200, 5)])
@@ -211,7 +215,7 @@ def test_adjusting_gives_the_sum_M_with_as_few_changes_as_possible(C, M, scores)
              "-inf": torch.full(shape, -math.inf), "nan": torch.full(shape, math.nan),
              "inf": torch.full(shape, math.inf),
              "spikes": torch.where(torch.rand(shape, generator=g) < 0.1, 0.0, -math.inf)}[scores]
-    out = greedy_adjust(x, log_p, M)
+    out = greedy_adjust(x, look_up(log_p), M)
     assert out.dtype == torch.int64 and (out.sum(1) == M).all() and out.min() >= 0 and out.max() <= M
     possible = x.clamp(0, M)
     assert torch.equal((out - possible).abs().sum(1), (possible.sum(1) - M).abs())
@@ -236,7 +240,7 @@ def test_draws_follow_p_top_p_and_top_k(top_p, top_k, kept):
     """Broken: draws would not follow the probabilities; or top-p would not keep the smallest set of counts whose
     probability exceeds top_p, or keep none."""
     p = torch.tensor([0.5, 0.0, 0.125, 0.375])
-    draws = draw(p.double().expand(50_000, 4), torch.rand(50_000, generator=generator(15)), top_p, top_k)
+    draws = sample_categorical(p.double().expand(50_000, 4), torch.rand(50_000, generator=generator(15)), top_p, top_k)
     expected = torch.zeros(4, dtype=torch.float64)
     expected[kept] = p.double()[kept] / p.double()[kept].sum()
     assert_same_distribution(draws, expected)
@@ -252,9 +256,9 @@ def test_the_loss_starts_at_log_M_plus_1():
 
 
 def test_the_loss_is_the_mean_cross_entropy():
-    """Broken: the loss would not be -log p(X_0), mean over codes and vectors, at the X_t of the given noise."""
+    """Broken: the loss would not be -log p(X_0), mean over codes and vectors."""
     denoiser, batch = small_denoiser(), random_batch(20, 12, 6, 18)
-    p = denoiser(forward_process(batch.x0, batch.x1, batch.t, batch.uniform), batch.t, batch.labels).softmax(2)
+    p = denoiser(batch.x_t, batch.t, batch.labels).softmax(2)
     by_hand = -sum(p[b, j, batch.x0[b, j]].log() for b in range(20) for j in range(12)) / 240
     assert fsdd.fsdd_loss(denoiser, batch).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
@@ -262,16 +266,17 @@ def test_the_loss_is_the_mean_cross_entropy():
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def assert_generation_keeps_the_sum(denoiser, **settings):
+def assert_generation_keeps_the_sum(denoiser, refine=fsdd.refine, **settings):
     """Every state of generation sums to M, and there is one for the noise and one for each step."""
-    states = list(fsdd.refine(denoiser, torch.arange(30) % 3, generator=generator(20), **settings))
+    states = list(refine(denoiser, torch.arange(30) % 3, generator=generator(20), **{"steps": 25} | settings))
     assert len(states) == settings.get("steps", 25) + 1
     for x in states:
         assert x.dtype == torch.int64 and (x.sum(1) == denoiser.num_tokens).all() and x.min() >= 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"prior": "distinct"}, {"top_k": 2, "top_p": 1.0}, {"steps": 1}, {"steps": 2},
-                                      {"top_p": 1.0, "guidance": 1}, {"guidance": 3, "steps": 100}])
+                                      {"top_p": 1.0, "guidance": [1]}, {"guidance": [3], "steps": 100},
+                                      {"times": "dense"}])
 def test_every_state_of_generation_sums_to_M(settings):
     """Broken: the fixed-sum constraint in generation."""
     assert_generation_keeps_the_sum(small_denoiser(), **settings)
@@ -289,10 +294,10 @@ class KnowsData:
         return torch.nn.functional.one_hot(x0, self.num_tokens + 1) * 50.0
 
 
-def assert_generation_ends_at_the_data(**settings):
+def assert_generation_ends_at_the_data(refine=fsdd.refine, **settings):
     """With a denoiser that knows X_0, generation ends at X_0."""
     x0 = skewed_counts(30, 20, 16, 21)
-    end = fsdd.generate(KnowsData(x0), torch.zeros(30, dtype=torch.int64), generator=generator(22), **settings)
+    *_, end = refine(KnowsData(x0), torch.zeros(30, dtype=torch.int64), generator=generator(22), **settings)
     assert torch.equal(end, x0)
 
 
@@ -331,7 +336,7 @@ def test_the_drawn_x0_is_adjusted_late_or_with_top_k_never(top_k, adjusted, monk
 def test_the_last_step_is_adjusted_by_the_denoisers_p():
     """Broken: in the last step, where the Gaussians are spikes, the wrong count would be adjusted."""
     p = torch.tensor([[[0.1, 0.9, 0], [0.4, 0.6, 0], [0.1, 0.9, 0]]])  # the most probable counts, 1, 1, 1, exceed M = 2
-    assert fsdd.paper_step(torch.tensor([[0, 2, 0]]), p, 0.04, 0, top_p=1, top_k=1).tolist() == [[1, 0, 1]]
+    assert fsdd.sample_step(torch.tensor([[0, 2, 0]]), p, 0.04, 0, top_p=1, top_k=1).tolist() == [[1, 0, 1]]
 
 
 @pytest.mark.parametrize("weight", [0, 1, 3, 50])  # 1: the plain model, which is computed without the null class
@@ -345,21 +350,49 @@ def test_guidance_acts_on_probabilities(weight):
     assert torch.allclose(ours, by_hand / by_hand.sum(2, keepdim=True), atol=1e-5)
 
 
-def test_guidance_by_thirds():
-    """Broken: the three weights must each hold for a third of the time from noise to data."""
-    weights = []
-
-    def predict(denoiser, x_t, t, labels, weight, previous):
-        weights.append(weight)
-        return fsdd.guided_probabilities(denoiser, x_t, t, labels, weight)
-
-    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55), predict=predict)
+def test_guidance_by_thirds(monkeypatch):
+    """Fails if the three weights do not each hold for a third of the time from noise to data."""
+    weights, real = [], fsdd.guided_probabilities
+    monkeypatch.setattr(fsdd, "guided_probabilities", lambda *args: weights.append(args[-1]) or real(*args))
+    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55))
     assert weights == [4] * 9 + [50] * 8 + [55] * 8
     for steps in range(1, 200):  # rounding must not put a step into the third before
-        weights = [fsdd.guidance_weight((0, 1, 2), t) for t in fsdd.uniform_times(steps)[:-1]]
+        weights = [fsdd.guidance_weight((0, 1, 2), t) for t in fsdd.sampling_times(steps)[:-1]]
         assert weights == [3 * step // steps for step in range(steps)]
 
 
 def test_sampling_times_are_evenly_spaced():
-    """Broken: generation would not begin at noise and end at data, or the paper's steps would not be equal."""
-    assert fsdd.uniform_times(4) == [1, 0.75, 0.5, 0.25, 0] and fsdd.uniform_times(1) == [1, 0]
+    """Fails if generation does not begin at noise and end at data, or if the paper's steps are not equal."""
+    assert fsdd.sampling_times(4) == [1, 0.75, 0.5, 0.25, 0] and fsdd.sampling_times(1) == [1, 0]
+    with pytest.raises(ValueError, match="'even' or 'dense', got 'late'"):
+        fsdd.sampling_times(4, "late")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, 12, 100, 1000, 10_000])
+def test_dense_times_are_denser_where_counts_change(steps):
+    """Fails if dense times do not begin at noise and end at data, go back in time, or do not spend more steps where
+    more counts change."""
+    even, dense = fsdd.sampling_times(steps), fsdd.sampling_times(steps, "dense")
+    assert len(dense) == steps + 1 and dense[0] == 1 and dense[-1] == 0
+    assert dense == sorted(dense, reverse=True) and dense == pytest.approx([1 - t for t in reversed(dense)])
+    for u, t in zip(even, dense):  # the other half of t is the quantile of the changes
+        if 0 < t < 1:
+            assert 1 / (1 + math.exp(-8 * (2 * (2 * t - u) - 1))) == pytest.approx(u)
+    assert len(set(dense)) > 0.99 * steps  # only with thousands of steps some times are equal
+    assert sum(0.25 < t < 0.75 for t in dense) >= sum(0.25 < t < 0.75 for t in even)
+
+
+def test_generation_depends_on_the_generator_alone():
+    """Fails if the same seed does not give the same images."""
+    denoiser, labels = small_denoiser(), torch.arange(9) % 3
+    first, again, other = (fsdd.generate(denoiser, labels, guidance=[1], top_p=1, generator=generator(seed))
+                           for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_generation_continues_from_a_state():
+    """Fails if start is not the first state, or if generation from it does not take the times that are left."""
+    denoiser, x = small_denoiser(), skewed_counts(9, 12, 6, 29)
+    states = list(fsdd.refine(denoiser, torch.arange(9) % 3, steps=10, start=(x, 0.45), generator=generator(1)))
+    assert torch.equal(states[0], x) and len(states) == 1 + 5  # t = 0.4, 0.3, ..., 0
+    assert all((state.sum(1) == 6).all() for state in states)

@@ -8,8 +8,7 @@ import torch
 
 import train_fsdd
 import train_tokenizer
-from beyond import hide_tokens
-from fsdd import Denoiser, forward_process
+from fsdd import Denoiser
 from support.command_line import parse
 from support.files import save_checkpoint
 from tests.conftest import few_digits
@@ -19,7 +18,7 @@ from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
 from tokenizer import SetTokenizer
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--layers=1", "--batch_size=7", "--device_batch=3", "--steps=8",
-        "--warmup=3", "--sample_steps=2", "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off",
+        "--warmup=3", "--log_every=1", "--save_every=3", "--picture_every=0", "--bf16=off",
         "--device=cpu"]
 SIZES = dict(channels=1, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16, heads=2,
              encoder_layers=1, decoder_layers=1)
@@ -44,16 +43,17 @@ def test_a_batch_is_drawn_as_the_settings_say(times):
     every step."""
     B, N, M, C = 50, 90, 4, 16
     tokens, labels = np.random.default_rng(0).integers(C, size=(2, N, M)).astype(np.uint16), torch.arange(N) % 10
-    model = Denoiser(C, M, 10, width=8, layers=1, heads=1)
-    cfg = SimpleNamespace(batch_size=B, seed=3, label_drop=0.3, prior="multinomial", training_times=times)
-    whole, other = (train_fsdd.draw_batch(tokens, labels, model, slice(0, B), step, cfg) for step in (7, 8))
-    assert (whole.x0.sum(1) == M).all() and (whole.x1.sum(1) == M).all() and whole.x0.shape == (B, C)
+    sizes = {"codebook_size": C, "num_tokens": M, "num_classes": 10}
+    cfg = SimpleNamespace(batch_size=B, seed=3, label_drop=0.3, noise="multinomial", training_times=times)
+    whole, other = (train_fsdd.draw_batch(tokens, labels, sizes, slice(0, B), step, "cpu", cfg) for step in (7, 8))
+    assert (whole.x0.sum(1) == M).all() and (whole.x_t.sum(1) == M).all() and whole.x0.shape == (B, C)
+    assert not torch.equal(whole.x0, whole.x_t)
     assert 0 < whole.t.min() and whole.t.max() <= 1 and (whole.t > 0.07).all() == (times == "flips")
     assert 5 < (whole.labels == 10).sum() < 25  # dropped
     versions = [np.bincount(sets, minlength=C).tolist() for sets in tokens.reshape(-1, M)]
     found = {versions.index(x0) // N for x0 in whole.x0.tolist()}
     assert found == {0, 1}  # images and mirrored images
-    assert not torch.equal(whole.uniform, other.uniform) and not torch.equal(whole.x1, other.x1)
+    assert not torch.equal(whole.u_codes, other.u_codes) and not torch.equal(whole.t, other.t)
 
 
 def test_a_stopped_training_resumes_to_the_same_numbers(stage1, few_to_train_on, tmp_path, monkeypatch):
@@ -72,20 +72,18 @@ def test_any_number_of_ranks_trains_alike(stage1, few_to_train_on, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ([], ("sparse_loss", {"process": hide_tokens, "num_codes": 8})),
-    (["--loss_codes=5", "--prior=distinct", "--sampler=exchange"],
-     ("sparse_loss", {"process": forward_process, "num_codes": 20})),
-    (["--denoiser=dense"], ("fsdd_loss", {"process": hide_tokens}))])
+    ([], ("sparse_loss", 8)), (["--loss_codes=5", "--noise=distinct"], ("sparse_loss", 20)),
+    (["--denoiser=dense", "--noise=masked"], ("fsdd_loss",))])
 def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on, tmp_path, monkeypatch):
     """Broken: training would compute the loss from more or fewer codes than --loss_codes says, or a dense denoiser's
     from some only."""
     calls = []
 
     def record(name, loss):
-        def wrapped(denoiser, batch, process, **options):
+        def wrapped(denoiser, batch, *num_codes):
             if torch.is_grad_enabled():  # not in the evaluation at the end
-                calls.append((name, {"process": process} | options))
-            return loss(denoiser, batch, process=process, **options)
+                calls.append((name, *num_codes))
+            return loss(denoiser, batch, *num_codes)
         monkeypatch.setattr(train_fsdd, name, wrapped)
 
     record("sparse_loss", train_fsdd.sparse_loss)
@@ -107,14 +105,15 @@ def test_the_code_embedding_starts_as_the_setting_says():
 
 def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp_path):
     """Broken: fsdd.pt alone would not make images."""
-    options = ["--steps=2", "--guidance=1,2,3", "--sample_steps=5", "--ema=0"]
+    options = ["--steps=2", "--noise=masked", "--picture_every=2", "--ema=0"]
     finished = successful(run_here(train_fsdd.main, *TINY, stage1, *options, folder=tmp_path))
     assert "bits an image" in finished.stdout and "on the sets of 300 test images" in finished.stdout.splitlines()[-1]
     assert (tmp_path / "fsdd.png").stat().st_size > 1000
     checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
-    assert checkpoint["generation"] == {"prior": "hidden", "sampler": "reveal", "steps": 5, "guidance": "1,2,3",
-                                        "top_p": 1.0, "top_k": 0}
+    assert checkpoint["generation"] == {"prior": "masked", "sampler": "masked", "steps": 16, "times": "even",
+                                        "guidance": "2.5", "top_p": 1.0, "top_k": 0}
     assert checkpoint["tokenizer"]["model_config"]["num_tokens"] == checkpoint["model_config"]["num_tokens"] == 4
+    assert checkpoint["model_config"]["codebook_size"] == 1 + checkpoint["tokenizer"]["model_config"]["codebook_size"]
     assert checkpoint["training"]["n_averaged"] == 2  # the moving average, here the last step's weights
     assert all(torch.equal(w, checkpoint["training"]["model"][name]) for name, w in checkpoint["weights"].items())
     assert checkpoint["class_names"] == list("0123456789") and checkpoint["denoiser"] == "sparse"
@@ -126,7 +125,7 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
 @pytest.mark.parametrize("arguments, words", [
     (["--tokenizer=none.pt"], ["no checkpoint none.pt", "python train_tokenizer.py"]),
     (["--tokenizer=wrong.pt"], ["wrong.pt is not a tokenizer checkpoint"]),
-    (["--guidance=1;2"], ["guidance"]), (["--tokens=no/t.npy"], ["no folder no"]),
+    (["--noise=white"], ["--noise", "masked"]), (["--tokens=no/t.npy"], ["no folder no"]),
     (["--heads=3"], ["width 16", "heads 3"]), (["--batch_size=70000"], ["batch_size 70000"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
@@ -139,7 +138,7 @@ def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
 @pytest.mark.parametrize("sizes, arguments, words", [
     ({}, [], "no folder nowhere"),  # what is checked next
     ({"codebook_size": 2 ** 16 + 1}, [], "up to 65535, the tokenizer has 65537"),
-    ({"codebook_size": 3}, ["--prior=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
+    ({"codebook_size": 3}, ["--noise=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
     ({}, ["--data=digits", "--flip=true"], "the digits are not mirrored"),
     ({"channels": 3}, ["--data=digits"], "images of digits have 1 channels, those of tokenizer.pt 3"),
 ])
