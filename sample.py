@@ -61,6 +61,9 @@ def main(argv=None):
         labels = choose_labels(args.labels, args.num, class_names, at_most)
         settings = generation_settings(checkpoint["generation"], args)
         refine = make_sampler(settings)
+        side = max(labels.bincount().max(), len(labels.unique())) * max(56, tokenizer.image_size)  # see grid()
+        if args.out.endswith(".gif") and side > 60000:
+            raise ValueError(f"a .gif has at most 65535 pixels a side, these images fill {side}; give fewer, or a .png")
         if args.like:
             if rank == 0:
                 draw_like(denoiser, tokenizer, labels if args.labels else None, settings["prior"], refine, args)
