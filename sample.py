@@ -8,6 +8,7 @@
 The same seed gives the same images for any number of processes. Settings that are not given are the checkpoint's.
 train_fsdd.py, evaluate_fid.py and the scripts of paper/ load models and draw images by the functions below.
 """
+import csv
 import os
 import time
 from collections import deque
@@ -21,7 +22,7 @@ import masked
 from beyond import SparseDenoiser, flip_times, refine_by_exchange
 from data import open_dataset
 from data.evaluation_inputs import save_npz
-from data.image_folder import read_image
+from data.image_folder import as_text, read_image
 from dual_transform import counts_to_tokens, tokens_to_counts
 from support.command_line import Parser, checked, listed, stop
 from support.distributed import all_gather, chunks, rank_and_world_size
@@ -239,15 +240,18 @@ def choose_labels(text, num, class_names, at_most):
     """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, one class after the
     other.
 
-    Without text: over all classes, or at_most of them. ValueError for unknown classes.
+    Names with commas, or spaces at their ends, can be given in double quotes. Without text: over all classes, or at_most
+    of them. ValueError for unknown classes.
     """
     every = len(class_names)
-    numbers = {str(i): i for i in range(every)} | {name: i for i, name in enumerate(class_names)}  # names count first
+    numbers = {str(i): i for i in range(every)} | {as_text(name): i for i, name in enumerate(class_names)}  # names first
     try:
-        classes = [numbers[name.strip()] for name in text.split(",")] if text else range(0, every, -(-every // at_most))
-    except KeyError:
+        given = next(csv.reader([as_text(text)], skipinitialspace=True)) if text else []
+        classes = [numbers[name if name in numbers else name.strip()] for name in given]
+    except (KeyError, csv.Error):
         raise ValueError(f"--labels must be numbers from 0 to {every - 1} or names of classes, such as "
                          f"{class_names[0]}, separated by commas, got {text!r}") from None
+    classes = classes or range(0, every, -(-every // at_most))
     return torch.tensor(classes)[torch.arange(num) * len(classes) // num]
 
 
