@@ -149,7 +149,11 @@ def open_like(name, tokenizer):
     """An image file, or a test digit such as digits:17 -> (1, ch, H, W) uint8, and the digit's label or None."""
     size, channels = tokenizer.image_size, tokenizer.channels
     if not name.startswith("digits:"):
-        return torch.from_numpy(read_image(name, size, channels)).permute(2, 0, 1)[None], None
+        pixels = read_image(name, size, channels)
+        if channels == 1 and pixels.mean() > 127:
+            print(f"{name} is dark on light; it is inverted, as the digits are light on dark")
+            pixels = 255 - pixels
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None], None
     digits, number = open_dataset("digits", "test", size), name.removeprefix("digits:")
     if channels != 1 or not number.isdigit() or int(number) >= len(digits):
         raise ValueError("--like must be an image file, or for a model of digits digits:0 to "
