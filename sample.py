@@ -66,6 +66,8 @@ def main(argv=None):
         if args.out.endswith(".gif") and side > 60000:
             raise ValueError(f"a .gif has at most 65535 pixels a side, these images fill {side}; give fewer, or a .png")
         if args.like:
+            if not (args.labels or args.like.startswith("digits:") or settings.get("null_class", True)):
+                raise ValueError("--like FILE needs --labels, as this denoiser was trained without a null class")
             if rank == 0:
                 draw_like(denoiser, tokenizer, labels if args.labels else None, settings["prior"], refine, args)
             return
@@ -224,8 +226,12 @@ def make_sampler(settings):
     if (sampler == "masked") != (prior == "masked"):
         raise ValueError(f"the sampler masked is for denoisers that were trained with masked tokens, and the only one "
                          f"for them; got sampler {sampler} and a denoiser trained with prior {prior}")
+    guidance = parse_guidance(settings["guidance"])
+    if not settings.get("null_class", True) and {*guidance} != {1.0}:
+        raise ValueError(f"this denoiser was trained with --label_drop 0 and has no null class for guidance other than 1, "
+                         f"got guidance {settings['guidance']}")
     return partial(SAMPLERS[sampler], prior=prior, steps=settings["steps"], times=settings["times"],
-                   guidance=parse_guidance(settings["guidance"]), top_p=settings["top_p"], top_k=settings["top_k"])
+                   guidance=guidance, top_p=settings["top_p"], top_k=settings["top_k"])
 
 
 def parse_guidance(text):

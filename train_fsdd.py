@@ -120,6 +120,8 @@ def prepare(stage1, device, cfg):
     if cfg.flip and cfg.data == "digits":
         raise ValueError("the digits are not mirrored, got --flip true")
     generation = default_settings("masked" if cfg.noise == "masked" else cfg.recipe, cfg.noise)
+    if cfg.label_drop == 0:  # guidance would need the null class, which is not trained
+        generation |= {"guidance": "1", "null_class": False}
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
