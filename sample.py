@@ -77,7 +77,7 @@ def main(argv=None):
         shown = listed([f"{label} ({class_names[label]})" for label in labels.unique_consecutive()], 10)
         print(f"generating {len(labels)} images of the classes {shown}:",
               ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
-    began = time.time()
+    began = time.monotonic()
     images = generate_images(denoiser, tokenizer, labels, refine, args, every_step=args.out.endswith(".gif"))
     if rank > 0:
         for _ in images:  # this rank's share goes to rank 0, which writes the file
@@ -87,7 +87,7 @@ def main(argv=None):
     else:
         save_samples(args.out, torch.cat(list(images), dim=1), labels, class_names)
     if rank == 0:
-        print(f"{args.out}: {len(labels)} images in {time.time() - began:.1f} s")
+        print(f"{args.out}: {len(labels)} images in {time.monotonic() - began:.1f} s")
 
 
 def generate_images(denoiser, tokenizer, labels, refine, args, every_step=False):
