@@ -228,8 +228,8 @@ def make_sampler(settings):
                          f"for them; got sampler {sampler} and a denoiser trained with prior {prior}")
     guidance = parse_guidance(settings["guidance"])
     if not settings.get("null_class", True) and {*guidance} != {1.0}:
-        raise ValueError(f"this denoiser was trained with --label_drop 0 and has no null class for guidance other than 1, "
-                         f"got guidance {settings['guidance']}")
+        raise ValueError("this denoiser was trained with --label_drop 0, so it has no null class for guidance other "
+                         f"than 1, got guidance {settings['guidance']}")
     return partial(SAMPLERS[sampler], prior=prior, steps=settings["steps"], times=settings["times"],
                    guidance=guidance, top_p=settings["top_p"], top_k=settings["top_k"])
 
@@ -250,8 +250,8 @@ def choose_labels(text, num, class_names, at_most):
     """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, one class after the
     other.
 
-    Names with commas, or spaces at their ends, can be given in double quotes. Without text: over all classes, or at_most
-    of them. ValueError for unknown classes.
+    Names with commas, or spaces at their ends, can be given in double quotes. Without text: over all classes, or
+    at_most of them. ValueError for unknown classes.
     """
     every = len(class_names)
     numbers = {str(i): i for i in range(every)} | {as_text(name): i for i, name in enumerate(class_names)}  # names first
