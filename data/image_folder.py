@@ -53,7 +53,8 @@ class ImageFolder(torch.utils.data.Dataset):
         self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
         if is_main():
             others = listed([f"{number} {kind}" for kind, number in left_out.most_common()], 5)
-            print(f"{root}: {len(names)} images in {len(self.class_names)} classes; left out: {others}", flush=True)
+            inside = f" in {len(self.class_names)} classes" if split else ""
+            print(f"{root}: {len(names)} images{inside}; left out: {others}", flush=True)
 
     def __len__(self):
         return len(self.names)

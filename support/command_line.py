@@ -42,11 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def checked(kind, allowed):
-    """A type for argparse: text -> a value of this kind.
-
-    kind: int, float, str or bool.  allowed: the values that are accepted: an interval such as "[0, 1)" for numbers, all
-    words such as "on | off", or "" for any value.
-    """
+    """A type for argparse: text -> a value of this kind: int, float, str or bool. allowed: the values that are
+    accepted: an interval such as "[0, 1)" for numbers, all words such as "on | off", or "" for any value."""
     def convert(text):
         if kind is bool:
             if text.lower() not in ("true", "false", "yes", "no", "1", "0"):

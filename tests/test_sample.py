@@ -225,7 +225,7 @@ def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
 
 @pytest.mark.parametrize("ink", [(0, 0, 0), (0, 0, 0, 255)])  # on white, on transparent
 def test_ink_on_paper_is_inverted(ink, tmp_path, capsys):
-    """Fails if --like takes a drawing on paper, or a photo that a phone has turned, for something else without a word."""
+    """Fails if --like takes a drawing on paper, or a photo that a phone has turned, for another image."""
     white = Image.new({3: "RGB", 4: "RGBA"}[len(ink)], (28, 28), (255, 255, 255, 0)[:len(ink)])
     turned = Image.Exif()
     white.paste(ink, (0, 0, 28, 9))

@@ -25,8 +25,9 @@ from tests.scripts import ROOT, assert_one_sentence, on_ranks
     (None, 0), (StoppedBySignal(143), 143), (KeyboardInterrupt, "error: interrupted"),
     (OSError(28, "No space left on device", "a.pt"), "error: [Errno 28] No space left on device: 'a.pt'"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1"),
-     "error: another process of this run has died; if it printed no reason, it was killed, perhaps because memory ran "
-     "out; the last checkpoint remains"),
+     "error: another process of this run has died ([gloo/transport/tcp/pair.cc] Connection closed by peer "
+     "[127.0.0.1]:1); if it printed no reason, it was killed, perhaps because memory ran out; the last checkpoint "
+     "remains"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Read error: Connection reset by peer"), "error: another process"),
     (dist.DistNetworkError("The client socket has failed to connect"), "error: another process of this run has died"),
     (RuntimeError("can't start new thread"), "error: out of memory or threads: can't start new thread; take"),
