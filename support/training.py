@@ -44,12 +44,12 @@ def run(main):
 
 def explain(problem):
     """A sentence about an error that a user can fix; None if it is another one."""
-    text = " ".join(str(problem).splitlines()[:1]).split(". ")[0]
+    text = " ".join(str(problem).splitlines()[:1])
     if isinstance(problem, OSError):
         return str(problem)
     if isinstance(problem, dist.DistError) or "gloo" in text:
-        return (f"another process of this run has died ({text}); if it printed no reason, it was killed, perhaps "
-                "because memory ran out; the last checkpoint remains")
+        return (f"another process of this run has died ({text.split('. ')[0]}); if it printed no reason, it was "
+                "killed, perhaps because memory ran out; the last checkpoint remains")
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed: {text}; it needs a C++ compiler such as g++; --compile false does without it"
     if isinstance(problem, MemoryError) or "allocate" in text or "start new thread" in text:
