@@ -46,7 +46,7 @@ NEEDS = ("this takes two files: Inception's weights, which are downloaded or giv
 def main(argv=None):
     args = parse(argv)
     device, rank, world_size = init_distributed(args.device, tf32=False)  # TF32 differs from one GPU to another
-    began = time.time()
+    began = time.monotonic()
     try:
         results, found = measure_and_compare(args, device, rank, world_size)
     except ValueError as problem:
@@ -55,7 +55,7 @@ def main(argv=None):
         return
     for name, value in results.items():
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"measured in {(time.time() - began) / 60:.1f} min", flush=True)
+    print(f"measured in {(time.monotonic() - began) / 60:.1f} min", flush=True)
     if args.json:
         write_json(results, args.json)
     if args.save_stats:

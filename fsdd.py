@@ -221,8 +221,8 @@ class Denoiser(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """The initial values of DiT, which has no embedding of counts: ours starts as its embedding of classes does. The
-        release leaves that embedding at PyTorch's standard deviation of 1."""
+        """The initial values of DiT. It has no embedding of counts; ours starts as its embedding of classes does, and
+        that of the release with a standard deviation of 1."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

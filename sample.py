@@ -8,6 +8,7 @@
 The same seed gives the same images for any number of processes. Settings that are not given are the checkpoint's.
 train_fsdd.py, evaluate_fid.py and the scripts of paper/ load models and draw images by the functions below.
 """
+import csv
 import os
 import time
 from collections import deque
@@ -21,7 +22,7 @@ import masked
 from beyond import SparseDenoiser, flip_times, refine_by_exchange
 from data import open_dataset
 from data.evaluation_inputs import save_npz
-from data.image_folder import read_image
+from data.image_folder import as_text, read_image
 from dual_transform import counts_to_tokens, tokens_to_counts
 from support.command_line import Parser, checked, listed, stop
 from support.distributed import all_gather, chunks, rank_and_world_size
@@ -44,7 +45,7 @@ GENERATION = [  # settings of generation. A checkpoint keeps the column of its r
     ("sampler",   "paper",   "paper",       "masked",  "exchange", "paper | exchange | masked",  "see SAMPLERS"),
     ("steps",     36,        25,            16,        12,         "[1, inf)",                   "from noise to data"),
     ("times",     "middle",  "even",        "even",    "middle",   "even | middle",              "when the steps are"),
-    ("guidance",  "4,8,8",   "4,50,55",     "2.5",     "1,6,12",   "",                           "one weight, or thirds"),
+    ("guidance",  "4,8,8",   "4,50,55",     "2.5",     "1,6,12",   "",                           "weight, or thirds"),
     ("top_p",     1.0,       0.8,           1.0,       1.0,        "(0, 1]",                     "keep likely counts"),
     ("top_k",     2,         0,             0,         0,          "[0, inf)",                   "keep k, 0 = all"),
 ]
@@ -61,7 +62,12 @@ def main(argv=None):
         labels = choose_labels(args.labels, args.num, class_names, at_most)
         settings = generation_settings(checkpoint["generation"], args)
         refine = make_sampler(settings)
+        side = max(labels.bincount().max(), len(labels.unique())) * max(56, tokenizer.image_size)  # see grid()
+        if args.out.endswith(".gif") and side > 60000:
+            raise ValueError(f"a .gif has at most 65535 pixels a side, these images fill {side}; give fewer, or a .png")
         if args.like:
+            if not (args.labels or args.like.startswith("digits:") or settings.get("null_class", True)):
+                raise ValueError("--like FILE needs --labels, as this denoiser was trained without a null class")
             if rank == 0:
                 draw_like(denoiser, tokenizer, labels if args.labels else None, settings["prior"], refine, args)
             return
@@ -71,7 +77,7 @@ def main(argv=None):
         shown = listed([f"{label} ({class_names[label]})" for label in labels.unique_consecutive()], 10)
         print(f"generating {len(labels)} images of the classes {shown}:",
               ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
-    began = time.time()
+    began = time.monotonic()
     images = generate_images(denoiser, tokenizer, labels, refine, args, every_step=args.out.endswith(".gif"))
     if rank > 0:
         for _ in images:  # this rank's share goes to rank 0, which writes the file
@@ -81,7 +87,7 @@ def main(argv=None):
     else:
         save_samples(args.out, torch.cat(list(images), dim=1), labels, class_names)
     if rank == 0:
-        print(f"{args.out}: {len(labels)} images in {time.time() - began:.1f} s")
+        print(f"{args.out}: {len(labels)} images in {time.monotonic() - began:.1f} s")
 
 
 def generate_images(denoiser, tokenizer, labels, refine, args, every_step=False):
@@ -145,7 +151,11 @@ def open_like(name, tokenizer):
     """An image file, or a test digit such as digits:17 -> (1, ch, H, W) uint8, and the digit's label or None."""
     size, channels = tokenizer.image_size, tokenizer.channels
     if not name.startswith("digits:"):
-        return torch.from_numpy(read_image(name, size, channels)).permute(2, 0, 1)[None], None
+        pixels = read_image(name, size, channels)
+        if channels == 1 and pixels.mean() > 127:
+            print(f"{name} is dark on light; it is inverted, as the digits are light on dark")
+            pixels = 255 - pixels
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None], None
     digits, number = open_dataset("digits", "test", size), name.removeprefix("digits:")
     if channels != 1 or not number.isdigit() or int(number) >= len(digits):
         raise ValueError("--like must be an image file, or for a model of digits digits:0 to "
@@ -216,8 +226,12 @@ def make_sampler(settings):
     if (sampler == "masked") != (prior == "masked"):
         raise ValueError(f"the sampler masked is for denoisers that were trained with masked tokens, and the only one "
                          f"for them; got sampler {sampler} and a denoiser trained with prior {prior}")
+    guidance = parse_guidance(settings["guidance"])
+    if not settings.get("null_class", True) and {*guidance} != {1.0}:
+        raise ValueError("this denoiser was trained with --label_drop 0, so it has no null class for guidance other "
+                         f"than 1, got guidance {settings['guidance']}")
     return partial(SAMPLERS[sampler], prior=prior, steps=settings["steps"], times=settings["times"],
-                   guidance=parse_guidance(settings["guidance"]), top_p=settings["top_p"], top_k=settings["top_k"])
+                   guidance=guidance, top_p=settings["top_p"], top_k=settings["top_k"])
 
 
 def parse_guidance(text):
@@ -236,15 +250,18 @@ def choose_labels(text, num, class_names, at_most):
     """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, one class after the
     other.
 
-    Without text: over all classes, or at_most of them. ValueError for unknown classes.
+    Names with commas, or spaces at their ends, can be given in double quotes. Without text: over all classes, or
+    at_most of them. ValueError for unknown classes.
     """
     every = len(class_names)
-    numbers = {str(i): i for i in range(every)} | {name: i for i, name in enumerate(class_names)}  # names count first
+    numbers = {str(i): i for i in range(every)} | {as_text(name): i for i, name in enumerate(class_names)}  # first
     try:
-        classes = [numbers[name.strip()] for name in text.split(",")] if text else range(0, every, -(-every // at_most))
-    except KeyError:
+        given = next(csv.reader([as_text(text)], skipinitialspace=True)) if text else []
+        classes = [numbers[name if name in numbers else name.strip()] for name in given]
+    except (KeyError, csv.Error):
         raise ValueError(f"--labels must be numbers from 0 to {every - 1} or names of classes, such as "
                          f"{class_names[0]}, separated by commas, got {text!r}") from None
+    classes = classes or range(0, every, -(-every // at_most))
     return torch.tensor(classes)[torch.arange(num) * len(classes) // num]
 
 

@@ -84,7 +84,7 @@ def main(argv=None):
     stage1 = checkpoint["tokenizer"] if checkpoint else load_checkpoint(
         cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
     device, rank, _ = init_distributed(cfg.device)
-    began = time.time()
+    began = time.monotonic()
     try:
         tokenizer, train_set, test_set, model_config, generation = prepare(stage1, device, cfg)
         model = make_model(model_config, tokenizer, device, cfg)
@@ -105,7 +105,7 @@ def main(argv=None):
         averaged = train(model, tokenizer, tokens, train_set.labels, checkpoint, header, cfg, signals)
     loss = evaluate(averaged, tokenizer, test_set, device, cfg)
     if rank == 0:
-        print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; "
+        print(f"{cfg.out}: {cfg.steps} steps in {(time.monotonic() - began) / 60:.1f} min; "
               f"loss {loss:.4f} on the sets of {len(test_set)} test images")
 
 
@@ -120,6 +120,8 @@ def prepare(stage1, device, cfg):
     if cfg.flip and cfg.data == "digits":
         raise ValueError("the digits are not mirrored, got --flip true")
     generation = default_settings("masked" if cfg.noise == "masked" else cfg.recipe, cfg.noise)
+    if cfg.label_drop == 0:  # guidance would need the null class, which is not trained
+        generation |= {"guidance": "1", "null_class": False}
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "

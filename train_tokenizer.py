@@ -100,7 +100,7 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
     """model_class, kind: another tokenizer, and the kind of its checkpoints (paper/layouts.py)."""
     cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, kind, argv)
     device, rank, _ = init_distributed(cfg.device)
-    began, start = time.time(), checkpoint["step"] if checkpoint else 0
+    began, start = time.monotonic(), checkpoint["step"] if checkpoint else 0
     try:
         vqgan, pixel_losses = load_networks(cfg, checkpoint, device)
         train_set, test_set = open_datasets(cfg, cfg.image_size, crop="random", flip=cfg.flip, seed=cfg.seed)
@@ -121,9 +121,9 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
             model = train_phase(model, None, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
     if rank == 0:
-        print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
-              f"mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the {cfg.codebook_size} codes "
-              f"in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
+        print(f"{cfg.out}: {cfg.steps} steps in {(time.monotonic() - began) / 60:.1f} min; on {len(test_set)} test "
+              f"images: mean squared error {mse:.4f} (PSNR {psnr(mse):.2f} dB), {in_use:.1%} of the "
+              f"{cfg.codebook_size} codes in use, {distinct:.1f} distinct codes in a set of {cfg.num_tokens}")
 
 
 def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):

@@ -6,8 +6,7 @@ from data.image_folder import ImageFolder
 def open_dataset(where, split, image_size, crop="center", flip=False, seed=0):
     """where: "digits", or a folder that holds train/ and val/.  split: "train" or "test" (test is val/ in a folder).
 
-    A dataset has a length, root (a text for messages), channels, class_names, labels (N,) int64, fingerprint(),
-    not_applied() (a note to print; not for the digits), and
+    A dataset has a length, root (a text for messages), channels, class_names, labels (N,) int64, fingerprint(), and
     __getitems__([(index, epoch), ...]) -> images (n, ch, H, W) uint8, labels (n,).
     crop, flip, seed: see ImageFolder; the digits are neither cropped nor mirrored.
     """

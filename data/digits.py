@@ -38,7 +38,11 @@ class Digits(torch.utils.data.Dataset):
 
 def read_idx(name):
     """A gzipped idx file of bytes -> uint8 tensor. The file: type and number of axes, the sizes, the data."""
-    with gzip.open(os.path.join(FOLDER, name)) as file:
-        raw = file.read()
-    sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(*sizes).copy())
+    path = os.path.join(FOLDER, name)
+    try:
+        with gzip.open(path) as file:
+            raw = file.read()
+        sizes = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(*sizes).copy())
+    except Exception as problem:  # it is cut, or a pointer of Git LFS
+        raise ValueError(f"{path} can't be read ({type(problem).__name__}: {problem}); download it again") from None

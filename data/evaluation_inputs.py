@@ -60,10 +60,7 @@ def open_folder(path, image_size):
 
 def open_npz(path):
     """Statistics (mu, sigma), a sample batch (arr_0), or both, as in ADM's references, which include 10,000 images for
-    precision and recall.
-
-    Images are read on demand, as 50,000 of 256 x 256 would take 9.8 GB.
-    """
+    precision and recall. Images are read on demand, as 50,000 of 256 x 256 would take 9.8 GB."""
     archive = zipfile.ZipFile(path)
     held = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
     num, read, statistics, known = None, None, None, {}
@@ -122,10 +119,8 @@ def open_batch(archive, path):
 
 
 def save_npz(path, chunks, labels, size):
-    """ADM's sample batch: arr_0 uint8 (N, size, size, 3) and arr_1 the labels (N,).
-
-    chunks: an iterable of images (frames, n, ch, size, size) uint8, written one by one, so that memory holds few.
-    """
+    """ADM's sample batch: arr_0 uint8 (N, size, size, 3) and arr_1 the labels (N,). chunks: an iterable of images
+    (frames, n, ch, size, size) uint8, written one by one, so that memory holds few."""
     with atomic_open(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)}

@@ -1,4 +1,5 @@
 """Batches of images for the scripts: which images a step uses, and reading them ahead."""
+import ctypes
 import functools
 import signal
 import sys
@@ -8,8 +9,9 @@ from torch.utils.data import DataLoader
 
 from data import open_dataset
 from support.command_line import listed, stop
-from support.distributed import all_gather, is_main
+from support.distributed import all_gather
 from support.seeds import generator
+from support.training import SIGNALS
 
 
 def batch_indices(num_images, batch_size, seed, step):
@@ -25,11 +27,9 @@ def epoch_order(num_images, seed, epoch):
 
 
 def training_batches(dataset, batch_size, rows, seed, start, steps, workers):
-    """Images and labels for the steps start..steps - 1: this rank's rows of each global batch.
-
-    Each batch is read before the step that precedes it. If that fails, the training is sent SIGTERM, and so ends after
-    that step with a checkpoint.
-    """
+    """Images and labels for the steps start..steps - 1: this rank's rows of each global batch. Each batch is read
+    before the step that precedes it. If that fails, the training is sent SIGTERM, and so ends after that step with a
+    checkpoint."""
     def items():
         for step in range(start, steps):
             epoch = step // (len(dataset) // batch_size)
@@ -55,12 +55,10 @@ def read_slices(dataset, slices, workers):
 
 
 def read_ahead(dataset, batches, workers):
-    """The dataset's batches for lists of its items, read ahead by worker processes (0: in this process).
-
-    An image that can't be read, or a worker that dies, ends the run with one sentence.
-    """
+    """The dataset's batches for lists of its items, read ahead by worker processes (0: in this process). An image that
+    can't be read, or a worker that dies, ends the run with one sentence."""
     loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=to_arrays,
-                             worker_init_fn=ignore_signals))
+                             worker_init_fn=start_reader))
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker's death is noticed here, not in the middle of a step
     try:
         for arrays in loader:
@@ -80,36 +78,30 @@ def to_arrays(batch):
     return [tensor.numpy() for tensor in batch]
 
 
-def ignore_signals(worker):
-    """A worker process leaves signals to the training process, which saves a checkpoint before it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def start_reader(worker):
+    """A worker process leaves signals to the training process, which saves a checkpoint before it ends. On Linux it is
+    killed with that process, whose connections to other ranks it would keep open."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def open_datasets(cfg, image_size, **training):
-    """The training set and the test set, the same on all ranks.
-
-    training: further arguments of open_dataset() for the training set. ValueError if one of the sets can't be used, or
-    their classes differ.
-    """
+    """The training set and the test set, the same on all ranks. training: further arguments of open_dataset() for the
+    training set. ValueError if one of the sets can't be used, or their classes differ."""
     train_set = open_dataset(cfg.data, "train", image_size, **training)
     test_set = open_dataset(cfg.data, "test", image_size)
     for dataset in (train_set, test_set):
         if len(set(all_gather(dataset.fingerprint()))) > 1:
             raise ValueError(f"the images in {dataset.root} are not the same on all machines; "
                              "each needs the same files")
-        if cfg.data != "digits" and is_main():
-            print(f"{dataset.root}: {len(dataset)} images in {len(dataset.class_names)} classes", flush=True)
-            if note := dataset.not_applied():
-                print(f"{dataset.root}: {note}", flush=True)
     check_classes(train_set, test_set)
     return train_set, test_set
 
 
 def check_classes(train_set, test_set):
     """ValueError unless both datasets have the same classes."""
-    train_only = sorted({*train_set.class_names} - {*test_set.class_names})
-    test_only = sorted({*test_set.class_names} - {*train_set.class_names})
-    if train_only or test_only:
-        raise ValueError(f"the classes in {train_set.root} and {test_set.root} are not the same; only in the first: "
-                         f"{listed(train_only)}; only in the second: {listed(test_only)}")
+    if different := sorted({*train_set.class_names} ^ {*test_set.class_names}):
+        raise ValueError(f"the classes in {train_set.root} and {test_set.root} are not the same; only one of them has "
+                         f"{listed(different)}")

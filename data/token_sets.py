@@ -1,5 +1,6 @@
 """The training set as token sets, encoded once before stage 2, which then reads no image."""
 import hashlib
+import os
 
 import numpy as np
 import torch
@@ -27,9 +28,9 @@ def encode_training_set(tokenizer, dataset, device, cfg):
     if not all_gather(tokens is not None)[0]:
         tokens = encode(tokenizer, dataset, device, cfg)
         if is_main():
+            write_json(note | {"sha256": hashlib.sha256(tokens).hexdigest()}, replace_suffix(cfg.tokens, ".json"))
             with atomic_open(cfg.tokens) as file:
                 np.save(file, tokens)
-            write_json(note | {"sha256": hashlib.sha256(tokens).hexdigest()}, replace_suffix(cfg.tokens, ".json"))
         all_gather(None)  # wait for rank 0
         tokens = open_tokens(cfg.tokens, note)
     elif is_main():
@@ -42,9 +43,12 @@ def encode_training_set(tokenizer, dataset, device, cfg):
 
 def check_token_file(path, codebook_size):
     """ValueError, or an exit with one sentence, if tokens of a codebook can't be kept at path."""
-    check_outputs(path)
     if not path.endswith(".npy"):  # such as a checkpoint, which would be overwritten
         raise ValueError(f"--tokens must end in .npy, got {path}")
+    note = replace_suffix(path, ".json")
+    check_outputs(path, note)
+    if (os.path.isfile(path) or os.path.isfile(note)) and "made_from" not in read_json(note):
+        raise ValueError(f"{path} or {note} is not from this script, which would replace both; give another --tokens")
     if codebook_size > 2 ** 16:
         raise ValueError(f"the token file holds codes up to 65535, the tokenizer has {codebook_size} codes")
 

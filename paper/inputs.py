@@ -91,7 +91,7 @@ def read_images(paths, num, tokenizer):
 
 def find_files(path):
     """A file, or the images in a folder and its subfolders."""
-    found = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in find_images(path)]
+    found = [path] if os.path.isfile(path) else [os.path.join(path, name) for name in find_images(path)[0]]
     if not found:
         stop(f"there is no image {path}, and no folder of that name with images ({', '.join(SUFFIXES)})")
     return found

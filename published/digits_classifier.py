@@ -1,6 +1,7 @@
 """A small classifier of digits. It replaces Inception: digits FID is the Frechet distance between its features, and it
 tells which digit a sample shows."""
 import hashlib
+import os
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from data import open_dataset
 from data.loader import batch_indices
-from support.files import check_outputs, read_checkpoint, save_checkpoint
+from support.files import check_outputs, load_checkpoint, save_checkpoint
 
 FILE = "digits_classifier.pt"  # the trained classifier, in the folder of the checkpoint that is evaluated
 EPOCHS = 4
@@ -45,9 +46,12 @@ class DigitsClassifier(nn.Module):
 
 
 def open_classifier(path, device, rank):
-    """The classifier in a file, the same on all ranks; trained on first use (a minute on two cores)."""
+    """The classifier in a file, the same on all ranks; trained if there is no such file (a minute on two cores)."""
     net = DigitsClassifier()
-    if rank == 0 and not load_classifier(net, path):
+    if rank == 0 and os.path.exists(path):
+        made_by = "this command, when the file is removed or --classifier names another one"
+        net.load_state_dict(load_checkpoint(path, made_by, "digits classifier")["weights"])
+    elif rank == 0:
         check_outputs(path)
         print(f"training the classifier for digits FID, once; it is kept as {path}", flush=True)
         net = train_classifier(open_dataset("digits", "train", 28))
@@ -59,16 +63,6 @@ def open_classifier(path, device, rank):
         for tensor in net.state_dict().values():
             dist.broadcast(tensor, 0)
     return net
-
-
-def load_classifier(net, path):
-    """Load the weights in a file into net. Returns whether that succeeded."""
-    try:
-        checkpoint = read_checkpoint(path)
-        net.load_state_dict(checkpoint["weights"])
-        return checkpoint["kind"] == "digits classifier"
-    except Exception:  # it is missing or damaged: a new one is trained
-        return False
 
 
 def train_classifier(digits, batch=200):

@@ -1,8 +1,5 @@
 """What all scripts share: command line, ranks, hardware, optimizers, files, training state. The method can be
-understood without reading it.
-
-Nothing here imports anything else of the project.
-"""
+understood without reading it. Nothing here imports anything else of the project."""
 import sys
 
 if sys.platform == "win32":

@@ -42,11 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def checked(kind, allowed):
-    """A type for argparse: text -> a value of this kind.
-
-    kind: int, float, str or bool.  allowed: the values that are accepted: an interval such as "[0, 1)" for numbers, all
-    words such as "on | off", or "" for any value.
-    """
+    """A type for argparse: text -> a value of this kind: int, float, str or bool. allowed: the values that are
+    accepted: an interval such as "[0, 1)" for numbers, all words such as "on | off", or "" for any value."""
     def convert(text):
         if kind is bool:
             if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
@@ -55,19 +52,14 @@ def checked(kind, allowed):
         value = kind(text)
         if "|" in allowed and value not in allowed.split(" | "):
             raise argparse.ArgumentTypeError(f"must be one of {allowed.replace(' |', ',')}, got {text!r}")
-        if allowed[:1] in ("[", "(") and not in_interval(value, allowed):
-            raise argparse.ArgumentTypeError(f"must lie in {allowed}, got {text}")
+        if allowed[:1] in ("[", "("):
+            low, high = (min(float(end), 2 ** 63) for end in allowed[1:-1].split(","))  # the limit of PyTorch's int64
+            if not low <= value <= high or value == low and allowed[0] == "(" or value == high and allowed[-1] == ")":
+                raise argparse.ArgumentTypeError(f"must lie in {allowed.replace('inf', '2^63')}, got {text}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type if a text is not a number
     return convert
-
-
-def in_interval(value, interval):
-    """Whether a number lies in an interval such as "[0, 1)", and below 2^63, as PyTorch's integers must."""
-    low, high = map(float, interval[1:-1].split(","))
-    return ((low <= value if interval[0] == "[" else low < value)
-            and (value <= high if interval[-1] == "]" else value < high) and not value >= 2 ** 63)
 
 
 def parse(table, description, kind, argv=None, prog=None):
@@ -82,7 +74,6 @@ def parse(table, description, kind, argv=None, prog=None):
     if kind:
         parser.add_argument("--resume", action="store_true", help="resume the checkpoint at --out, with its settings")
     for name, *values, allowed, meaning in table:
-        assert len(values) == len(RECIPES), f"the row {name} needs a value for each of {RECIPES}"
         defaults = ", ".join(f"{recipe}: {value}" for recipe, value in zip(RECIPES, values))
         choices = f" {{{allowed}}}" if "|" in allowed else ""
         parser.add_argument("--" + name, type=checked(type(values[0]), allowed),
@@ -95,22 +86,27 @@ def parse(table, description, kind, argv=None, prog=None):
         recipe = "imagenet256" if found else "digits"
         why = f"data/imagenet/train {'exists' if found else 'does not exist'}"
     settings = {"recipe": recipe, "resume": False} | {row[0]: row[1 + RECIPES.index(recipe)] for row in table}
-    checkpoint = None
-    if given.get("resume"):
-        out = given.get("out", settings["out"])
-        checkpoint = load_checkpoint(out, "the same command without --resume", kind)
+    out, resume = given.get("out", settings["out"]), "resume" in given
+    restarted = kind and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.path.isfile(out)  # by torchrun
+    checkpoint = load_checkpoint(out, "the same command without --resume", kind) if resume or restarted else None
+    if restarted and not resume:  # it continues, unless it had not yet saved and this is another training's checkpoint
+        config, wanted = checkpoint.get("config", {}), settings | given
+        same = (config.get(name) == wanted[name] for name in settings.keys() - {"resume", *MAY_CHANGE} | {"steps"})
+        checkpoint = checkpoint if all(same) else None
+    if checkpoint:
         if missing := [name for name in ("training", "step", "config", "images") if name not in checkpoint]:
             stop(f"{out} has no {missing[0]}, so --resume can't continue from it (imported weights have none)")
         settings, why = settings | checkpoint["config"], f"as in {out}"
         for name in given.keys() - {"resume", *MAY_CHANGE}:
             if given[name] != settings.get(name):
                 stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
-    settings |= given
+    settings |= given | {"out": out}
     if checkpoint and settings["steps"] < checkpoint["step"]:
         parser.error(f"--steps must be at least {checkpoint['step']}, the step of {out}, got {settings['steps']}")
     if kind and not settings["out"].endswith(".pt"):  # log and picture: the same name with other suffixes
         parser.error(f"--out must end in .pt, got {settings['out']}")
-    check_outputs(settings["out"], inputs=[settings.get("tokenizer")])
+    others = [out[:-3] + ".csv", out[:-3] + ".png"] if kind else []
+    check_outputs(out, *others, inputs=[settings.get("tokenizer")])
     if is_main():
         print(f"recipe {settings['recipe']}: {why}", flush=True)
     return SimpleNamespace(**settings), checkpoint

@@ -19,10 +19,9 @@ def check_outputs(*paths, inputs=()):
         if not os.path.isdir(folder):
             sys.exit(f"error: there is no folder {folder} to write {path} to")
         if os.path.exists(path) and not os.path.isfile(path) or os.path.abspath(path).startswith("/dev/"):
-            sys.exit(f"error: {path} is a folder, a device or a pipe, so no file can be written there; "
-                     "choose another name")
-        if not os.access(folder, os.W_OK):
-            sys.exit(f"error: {path} can't be written: permission denied in {folder}")
+            sys.exit(f"error: {path} is a folder, a device or a pipe; choose another name")
+        if not os.access(folder, os.W_OK) or os.path.isfile(path) and not os.stat(path).st_mode & 0o222:
+            sys.exit(f"error: {path} can't be written: permission denied for it or {folder}")
         if target in read:
             sys.exit(f"error: {path} is read by this command, which would replace it; choose another name")
 
@@ -33,27 +32,20 @@ def atomic_open(path, mode="wb", **how):
     old file or the new one, complete. An OSError names path. If path is a link, its target is replaced."""
     target = os.path.realpath(path)
     try:
-        with naming(path), open(target + ".tmp", mode, **how) as file:
+        with open(target + ".tmp", mode, **how) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(target + ".tmp", target)
-    finally:
-        with contextlib.suppress(OSError):  # after os.replace() there is none
-            os.remove(target + ".tmp")
-
-
-@contextlib.contextmanager
-def naming(path):
-    """In this context an OSError names path."""
-    try:
-        yield
     except (OSError, RuntimeError) as problem:  # torch.save hides an OSError in a RuntimeError
         while problem and not isinstance(problem, OSError):
             problem = problem.__context__
         if not problem:
             raise
         raise OSError(problem.errno or errno.EIO, problem.strerror or str(problem), path) from None
+    finally:
+        with contextlib.suppress(OSError):  # after os.replace() there is none
+            os.remove(target + ".tmp")
 
 
 def write_json(content, path):
@@ -80,10 +72,8 @@ NEEDED = {"tokenizer": ["model_config", "weights"],  # what is read from each ki
 
 
 def load_checkpoint(path, made_by, *kinds):
-    """The dict in a checkpoint of one of these kinds; exits with one sentence if there is none.
-
-    made_by: the command that makes one, for the message.
-    """
+    """The dict in a checkpoint of one of these kinds. If there is none, exits with a sentence that says which command
+    makes one, made_by."""
     try:
         checkpoint = read_checkpoint(path)
         if (kind := checkpoint.get("kind")) not in kinds:
@@ -98,7 +88,7 @@ def load_checkpoint(path, made_by, *kinds):
 
 def read_checkpoint(path):
     """The dict in a checkpoint. ValueError if there is none, it is damaged, or a number in it is not finite."""
-    previous = f"; {path}.previous is the one before it" if os.path.isfile(f"{path}.previous") else ""
+    previous = f"; {path}.previous is an earlier one" if os.path.isfile(f"{path}.previous") else ""
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint {path}{previous}")
     try:

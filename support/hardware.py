@@ -13,10 +13,13 @@ from support.distributed import rank_and_world_size
 
 
 def init_distributed(device, tf32=True):
-    """Choose the device, and join the process group if torchrun started this process.
-
-    device: "auto", "cpu", "cuda" or "cuda:N".  Returns (device, rank, world size).
-    """
+    """Choose the device from "auto", "cpu", "cuda" or "cuda:N", and join the process group if torchrun started this
+    process. Returns (device, rank, world size)."""
+    missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    tasks = {os.environ.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")}
+    if missing and ("RANK" in os.environ or tasks != {"1"}):
+        stop("by RANK, Slurm or MPI this is one of several processes, but torchrun has not started it; start torchrun, "
+             "with Slurm by srun --ntasks-per-node=1 torchrun ..., or ask for a single task")
     gpus = torch.cuda.device_count()
     device = ("cuda" if gpus else "cpu") if device == "auto" else device
     if not re.fullmatch("cpu|cuda(:[1-9]?[0-9])?", device):

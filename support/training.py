@@ -1,5 +1,4 @@
 """What surrounds a training loop: its state in a checkpoint, its log, signals, and how a script ends."""
-import contextlib
 import csv
 import gc
 import math
@@ -15,35 +14,25 @@ from tqdm import tqdm
 
 from support.command_line import stop
 from support.distributed import all_gather, is_main, rank_and_world_size
-from support.files import atomic_open, naming, not_finite, save_checkpoint
-from support.optimizers import warmup_cosine
+from support.files import atomic_open, not_finite, save_checkpoint
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 def run(main):
     """Run a script's main() and leave the process group. Errors that a user can fix become one sentence."""
     code = 0
-    while os.open(os.devnull, os.O_RDWR) < 2:  # if closed: no file that is opened later must take their place
-        pass
-    sys.stdout, sys.stderr = (Output(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
         main()
     except StoppedBySignal as stopped:
         code = stopped.code
     except KeyboardInterrupt:
         stop("interrupted")
-    except OSError as problem:
-        stop(str(problem))
-    except (MemoryError, RuntimeError) as problem:
-        if "closed by peer" in str(problem):
-            stop("another process of this run has died; if it printed no reason, it was killed, perhaps because memory "
-                 "ran out; the last checkpoint remains")
-        if "allocate" not in str(problem):
+    except (OSError, MemoryError, RuntimeError) as problem:
+        if not explain(problem):
             raise
-        stop(f"out of memory: {str(problem).splitlines()[0]}; take a smaller model, or fewer images at once")
+        stop(explain(problem))
     finally:  # Python ends workers by SIGTERM, which those that read images ignore
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
     gc.collect()  # a DDP model that outlives the process group may abort
@@ -53,22 +42,18 @@ def run(main):
     sys.exit(code)
 
 
-class Output:
-    """Standard output or error. A run goes on when nobody reads it any more."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+def explain(problem):
+    """A sentence about an error that a user can fix; None if it is another one."""
+    text = " ".join(str(problem).splitlines()[:1])
+    if isinstance(problem, OSError):
+        return str(problem)
+    if isinstance(problem, dist.DistError) or "gloo" in text:
+        return (f"another process of this run has died ({text.split('. ')[0]}); if it printed no reason, it was "
+                "killed, perhaps because memory ran out; the last checkpoint remains")
+    if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed: {text}; it needs a C++ compiler such as g++; --compile false does without it"
+    if isinstance(problem, MemoryError) or "allocate" in text or "start new thread" in text:
+        return f"out of memory or threads: {text}; take a smaller model, fewer images at once or fewer --workers"
 
 
 class StoppedBySignal(SystemExit):
@@ -76,7 +61,7 @@ class StoppedBySignal(SystemExit):
 
 
 class Signals:
-    """In this context a SIGTERM, SIGINT (Ctrl-C) or SIGHUP is only recorded, so that the training loop can save first.
+    """In this context SIGNALS, such as Ctrl-C, are only recorded, so that the training loop can save first.
     A second signal ends the process, unless it comes within 2 seconds: torchrun repeats each signal at once."""
 
     def __enter__(self):
@@ -113,31 +98,37 @@ def stop_by_signal(number, path):
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 def check_training(cfg, checkpoint, dataset):
-    """ValueError if the batch does not fit the ranks or the dataset, or the checkpoint is not of this dataset."""
+    """ValueError if the batch does not fit the ranks or the dataset, or the checkpoint is of images with other names.
+    Their contents may change, as a damaged one can be replaced; this is printed."""
     world_size = rank_and_world_size()[1]
     if not world_size <= cfg.batch_size <= len(dataset):
         raise ValueError(f"batch_size {cfg.batch_size} must lie between the number of processes, {world_size}, and the "
                          f"number of training images, {len(dataset)}")
     if len(set(all_gather(checkpoint and checkpoint["step"]))) > 1:
         raise ValueError("the ranks have different checkpoints; --out must lie in a folder that all machines share")
-    if checkpoint and checkpoint["images"] != dataset.fingerprint():
-        raise ValueError("the training images or classes are not those of the checkpoint, so --resume can't continue "
+    saved, found = (checkpoint or {}).get("images", "").split(), dataset.fingerprint().split()
+    if checkpoint and saved[0] != found[0]:
+        raise ValueError("the names of the training images are not those of the checkpoint, so --resume can't continue "
                          "from it; restore them, or start a new training")
+    if checkpoint and saved != found and is_main():
+        print("some training images have other contents than when the training began; it continues with them")
+    if (share := cfg.ema ** cfg.steps) > 0.01 and is_main():
+        print(f"--ema {cfg.ema} is too slow for {cfg.steps} steps: the averaged weights, which are evaluated and "
+              f"sampled, will be {share:.0%} initial weights")
     if checkpoint and cfg.steps != checkpoint["config"]["steps"] and is_main():
-        first, step = getattr(cfg, "proxy_steps", 0), checkpoint["step"]  # the schedule of phase 1 does not change
-        before, after = (cfg.lr * warmup_cosine(step - first, steps - first, cfg.warmup, cfg.lr_end)
-                         for steps in (checkpoint["config"]["steps"], cfg.steps))
-        if step >= first:
-            print(f"--steps has changed: the learning rate continues with {after:.3g} in place of {before:.3g}")
+        print("--steps has changed, and with it the learning rate from here on, except in the phase of proxy codes")
 
 
 def keep_previous(path):
-    """Rename the checkpoint of an earlier run, and its log, to NAME.previous, so that a new run does not overwrite
-    them."""
-    if is_main() and os.path.isfile(path):
-        for name in filter(os.path.isfile, (replace_suffix(path, ".csv"), path)):
-            os.replace(name, name + ".previous")
-        print(f"{path} already exists; it is kept as {path}.previous", flush=True)
+    """Rename what is at the paths of a checkpoint, its log and its picture to NAME.previous, or the first of
+    NAME.previous2, NAME.previous3, ... that is free, so that a new run overwrites nothing."""
+    names = [*filter(os.path.isfile, (replace_suffix(path, ".csv"), replace_suffix(path, ".png"), path))]
+    suffixes = (f".previous{number}" for number in ("", *range(2, 10 ** 6)))
+    if is_main() and names:
+        suffix = next(suffix for suffix in suffixes if not any(os.path.exists(name + suffix) for name in names))
+        for name in names:
+            os.replace(name, name + suffix)
+            print(f"{name} already exists; it is kept as {name}{suffix}", flush=True)
 
 
 def save_training(header, step, cfg, model, ema, optimizers, **state):
@@ -167,9 +158,8 @@ def restore_training(checkpoint, model, ema, optimizers, first=0):
 
 def diverged(what, cfg):
     """End a training whose numbers are no longer finite."""
-    good = next(filter(os.path.isfile, (cfg.out, cfg.out + ".previous")), None)
     stop(f"{what}: the training has diverged, so try a smaller learning rate; "
-         f"{f'the last checkpoint is {good}' if good else 'there is no checkpoint'}")
+         f"{f'the last checkpoint is {cfg.out}' if os.path.isfile(cfg.out) else 'there is no checkpoint'}")
 
 
 # --- log and progress bar --------------------------------------------------------------------------------------------
@@ -189,8 +179,7 @@ def open_log(path, columns, step):
             rows = [row for row in file if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= step]
     with atomic_open(path, "w", newline="") as file:
         file.writelines([",".join(columns) + "\r\n", *rows])
-    writer = csv.DictWriter(open(path, "a", newline="", buffering=1), columns, extrasaction="ignore")
-    return naming(path)(writer.writerow)
+    return csv.DictWriter(open(path, "a", newline="", buffering=1), columns, extrasaction="ignore").writerow
 
 
 def progress_bar(start, steps, batch_size):

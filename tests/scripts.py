@@ -21,10 +21,11 @@ import torch.distributed as dist
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def run(script, *args, folder, world_size=1):
-    """Run a script of the project in a folder as a user does; returns the finished process."""
-    return subprocess.run(command(script, args, world_size), cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run(script, *args, folder, world_size=1, **variables):
+    """Run a script of the project in a folder as a user does, with environment variables; returns the finished
+    process."""
+    return subprocess.run(command(script, args, world_size), cwd=folder, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | variables, stdin=subprocess.DEVNULL)
 
 
 def command(script, args, world_size):

@@ -41,8 +41,9 @@ def test_values_have_the_types_of_the_table():
 
 @pytest.mark.parametrize("argument, words", [
     ("--stepz=7", "--stepz"), ("--step=7", "--step"), ("--steps=1.5", "--steps: invalid int value: '1.5'"),
-    ("--flip=maybe", "--flip: must be true or false"), ("--steps=0", "--steps: must lie in [1, inf), got 0"),
+    ("--flip=maybe", "--flip: must be true or false"), ("--steps=0", "--steps: must lie in [1, 2^63), got 0"),
     ("--bf16=maybe", "--bf16: must be one of auto, on, off, got 'maybe'"), ("--recipe=cifar", "--recipe"),
+    ("--lr=1e30", "--lr: must lie in (0, 2^63), got 1e30"),
     ("--out=a.csv", "--out must end in .pt"), ("--out=", "--out must end in .pt")])
 def test_wrong_options_get_one_sentence(argument, words, capsys):
     """Broken: a misspelt option or a value that makes no sense would be taken for something else."""
@@ -66,6 +67,11 @@ def test_outputs_are_checked_before_the_work(monkeypatch):
     os.symlink("good.pt", "also_good.pt")
     with pytest.raises(SystemExit, match="error: good.pt is read by this command"):
         check_outputs("good.pt", inputs=["also_good.pt"])
+    for name in ("protected.pt", "a.csv"):  # a.csv is written next to a.pt
+        open(name, "w").close()
+        os.chmod(name, 0o444)
+        with pytest.raises(SystemExit, match=f"error: {name} can't be written: permission denied"):
+            settings(f"--out={name.replace('csv', 'pt')}")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root has access to everything
     with pytest.raises(SystemExit, match="error: good.pt can't be written: permission denied"):
         check_outputs(None, "good.pt")
@@ -96,12 +102,29 @@ def test_resume_takes_the_settings_of_the_checkpoint(capsys):
         with pytest.raises(SystemExit) as stopped:
             settings("--resume", "--out=b.pt", argument)
         assert words in f"{stopped.value.code} {capsys.readouterr().err}"
+    os.rename("b.pt", "c.pt")
+    assert parse(TABLE, "", "fsdd", ["--resume", "--out=c.pt"])[0].out == "c.pt"  # not what c.pt was called before
+    os.rename("c.pt", "b.pt")
     with pytest.raises(SystemExit, match="is not a tokenizer checkpoint but a fsdd checkpoint"):
         parse(TABLE, "", "tokenizer", ["--resume", "--out=b.pt"])
     for missing in ("training", "step", "images"):  # such as imported weights
         save_checkpoint({name: value for name, value in checkpoint.items() if name != missing}, "stripped.pt")
         with pytest.raises(SystemExit, match=f"stripped.pt has no {missing}, so --resume can't continue from it"):
             settings("--resume", "--out=stripped.pt")
+
+
+def test_a_restart_by_torchrun_continues(monkeypatch):
+    """Fails if torchrun --max_restarts starts a training anew, or continues that of an earlier run at the same path."""
+    complete = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd", "images": "", "training": {}, "step": 7}
+    save_checkpoint(complete | {"config": vars(settings("--lr=0.5"))}, "a.pt")
+    assert parse(TABLE, "", "fsdd", ["--lr=0.5"])[1] is None  # not restarted
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for arguments, step in ((["--lr=0.5"], 7), (["--lr=0.5", "--bf16=on"], 7), (["--lr=0.1"], None),
+                            (["--lr=0.5", "--steps=9"], None), (["--lr=0.5", "--out=b.pt"], None)):
+        cfg, checkpoint = parse(TABLE, "", "fsdd", arguments)
+        assert (checkpoint and checkpoint["step"]) == step and cfg.lr == float(arguments[0][5:])
+    save_checkpoint(complete | {"config": vars(parse(TABLE, "", "fsdd", ["--lr=0.5"])[0])}, "a.pt")
+    assert parse(TABLE, "", "fsdd", ["--lr=0.5"])[1]  # a second restart
 
 
 @pytest.mark.parametrize("interval, inside, outside", [
@@ -112,7 +135,7 @@ def test_intervals(interval, inside, outside):
     for value in inside:
         assert checked(type(value), interval)(str(value)) == value
     for value in outside:
-        with pytest.raises(Exception, match=f"must lie in .*{interval[1:-1]}"):
+        with pytest.raises(Exception, match=f"must lie in .*{interval[1:-1].replace('inf', '2.63')}"):
             checked(type(value), interval)(str(value))
 
 

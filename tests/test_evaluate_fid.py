@@ -22,9 +22,9 @@ import sample
 from data.evaluation_inputs import Images
 from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
 from published import digits_classifier, inception
-from published.digits_classifier import DigitsClassifier, load_classifier
+from published.digits_classifier import DigitsClassifier
 from published.inception import resize
-from support.files import save_checkpoint
+from support.files import load_checkpoint, save_checkpoint
 from support.pictures import to_uint8
 from tests.conftest import few_digits, pictures
 from tests.scripts import assert_one_sentence, run_here, run_ranks, successful
@@ -118,7 +118,7 @@ def evaluate(*arguments, folder):
 def classify(digits, images):
     """Features (N, 128) and classes (N,) by the classifier of the fixture digits."""
     net = DigitsClassifier()
-    assert load_classifier(net, digits / "digits_classifier.pt")
+    net.load_state_dict(load_checkpoint(digits / "digits_classifier.pt", "", "digits classifier")["weights"])
     features, logits = net(images)
     return features, logits.argmax(1)
 
@@ -230,8 +230,7 @@ def test_a_checkpoint_as_the_reference(digits, small_digits, tmp_path, monkeypat
 
 
 def test_the_classifier_is_kept(small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: it would be trained in every run, a damaged file would end in a traceback, or its weights depend on
-    chance."""
+    """Fails if it is trained in every run, or its weights depend on chance."""
     monkeypatch.setattr(digits_classifier, "EPOCHS", 1)
     np.savez("few.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8))
     names = []  # with a hash of the weights
@@ -240,8 +239,17 @@ def test_the_classifier_is_kept(small_digits, tmp_path, monkeypatch, capsys):
         names.append(evaluate("--images=few.npz", "--ref=few.npz", "--data=digits", folder=tmp_path)["features"])
         assert ("training the classifier" in capsys.readouterr().out) == trained
         if not trained:
-            (tmp_path / "digits_classifier.pt").write_bytes(b"damaged")
+            (tmp_path / "digits_classifier.pt").unlink()
     assert names[0] == names[1] == names[2] and names[0].startswith("digits classifier ")
+
+
+def test_a_classifier_replaces_no_other_file(digits, tmp_path):
+    """Fails if --classifier with a name of something else, such as the tokenizer, replaces it by a new classifier."""
+    for content in (b"no checkpoint", (digits / "tokenizer.pt").read_bytes()):
+        (tmp_path / "other.pt").write_bytes(content)
+        with pytest.raises(SystemExit, match="^error: other.pt [^\n]*--classifier names another one$"):
+            digits_classifier.open_classifier("other.pt", torch.device("cpu"), 0)
+        assert (tmp_path / "other.pt").read_bytes() == content
 
 
 # --- Inception -------------------------------------------------------------------------------------------------------

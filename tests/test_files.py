@@ -86,7 +86,7 @@ def test_bad_checkpoints_get_one_sentence():
     save_checkpoint({"kind": "fsdd", "lr": float("inf")}, "inf.pt")
     save_checkpoint({"kind": "fsdd", "model_config": {}}, "stripped.pt")
     for name, words in (("none", "there is no checkpoint none.pt"), ("truncated", "can't be read as a checkpoint"),
-                        ("changed", "can't be .*; changed.pt.previous is the one before it"),
+                        ("changed", "can't be .*; changed.pt.previous is an earlier one"),
                         ("other", "is not a fsdd checkpoint but a tokenizer checkpoint"),
                         ("nan", "numbers that are not finite .a 0 b."), ("inf", "numbers that are not finite .lr."),
                         ("stripped", "stripped.pt has no weights")):

@@ -15,6 +15,20 @@ def test_devices_that_do_not_exist(device, words):
         init_distributed(device)
 
 
+@pytest.mark.parametrize("variables", [{"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, {"OMPI_COMM_WORLD_SIZE": "2"},
+                                       {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}])
+def test_processes_that_torchrun_has_not_started(variables, monkeypatch):
+    """Fails if each task of srun trains alone and writes the same file, or RANK alone ends in a traceback."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="^error: [^\n]*torchrun has not started it[^\n]*$"):
+        init_distributed("cpu")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    for name in variables.keys() - {"SLURM_NTASKS"}:
+        monkeypatch.delenv(name)
+    assert init_distributed("cpu")[1:] == (0, 1)
+
+
 def test_autocast(monkeypatch):
     """Broken: --bf16 would have no effect, or "auto" would emulate bfloat16, many times slower than float32."""
     for fast in (True, False):

@@ -2,6 +2,10 @@
 import io
 import os
 import shutil
+import subprocess
+import sys
+import unicodedata
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,7 +13,8 @@ import torch
 from PIL import Image
 
 from data import open_dataset
-from data.image_folder import center_crop, random_crop
+from data.image_folder import as_text, center_crop, random_crop, read_image
+from tests.scripts import ROOT, on_ranks
 
 
 def stripes(mode="RGB", size=(48, 32)):
@@ -73,41 +78,133 @@ def test_a_folder_without_images_is_refused(tmp_path):
 
 
 def test_the_fingerprint_changes_with_the_files(folder, tmp_path):
-    """Broken: a training would resume on other images, tokens of others be used, or machines with copies not agree."""
-    files = {f"n0{i % 2}/{i}.jpg": encoded(noise((9, 9), seed=i)) for i in range(6)}
+    """Fails if a training resumes on images of other names, if tokens of other images are used again, even of images
+    with the same names and sizes, or if a copy of a folder counts as another folder."""
+    files = {f"n0{i % 2}/{i}.bmp": encoded(noise((50, 50), seed=i), "BMP") for i in range(6)}
     first = folder(files).fingerprint()
     shutil.copytree(tmp_path / "train", tmp_path / "copy" / "train", copy_function=shutil.copyfile)  # with other times
     assert open_dataset(str(tmp_path / "copy"), "train", 64).fingerprint() == first
-    found = {first, folder({"n00/0.jpg": files["n00/0.jpg"] + b"0"}).fingerprint()}
-    for old, new in (("n00/0.jpg", "n00/9.jpg"), ("n00", "n02")):
+    names, contents = map(set, zip(first.split(), strict=True))
+    for changed in (files["n00/0.bmp"] + b"0", encoded(noise((50, 50), seed=7), "BMP")):
+        found = folder({"n00/0.bmp": changed}).fingerprint().split()
+        assert found[0] in names and found[1] not in contents
+        contents.add(found[1])
+    for old, new in (("n00/0.bmp", "n00/9.bmp"), ("n00", "n02")):
         (tmp_path / "train" / old).rename(tmp_path / "train" / new)
-        found.add(folder({}).fingerprint())
-    os.remove(tmp_path / "train" / "n02" / "9.jpg")
-    assert len(found | {folder({}).fingerprint()}) == 5
+        names.add(folder({}).fingerprint().split()[0])
+    os.remove(tmp_path / "train" / "n02" / "9.bmp")
+    assert len(names | {folder({}).fingerprint().split()[0]}) == 4
 
 
-def test_alpha_and_rotation_are_announced(folder):
-    """Broken: nobody would learn why images that look right elsewhere are black or lie on their side here."""
-    rotated, upright = Image.Exif(), Image.Exif()
-    rotated[0x0112], upright[0x0112] = 8, 1
-    plain = {"a/2.jpg": encoded(stripes()), "a/3.jpg": encoded(stripes(), exif=upright), "a/4.jpg": b"damaged"}
-    assert folder(plain).not_applied() == ""
-    others = {"a/0.png": stripes("RGBA"), "a/1.jpg": encoded(stripes(), exif=rotated), "a/5.png": stripes("LA")}
-    assert folder(others).not_applied().startswith("of 6 images looked at, 2 are transparent and 1 are rotated")
+def test_each_file_is_read_once_for_the_fingerprint(folder):
+    """Fails if a rank reads the share of another before the first step, or if their number changes the result."""
+    files = {f"a/{i}.png": noise((9, 9), seed=i) for i in range(5)}
+    alone = folder(files).fingerprint()
+
+    def read():
+        dataset, opened = folder({}), []
+        with mock.patch("builtins.open", lambda path, *args, **how: opened.append(path) or io.open(path, *args, **how)):
+            return [dataset.fingerprint() for _ in range(3)], opened
+
+    (first, opened), (second, others) = on_ranks(2, read)
+    assert first == second == [alone] * 3
+    assert sorted(map(os.path.basename, opened + others)) == [f"{i}.png" for i in range(5)]
+
+
+def test_a_folder_that_can_not_be_read_is_named(folder, tmp_path):
+    """Fails if a training silently leaves out the images of a folder without permission."""
+    folder({"a/0.png": stripes(), "b/more/1.png": stripes()})
+    locked = tmp_path / "train" / "b" / "more"
+    locked.chmod(0)
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        path.chmod(0o755)
+    try:
+        if os.getuid() == 0:  # root may read everything
+            os.seteuid(65534)
+        with pytest.raises(PermissionError, match="train/b/more"):
+            folder({})
+    finally:
+        os.seteuid(os.getuid())
+        locked.chmod(0o755)
+
+
+def test_links_that_lead_back(folder, tmp_path):
+    """Fails if an image occurs more than once, the listing never ends, or an image gets the class of a link to it."""
+    folder({f"{name}/{i}.png": stripes() for name in "bc" for i in range(3)})
+    train = tmp_path / "train"
+    for link, target in (("b/all", train), ("c/all", train), ("b/again", train / "b"), ("a", train / "c")):
+        (train / link).symlink_to(target)
+    dataset = folder({})
+    assert dataset.names.tolist() == [f"{name}/{i}.png".encode() for name in "bc" for i in range(3)]
+    assert dataset.class_names == ["b", "c"]
+
+
+def test_files_that_are_passed_over_are_counted(folder, tmp_path, capsys):
+    """Fails if files of other kinds, or outside of a class, are left out without a word, or a named pipe or a broken
+    link ends the listing."""
+    files = dict.fromkeys(["a/1.tif", "a/2.TIF", "a/3.jfif", "a/README"], b"")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.jpg")
+    (tmp_path / "train" / "a" / "broken.jpg").symlink_to("nowhere.jpg")
+    assert len(folder(files | {"a/0.png": stripes(), "4.png": stripes()})) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path}/train: 1 images in 1 classes; left out: ") and said.count("\n") == 1
+    others = {"2 .tif", "1 .jfif", "1 without a suffix", "1 outside a class", "2 pipes or broken links"}
+    assert {*said.strip().split(": ")[-1].split(", ")} == others
+
+
+def test_names_are_compared_as_text(folder, tmp_path):
+    """Fails if a class that macOS has written (NFD) differs from the same class written elsewhere (NFC)."""
+    composed, apart = (unicodedata.normalize(form, "caf\xe9") for form in ("NFC", "NFD"))
+    train = folder({f"{composed}/0.png": stripes(), f"{apart}/1.png": stripes()})
+    assert train.class_names == [composed] and train.labels.tolist() == [0, 0] and as_text(apart) == composed
+
+
+@pytest.mark.slow
+def test_names_do_not_depend_on_the_locale(folder, tmp_path):
+    """Fails if a checkpoint that is trained in a locale without UTF-8 knows other names of classes."""
+    folder({"caf\xe9/0.png": stripes()})
+    script = "from data import open_dataset; print(ascii(open_dataset('.', 'train', 32).class_names), flush=True)"
+    ascii_locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": ROOT}
+    finished = subprocess.run([sys.executable, "-c", script], env=ascii_locale, capture_output=True, text=True)
+    assert finished.stdout.endswith("['caf\\xe9']\n"), finished.stderr
+
+
+def test_only_the_listed_formats_are_opened(folder):
+    """Fails if Pillow opens a file of another format, for which it may start a program such as Ghostscript."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    dataset = folder({"a/0.jpg": eps, "a/1.png": encoded(stripes(), "GIF")})
+    for index in range(2):
+        with pytest.raises(ValueError, match="can't be read .UnidentifiedImageError"):
+            dataset.read(index, 0)
+
+
+def test_rotation_and_alpha_are_applied(folder):
+    """Fails if a photo lies on its side, or if what is transparent is black or has a colour that nobody has seen."""
+    rotated, ink = Image.Exif(), Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    rotated[0x0112] = 6  # "turn by 90 degrees": the left side becomes the top
+    ink.paste((0, 0, 0, 255), (0, 0, 16, 32))
+    photo = encoded(stripes(size=(32, 32)), "PNG", exif=rotated)
+    damaged = encoded(stripes(size=(32, 32)), "PNG", exif=b"Exif\0\0no exif")
+    dataset = folder({"a/0.png": photo, "a/1.png": ink, "a/2.png": damaged})
+    top, ink, plain = (dataset.read(index, 0) for index in range(3))
+    assert top[5, 5].tolist() == top[5, 25].tolist() == [255, 0, 0] and top[25, 5].tolist() == [0, 255, 0]
+    assert ink[5, 5].tolist() == [0, 0, 0] and ink[5, 25].tolist() == [255, 255, 255]
+    assert plain[25, 5].tolist() == [255, 0, 0]
+    assert np.array_equal(read_image(dataset.path(0), 32, 3), top)
 
 
 @pytest.mark.filterwarnings("ignore:Palette images")  # pytest shows what data.image_folder has silenced
 def test_files_of_every_kind(folder):
-    """Broken: a file of this kind would have other colours, be turned, or end the training."""
+    """Fails if a file of this kind has other colours, or ends the training."""
     two = dict(save_all=True, append_images=[Image.new("RGB", (48, 32), (0, 0, 255))])
-    rotated, faint = Image.Exif(), stripes("RGBA")
-    rotated[0x0112] = 6  # "turn by 90 degrees"
-    faint.putalpha(9)
+    faint = stripes("RGBA")
+    faint.putalpha(250)
     sixteen_bits = Image.fromarray(np.repeat([[200 * 256] * 24 + [40 * 256 + 255] * 24], 32, axis=0).astype(np.uint16))
     colour = [encoded(stripes()), encoded(stripes(), progressive=True), encoded(stripes("CMYK")), stripes(), faint,
-              encoded(stripes(), exif=rotated), encoded(stripes(), "WEBP"), encoded(stripes(), "WEBP", **two),
+              encoded(stripes(), "WEBP"), encoded(stripes(), "WEBP", **two),
               encoded(stripes(), "BMP"), encoded(stripes(), "PNG", **two), stripes("P"),
-              *[encoded(stripes("P"), "PNG", transparency=which) for which in (0, bytes([0, 9] * 128))]]
+              *[encoded(stripes("P"), "PNG", transparency=which) for which in (255, bytes([255, 250] * 128))]]
     files = colour + [encoded(stripes("L")), stripes("L"), stripes("LA"), sixteen_bits, stripes("1")]
     expected = [((255, 0, 0), (0, 255, 0))] * len(colour) + [((76,) * 3, (150,) * 3)] * 3 + [((200,) * 3, (40,) * 3)]
     suffixes = ["jpg", "JPEG", "Jpg", "webp", "BMP", "png"]  # which need not be those of the contents
@@ -131,7 +228,7 @@ def test_damaged_files_are_found(kind, mode, options, folder):
         dataset = folder({f"a/{end:06}.jpg": whole[:end] for end in ends} | {"a/x.jpg": b"no image"}, crop=crop)
         dataset.read(len(ends) - 1, 0)  # the whole file
         for i in [*range(len(ends) - 1), len(ends)]:
-            with pytest.raises(ValueError, match=f"{dataset.path(i)} can't be read [(][^\n]*[)]$"):
+            with pytest.raises(ValueError, match=f"{dataset.path(i)} can't be read [(][^\n]*[)]; replace it by"):
                 dataset.read(i, 0)
 
 

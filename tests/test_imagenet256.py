@@ -154,4 +154,4 @@ def test_resume_on_other_images_is_refused(whole, files, tmp_path):
     (folder / "tokenizer.pt").write_bytes((whole / "tokenizer.pt").read_bytes())
     make_image_folder(folder / "images", 32, classes=5)
     assert_one_sentence(run_here(train_tokenizer.main, "--resume", "--steps=40", folder=folder),
-                        "images or classes are not those")
+                        "the names of the training images are not those")

@@ -150,8 +150,35 @@ def test_labels_are_numbers_or_names(draw):
     for wrong in ("bird", "4", "-1", "dog,", ",", "1.0"):
         with pytest.raises(ValueError, match="numbers from 0 to 3 or names of classes, such as cat"):
             sample.choose_labels(wrong, 3, names, 10)
+    names = ["a, b", " cat ", "cat", "caf\xe9"]
+    for text, labels in (('"a, b",cat', [0, 2]), ('cat," cat "', [2, 1]), ("cafe\u0301, cat", [3, 2])):  # NFD
+        assert sample.choose_labels(text, 2, names, 10).tolist() == labels
     finished = draw("--num=2", "--labels=class 7,3", out="a.png")
     assert "generating 2 images of the classes 7 (class 7), 3 (class 3):" in finished.stdout
+
+
+@pytest.mark.parametrize("options", [["--num=800", "--labels=3"], ["--num=300"]])
+def test_an_animation_that_is_too_large_is_refused_first(options, tmp_path):
+    """Fails if images are generated for hours that no .gif can hold, wide or high."""
+    names, size = [str(i) for i in range(300)], SimpleNamespace(image_size=256)
+    settings = sample.default_settings("imagenet256", "multinomial")
+    labels = [] if "--labels=3" in options else ["--labels=" + ",".join(names)]
+    with mock.patch.object(sample, "load", lambda *_: (None, size, {"class_names": names, "generation": settings})):
+        finished = run_here(sample.main, "--ckpt=fsdd.pt", "--out=s.gif", *options, *labels, folder=tmp_path)
+    assert_one_sentence(finished, "a .gif has at most 65535 pixels")
+
+
+def test_guidance_needs_a_null_class(checkpoint, tmp_path):
+    """Fails if a denoiser that was trained with --label_drop 0 is guided by the null class that it does not know."""
+    found = torch.load(checkpoint, weights_only=True)
+    found["generation"] |= {"guidance": "1", "null_class": False}
+    save_checkpoint(found, tmp_path / "fsdd.pt")
+    Image.new("RGB", (20, 20)).save(tmp_path / "photo.png")
+    for options, words in ((["--guidance=2.5"], "guidance 2.5"), (["--sampler=exchange"], "guidance 1,6,12"),
+                           (["--like=photo.png"], "--like FILE needs --labels")):
+        assert_one_sentence(run_here(sample.main, "--ckpt=fsdd.pt", *options, folder=tmp_path), words)
+    for options in ([], ["--like=photo.png", "--labels=class 3"]):
+        successful(run_here(sample.main, "--ckpt=fsdd.pt", "--num=2", *options, folder=tmp_path))
 
 
 def test_an_animation_shows_every_step(draw):
@@ -196,6 +223,20 @@ def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
 # --- images like another ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ink", [(0, 0, 0), (0, 0, 0, 255)])  # on white, on transparent
+def test_ink_on_paper_is_inverted(ink, tmp_path, capsys):
+    """Fails if --like takes a drawing on paper, or a photo that a phone has turned, for another image."""
+    white = Image.new({3: "RGB", 4: "RGBA"}[len(ink)], (28, 28), (255, 255, 255, 0)[:len(ink)])
+    turned = Image.Exif()
+    white.paste(ink, (0, 0, 28, 9))
+    turned[0x0112] = 8  # "turn by 90 degrees": the top becomes the left side
+    white.save(tmp_path / "ink.png", exif=turned)
+    image, label = sample.open_like(str(tmp_path / "ink.png"), SimpleNamespace(image_size=28, channels=1))
+    assert image.shape == (1, 1, 28, 28) and label is None and image.dtype == torch.uint8
+    assert image[..., :9].min() > 250 and image[..., 9:].max() < 5
+    assert "ink.png is dark on light; it is inverted" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("prior, sampler", [("multinomial", "paper"), ("distinct", "exchange"),
                                             ("masked", "masked")])
 def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_path):
@@ -230,7 +271,7 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_
 
 @pytest.mark.parametrize("arguments, words", [
     (["--ckpt=none.pt"], ["no checkpoint none.pt", "python train_fsdd.py"]),
-    (["--labels=10"], ["--labels", "from 0 to 9", "'10'"]), (["--num=0"], ["--num", "[1, inf)"]),
+    (["--labels=10"], ["--labels", "from 0 to 9", "'10'"]), (["--num=0"], ["--num", "[1, 2^63)"]),
     (["--out=a.jpg"], ["--out", "a.jpg"]), (["--out=nowhere/a.png"], ["nowhere"]),
     (["--guidance=x"], ["guidance", "'x'"]), (["--sampler=best"], ["--sampler", "paper, exchange"]),
     (["--num=20000"], ["20000", ".npz"]), (["--like=none.png"], ["none.png can't be read"]),

@@ -73,6 +73,17 @@ def test_damaged_tokens_are_encoded_again(damage, cfg):
     assert np.array_equal(encode_training_set(make_tokenizer(), few, CPU, cfg), tokens)
 
 
+def test_tokens_replace_no_other_file(cfg, tmp_path):
+    """Fails if --tokens with the name of another array, or one with another .json file beside it, replaces them."""
+    for name in ("tokens.npy", "tokens.json"):
+        (tmp_path / name).write_bytes(b"[1, 2]")
+        with pytest.raises(ValueError, match="tokens.npy or .*tokens.json is not from this script"):
+            check_token_file(cfg.tokens, 9)
+        (tmp_path / name).unlink()
+    encode_training_set(make_tokenizer(), few_digits("train", 10), CPU, cfg)
+    check_token_file(cfg.tokens, 9)
+
+
 def test_token_files_are_checked_before_the_work(tmp_path):
     """Broken: a checkpoint would be overwritten by tokens, or codes not fit into 16 bits."""
     check_token_file(str(tmp_path / "t.npy"), 65536)

@@ -1,6 +1,7 @@
 """What surrounds a training loop: exact resume, signals, checks before the first step, the log, how a script ends."""
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -17,35 +18,35 @@ from support import training
 from support.optimizers import set_lr
 from support.training import (Signals, StoppedBySignal, check_training, diverged, keep_previous, open_log, run,
                               save_training)
-from tests.scripts import ROOT, on_ranks
+from tests.scripts import ROOT, assert_one_sentence, on_ranks
 
 
 @pytest.mark.parametrize("error, code", [
     (None, 0), (StoppedBySignal(143), 143), (KeyboardInterrupt, "error: interrupted"),
     (OSError(28, "No space left on device", "a.pt"), "error: [Errno 28] No space left on device: 'a.pt'"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1"),
-     "error: another process of this run has died; if it printed no reason, it was killed, perhaps because memory ran "
-     "out; the last checkpoint remains")])
+     "error: another process of this run has died ([gloo/transport/tcp/pair.cc] Connection closed by peer "
+     "[127.0.0.1]:1); if it printed no reason, it was killed, perhaps because memory ran out; the last checkpoint "
+     "remains"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Read error: Connection reset by peer"), "error: another process"),
+    (dist.DistNetworkError("The client socket has failed to connect"), "error: another process of this run has died"),
+    (RuntimeError("can't start new thread"), "error: out of memory or threads: can't start new thread; take"),
+    (MemoryError(), "error: out of memory")])
 def test_a_script_ends_with_one_sentence(error, code):
     """Broken: a full disk or a signal would end in a traceback or with the exit code 0."""
     with pytest.raises(SystemExit) as stopped:
         run(mock.Mock(side_effect=error))
-    assert stopped.value.code == code
+    assert stopped.value.code == code or isinstance(code, str) and stopped.value.code.startswith(code)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redirection", ["2>&1 | head -c 1", ">&- 2>&-", "> /dev/full 2>&1"])
-def test_a_run_goes_on_without_output(redirection):
-    """Broken: when a terminal, tee or head that shows the output goes, hours of training would be lost."""
-    script = ("import os, sys, time; from support.training import progress_bar, run\n"
-              "def main():\n"
-              "    for step in progress_bar(0, 30, 1):\n"
-              "        print('step', step, flush=True); print(step, file=sys.stderr); time.sleep(0.01)\n"
-              "    print('the end'); open('done', 'w').close()\n"
-              "run(main)")
-    command = f"{sys.executable} -c \"$SCRIPT\" {redirection}; echo ${{PIPESTATUS[0]}} > code"
-    subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONPATH": ROOT, "SCRIPT": script}, check=True)
-    assert os.path.exists("done") and open("code").read() == "0\n"
+def test_compiling_without_a_compiler_ends_with_one_sentence():
+    """Fails if --compile true without g++ ends in the traceback of torch.compile."""
+    script = ("import torch; from support.training import run\n"
+              "run(lambda: torch.compile(torch.nn.Linear(4, 4))(torch.zeros(2, 4)))")
+    variables = os.environ | {"PYTHONPATH": ROOT, "CXX": "none", "TORCHINDUCTOR_CACHE_DIR": "cache"}
+    finished = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
+    assert_one_sentence(finished, "error: torch.compile failed", "g++", "--compile false")
 
 
 def test_windows_is_refused(monkeypatch):
@@ -55,9 +56,16 @@ def test_windows_is_refused(monkeypatch):
         runpy.run_path(f"{ROOT}/support/__init__.py")
 
 
+def test_windows_is_refused_without_a_second_error(monkeypatch):
+    """Fails if a script that ends on Windows then needs a signal that Windows does not have."""
+    monkeypatch.delattr(signal, "SIGCHLD")
+    with pytest.raises(SystemExit, match="^error: Windows is not supported"):
+        run(mock.Mock(side_effect=SystemExit("error: Windows is not supported")))
+
+
 def test_sizes_beyond_memory_end_with_one_sentence():
     """Broken: a model that is too large would end in a traceback, or a bug be reported as too little memory."""
-    with pytest.raises(SystemExit, match="^error: out of memory: [^\n]*; take a smaller model"):
+    with pytest.raises(SystemExit, match="^error: out of memory[^\n]*: [^\n]*; take a smaller model"):
         run(lambda: torch.empty(2 ** 60, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="size of tensor"):
         run(lambda: torch.zeros(2) + torch.zeros(3))
@@ -123,48 +131,63 @@ def test_numbers_that_are_not_finite_end_the_training():
 
 
 def test_an_earlier_training_is_kept(capsys):
-    """Broken: a new run with the same --out would overwrite the checkpoint and the log of an earlier one."""
-    for name in ("a.pt", "a.csv"):
-        with open(name, "w") as file:
-            file.write(name)
+    """Fails if a new run with the same --out overwrites the checkpoint, the log or the picture of an earlier one, also
+    when that is started by mistake more than once, or if a foreign file with one of these names is lost."""
+    for number in ("", "2", "3"):
+        for name in ("a.pt", "a.csv", "a.png"):
+            with open(name, "w") as file:
+                file.write(name + number)
+        keep_previous("a.pt")
+        assert f"a.pt already exists; it is kept as a.pt.previous{number}\n" in capsys.readouterr().out
+    assert {name: open(name).read() for name in os.listdir()} == {
+        f"{name}.previous{number}": name + number for name in ("a.pt", "a.csv", "a.png") for number in ("", "2", "3")}
+    with open("a.csv", "w") as file:
+        file.write("not ours")
     keep_previous("a.pt")
-    assert {name: open(name).read() for name in os.listdir()} == {"a.pt.previous": "a.pt", "a.csv.previous": "a.csv"}
-    assert "a.pt already exists; it is kept as a.pt.previous" in capsys.readouterr().out
-    open("a.csv", "w").close()
-    keep_previous("a.pt")  # a run that was killed before its first checkpoint
-    assert open("a.csv.previous").read() == "a.csv"
+    assert open("a.csv.previous4").read() == "not ours" and len(os.listdir()) == 10
 
 
 class FewImages(list):
     def fingerprint(self):
-        return str(self)
+        return "".join(map(str, self)) + " abc"
 
 
 def test_checks_before_the_first_step():
     """Broken: a run would resume on other images, or some ranks have no image in the batch."""
     def check():
-        said, checkpoint = [], {"step": 1, "images": "[0, 1, 2]", "config": {"steps": 2}}
+        said, checkpoint = [], {"step": 1, "images": "012 abc", "config": {"steps": 2}}
         for batch_size, found, images in ((2, checkpoint, range(3)), (1, None, range(3)), (4, None, range(3)),
                                           (2, checkpoint, range(4)), (2, dist.get_rank() and checkpoint, range(3))):
             try:
-                check_training(SimpleNamespace(batch_size=batch_size, steps=2), found, FewImages(images))
+                check_training(SimpleNamespace(batch_size=batch_size, steps=2, ema=0), found, FewImages(images))
             except ValueError as problem:
                 said.append(str(problem))
         return said
 
     for said in on_ranks(2, check):
         assert len(said) == 4 and "batch_size 1 must lie between" in said[0] and "batch_size 4 must lie" in said[1]
-        assert "not those of the checkpoint" in said[2] and "different checkpoints" in said[3]
+        assert "the names of the training images are not those" in said[2] and "different checkpoints" in said[3]
 
 
-def test_a_jump_of_the_learning_rate_is_announced(capsys):
-    """Broken: a resumed run with more --steps would continue at another rate, and nothing would say so."""
-    config = dict(steps=10, batch_size=2, lr=0.1, lr_end=0.1, warmup=2)
-    checkpoint = {"step": 10, "images": "[0, 1, 2]", "config": config}
+def test_what_a_resumed_training_is_told(capsys):
+    """Fails if a training can't resume after a damaged image was replaced, or if other images or another learning rate
+    are taken without a word."""
+    config = dict(steps=10, batch_size=2, ema=0.5)
+    checkpoint = {"step": 10, "images": "012 abc", "config": config}
     check_training(SimpleNamespace(**config), checkpoint, FewImages(range(3)))
     assert not capsys.readouterr().out
     check_training(SimpleNamespace(**config | {"steps": 20}), checkpoint, FewImages(range(3)))
-    assert "the learning rate continues with 0.055 in place of 0.01" in capsys.readouterr().out
+    assert "--steps has changed, and with it the learning rate" in capsys.readouterr().out
+    check_training(SimpleNamespace(**config), checkpoint | {"images": "012 other"}, FewImages(range(3)))
+    assert capsys.readouterr().out.startswith("some training images have other contents than when the training began")
+
+
+def test_a_slow_average_is_announced(capsys):
+    """Fails if a short training evaluates and samples weights that are mostly the initial ones, without a word."""
+    for ema, steps, said in ((0.9999, 300, "--ema 0.9999 is too slow for 300 steps: [^\n]* 97% initial weights\n"),
+                             (0.99, 3200, ""), (0.9999, 10 ** 6, ""), (0.0, 1, "")):
+        check_training(SimpleNamespace(steps=steps, batch_size=2, ema=ema), None, FewImages(range(3)))
+        assert re.fullmatch(said, capsys.readouterr().out)
 
 
 def test_the_log_continues_from_the_checkpoint():
