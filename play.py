@@ -152,11 +152,12 @@ class Handler(BaseHTTPRequestHandler):
                 raise ValueError("only the page itself may ask")
             if not 0 <= (length := int(self.headers["Content-Length"])) <= MAX_BODY:
                 raise ValueError(f"requests have at most {MAX_BODY} bytes")
-            calls = {"/" + name: getattr(self.server.calls, name) for name in ("encode", "decode", "adjust", "generate")}
+            calls = self.server.calls
+            calls = {"/" + call.__name__: call for call in (calls.encode, calls.decode, calls.adjust, calls.generate)}
             lines = map(json.dumps, calls[self.path](json.loads(self.rfile.read(length))))
             first = next(lines)
         except Exception as problem:  # a bad request can fail anywhere
-            self.answer(400, "text/plain", f"{self.path} can't be answered: {str(problem).splitlines()[0]}")
+            self.answer(400, "text/plain", f"{self.path} can't be answered: {problem}".splitlines()[0])
             return
         with contextlib.suppress(ConnectionError):  # the page may not wait for the rest
             self.answer(200, "application/x-ndjson", first + "\n")
