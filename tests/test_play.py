@@ -235,7 +235,7 @@ def play_with(browser, webdriver, folder):
     find("adjust").click()
     wait(lambda: "sum to 32 = M" in find("sum_text").text and len(codes()) == 32)
     find("label").send_keys("3")
-    browser.find_element("css selector", "#options .main").click()
+    find("go").click()
     wait(lambda: find("state").text.startswith("t = 0.00: the counts sum to 32 = M"))
     assert max(pixels_of("generated")[::4]) > 200 and not find("problem").is_displayed()
     browser.execute_script("visit(Math.floor(states.length / 2))")
