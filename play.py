@@ -56,19 +56,20 @@ class Calls:
 
     def __init__(self, ckpt, device):
         self.denoiser, self.tokenizer, checkpoint = load(ckpt, torch.device(device))
-        self.settings, self.device = checkpoint["generation"], device
-        self.noise, self.process = PROCESS[self.settings["prior"]]
-        tokenizer, data = self.tokenizer, checkpoint.get("config", {}).get("data", "")
+        self.settings, self.device, tokenizer = checkpoint["generation"], device, self.tokenizer
+        self.prior = self.settings["prior"]
+        self.noise, self.process = PROCESS[self.prior]
+        self.M, self.C, self.codes = tokenizer.num_tokens, tokenizer.codebook_size, self.denoiser.codebook_size
+        self.masked = self.codes > self.C  # the denoiser has one more code than the tokenizer, the mask code
+        data = checkpoint.get("config", {}).get("data", "")
         try:
             self.tests = open_dataset(data, "test", tokenizer.image_size)
         except ValueError:  # the model was trained on a folder that is not here
             self.tests = []
-        # Sizes and names, for the page. If masked, the denoiser has one more code than the tokenizer, the mask code.
-        self.facts = {"ckpt": ckpt, "size": tokenizer.image_size, "channels": tokenizer.channels,
-                      "M": tokenizer.num_tokens, "C": tokenizer.codebook_size, "tests": len(self.tests),
-                      "masked": self.denoiser.codebook_size > tokenizer.codebook_size, "digits": data == "digits",
-                      "classes": checkpoint["class_names"], "guidance": self.settings["guidance"],
-                      "steps": self.settings["steps"]}
+        self.facts = {"ckpt": ckpt, "size": tokenizer.image_size, "channels": tokenizer.channels, "M": self.M,
+                      "C": self.C, "masked": self.masked, "digits": data == "digits", "tests": len(self.tests),
+                      "classes": checkpoint["class_names"], "steps": self.settings["steps"],
+                      "guidance": self.settings["guidance"]}  # for the page
 
     def encode(self, request):
         """test, the number of a test image, or pixels, (H, W, ch) bytes in base64 -> the tokens, and both images."""
@@ -94,16 +95,15 @@ class Calls:
         stands for the missing ones. The probabilities are the mean over 16 such states.
         """
         tokens = torch.tensor(request["tokens"], device=self.device).long()  # (n,)
-        n, M, C = len(tokens), self.denoiser.num_tokens, self.denoiser.codebook_size
-        random = generator(self.device, "adjust", 0)
-        kept = tokens[torch.rand(16, n, generator=random, device=self.device).argsort(1)[:, :M]]  # (16, M or n)
-        noise = self.noise(16, C, M - kept.shape[1], self.settings["prior"], random, self.device)
+        n, M, random = len(tokens), self.M, generator(self.device, "adjust", 0)
+        kept = tokens[torch.rand(16, n, generator=random, device=self.device).argsort(1)[:, :M]]  # (16, n or M)
+        noise = self.noise(16, self.codes, M - kept.shape[1], self.prior, random, self.device)  # (16, codes)
         share = torch.full((16,), abs(M - n) / max(M, n), device=self.device)
-        t = share if self.facts["masked"] else flip_times(share)
+        t = share if self.masked else flip_times(share)
         labels = torch.full((16,), self.denoiser.num_classes, device=self.device)
-        p = self.denoiser(tokens_to_counts(kept, C) + noise, t, labels).softmax(2).mean(0, keepdim=True)
-        log_p = p[:, :self.facts["C"]].log()  # (1, C, M + 1)
-        x = tokens_to_counts(tokens[None], self.facts["C"])
+        p = self.denoiser(tokens_to_counts(kept, self.codes) + noise, t, labels).softmax(2)  # (16, codes, M + 1)
+        log_p = p.mean(0, keepdim=True)[:, :self.C].log()
+        x = tokens_to_counts(tokens[None], self.C)
         x = greedy_adjust(x, lambda k: log_p.gather(2, k[:, :, None])[:, :, 0], M)
         yield {"tokens": counts_to_tokens(x)[0].tolist()}
 
@@ -112,21 +112,21 @@ class Calls:
 
         Generation starts at time t between the tokens (0), of which there must be M then, and noise (1).
         """
-        M, C = self.denoiser.num_tokens, self.denoiser.codebook_size
         steps, t = int(request["steps"]), float(request["t"])
         settings = refine_arguments(self.settings | {"steps": steps, "guidance": request["guidance"]})
         random = generator(self.device, "play", int(request["seed"]))
-        x = self.noise(1, C, M, self.settings["prior"], random, self.device)  # X_1
+        x = self.noise(1, self.codes, self.M, self.prior, random, self.device)  # X_1
         if t < 1:
-            if len(request["tokens"]) != M:
-                raise ValueError(f"to start from the set, it must have {M} tokens, but it has {len(request['tokens'])}")
-            x0 = tokens_to_counts(torch.tensor([request["tokens"]], device=self.device), C)
+            tokens = torch.tensor([request["tokens"]], device=self.device)
+            if tokens.shape[1] != self.M:
+                raise ValueError(f"to start from the set, it must have {self.M} tokens, not {tokens.shape[1]}")
+            x0 = tokens_to_counts(tokens, self.codes)
             uniform = torch.rand(x.shape, generator=random, device=self.device)
             x = self.process(x0, x, torch.tensor([t], device=self.device), uniform)  # X_t
         times = [t] + [s for s in settings.get("times", uniform_times)(steps) if s < t]
         labels = torch.tensor([int(request["label"])], device=self.device)
         for t, x in zip(times, refine(self.denoiser, labels, **settings, generator=random, start=(x, t))):
-            image = self.tokenizer.decode(counts_to_tokens(x[:, :self.facts["C"]]))
+            image = self.tokenizer.decode(counts_to_tokens(x[:, :self.C]))
             yield {"t": t, "states": len(times), "counts": x[0].tolist(), "image": pack(image)}
 
 

@@ -192,7 +192,7 @@ def play_with(browser, webdriver, folder):
         return browser.find_element("id", name)
 
     def wait(condition):
-        end = time.time() + 60
+        end = time.time() + 120
         while not condition():
             assert time.time() < end
             time.sleep(0.05)
