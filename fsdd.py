@@ -23,8 +23,10 @@ STEPS = 25
 GUIDANCE = (4.0, 50.0, 55.0)  # weights for the three thirds of the time from noise to data
 TOP_P = 0.8
 ADJUST_FROM = 0.65     # once 1 - t reaches this, the drawn x_0 is adjusted to sum to M
-NOISE_UNTIL = 0.2      # f of Eq. 10 is a sigmoid that falls from 1 to 0 where t passes this time ...
+NOISE_STOPS_AT = 0.2   # f of Eq. 10 is a sigmoid that falls from 1 to 0 where t passes this time ...
 NOISE_SLOPE = 100      # ... as steeply as this
+
+MIDDLE = (0.6, 0.3)    # not the authors': the times of all steps but the first and the last, see sampling_times()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise and the forward process (Sec. 3.3.1)
@@ -83,19 +85,27 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
     mean (in [0, M]), std, uniform (in [0, 1)): (B, C).  top_k: draw among the k most probable integers, 0 = among all.
     Returns x (B, C) int64 and log_prob, a function: counts (B, C) -> log p of each (B, C), for integers in [0, M].
     Where std is 0, all of p is on the integer nearest to the mean.
+
+    For M + 1 integers of every count, this is
+
+        k = torch.arange(M + 1)
+        p = (-((k - mean[:, :, None]) / std[:, :, None]) ** 2 / 2).softmax(2)  # (B, C, M + 1)
+        x = sample_categorical(p, uniform, top_k=top_k)
+
+    But most codes do not move (std = 0), and 8 std on either side hold all but exp(-32) of the weight of the n codes
+    that do. So we tabulate K integers for each of n counts, not M + 1 for each of B C.
     """
-    nearest = mean.round()
-    x, log_z = nearest.long(), torch.zeros_like(mean)
-    # Most codes do not move (std = 0), and for the n that do, 8 std either side hold all but exp(-32) of the weight.
-    # So we tabulate K integers for each of n counts, not M + 1 for each of B C.
     moving = std > 0
     mu, sigma = mean[moving, None], std[moving, None]  # (n, 1)
+    nearest = mean.round()
+    x, log_z = nearest.long(), torch.zeros_like(mean)
     if len(mu):
         first = (mu - 8 * sigma).floor().clamp(min=0)
         last = (mu + 8 * sigma).ceil().clamp(max=num_tokens)
         k = first + torch.arange(int((last - first).max()) + 1, device=mean.device)  # (n, K)
         log_p = (-((k - mu) / sigma) ** 2 / 2).masked_fill(k > last, -math.inf)
-        x[moving] = k.long().gather(1, draw(log_p.softmax(1), uniform[moving], top_k=top_k)[:, None])[:, 0]
+        drawn = sample_categorical(log_p.softmax(1), uniform[moving], top_k=top_k)  # (n,)
+        x[moving] = k.long().gather(1, drawn[:, None])[:, 0]
         log_z[moving] = log_p.logsumexp(1)
 
     def log_prob(k):
@@ -105,13 +115,15 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
     return x, log_prob
 
 
-def draw(p, uniform, top_p=1.0, top_k=0):
+def sample_categorical(p, uniform, top_p=1.0, top_k=0):
     """One draw from each categorical distribution, restricted to its most probable outcomes by truncate().
 
     p: (..., K), each row sums to 1.  uniform: (...) in [0, 1), the random number that decides the draw.
     Returns the outcomes (...) int64 in [0, K).
     """
-    p, order = truncate(p, top_p, top_k)
+    order = None
+    if top_p < 1 or top_k:
+        p, order = truncate(p, top_p, top_k)
     cumulative = p.cumsum(-1)
     outcome = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)  # inverse of the distribution function
     outcome = outcome.clamp(max=p.shape[-1] - 1)
@@ -123,70 +135,39 @@ def truncate(p, top_p=1.0, top_k=0):
 
     top_p: keep the smallest set of outcomes whose probability exceeds top_p (never empty; 1 keeps all).
     top_k: keep the k most probable outcomes (0 keeps all).
-    Returns p (..., K) in descending order, not normalized, and order (..., K), the outcome that each entry belongs to;
-    p itself and None if nothing is to be removed.
+    Returns p (..., k) in descending order, not normalized, with 0 for the outcomes that top_p removes, and order
+    (..., k), the outcome that each entry belongs to.
     """
-    if top_p >= 1 and not top_k:
-        return p, None
-    p, order = p.sort(dim=-1, descending=True)
-    p = p * (p.cumsum(-1) - p <= top_p)  # the probability before an outcome decides, so that the first one always stays
-    p[..., top_k or p.shape[-1]:] = 0
-    return p, order
+    p, order = p.topk(min(top_k or p.shape[-1], p.shape[-1]))
+    return p * (p.cumsum(-1) - p <= top_p), order  # the probability before an outcome decides: the first always stays
 
 
 def greedy_adjust(x, log_prob, num_tokens):
     """Greedy adjusting (Algorithm 1): as few steps by one as possible, those with the best scores, until the sum is M.
 
     x: (B, C) integers of any sum.  num_tokens: M.
-    log_prob: log-probability of every count: a function, counts (B, C) -> (B, C), for counts up to M; or a table
-    (B, C, K + 1), and then no count exceeds K; C K must be at least M.
+    log_prob: a function, counts (B, C) in [0, M] -> the log-probability of each (B, C).
     Returns (B, C) int64, none negative, every row sums to M.
 
     Algorithm 1 is one round, which falls short when there is more to remove than there are codes with a count above 0
     (the authors' release then returns a wrong sum). We repeat it, with new scores, until no row is left. Each round
     takes at least one step towards M, so it ends.
     """
-    largest = num_tokens if callable(log_prob) else log_prob.shape[2] - 1
-    x = x.long().clamp(0, largest)
-    while True:
-        delta = x.sum(1, keepdim=True) - num_tokens  # (B, 1), line 2
-        if not delta.any():
-            return x
-        d = step_score(x, -delta.sign(), log_prob, largest)  # (B, C), line 3
-        x = take_steps(x, d, delta.abs(), -delta.sign())  # lines 4-6
-
-
-def step_score(x, step, log_prob, largest):
-    """Line 3 of Algorithm 1: by how much a step changes the probability of each count, p(x + step) - p(x).
-
-    x: (B, C) int64.  step: (B, 1), 1 or -1.  log_prob: see greedy_adjust().  largest: the largest count allowed.
-    Returns (B, C) float64, -inf where the step would leave [0, largest].
-    """
-    stepped = x + step
-    before, after = (look_up(log_prob, k).double() for k in (x, stepped.clamp(0, largest)))
-    d = after.exp() - before.exp()  # in [-1, 1]
-    # Equal scores (whole rows of them once a Gaussian is a spike) are ordered by the ratio of the two probabilities, in
-    # a term too small to matter elsewhere. The release orders them by index.
-    ratio = (after - before).nan_to_num(0.0)
-    d = d + 1e-12 * ratio.sign() * ratio.abs().log1p()
-    # a denoiser that gives NaN must not keep greedy_adjust() from ending
-    return d.nan_to_num(-1.0).masked_fill((stepped < 0) | (stepped > largest), -math.inf)
-
-
-def look_up(log_prob, k):
-    """The log-probability (B, C) of the counts k (B, C). log_prob: see greedy_adjust()."""
-    return log_prob(k) if callable(log_prob) else log_prob.gather(2, k[:, :, None])[:, :, 0]
-
-
-def take_steps(x, score, number, step):
-    """Lines 4-6 of Algorithm 1: in every row the codes with the highest scores take a step.
-
-    x: (B, C) int64.  score: (B, C), -inf where a code may not step.  number, step: (B, 1), how many codes, and by what.
-    """
-    best = score.topk(min(int(number.max()), x.shape[1]), dim=1)  # enough for the row with the most steps, (B, n)
-    rank = torch.arange(best.values.shape[1], device=x.device)
-    chosen = (rank < number) & (best.values > -math.inf)  # every row takes its own number
-    return x.scatter_add(1, best.indices, step * chosen)
+    x = x.long().clamp(0, num_tokens)
+    while (delta := x.sum(1, keepdim=True) - num_tokens).any():  # (B, 1), line 2
+        step = -delta.sign()
+        before, after = log_prob(x).double(), log_prob((x + step).clamp(0, num_tokens)).double()  # each (B, C)
+        # Line 3. Equal scores (whole rows of them once a Gaussian is a spike) are ordered by the ratio of the two
+        # probabilities, in a term too small to matter elsewhere. The release orders them by index.
+        ratio = (after - before).nan_to_num(0.0, 1e100, -1e100)
+        d = after.exp() - before.exp() + 1e-12 * ratio.asinh()
+        d = d.nan_to_num(-1.0)  # a denoiser that gives NaN must not keep this loop from ending
+        d = d.masked_fill((x + step < 0) | (x + step > num_tokens), -math.inf)
+        best = d.topk(min(int(delta.abs().max()), x.shape[1]))  # line 4: enough for the row with the most steps, (B, n)
+        rank = torch.arange(best.values.shape[1], device=x.device)
+        chosen = (rank < delta.abs()) & (best.values > -math.inf)  # every row takes its own number
+        x = x.scatter_add(1, best.indices, step * chosen)  # lines 5-6
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,21 +177,21 @@ def take_steps(x, score, number, step):
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: the condition c gives shift, scale and gate of both halves.
 
-    x (B, C, width), c (B, width) -> (B, C, width).  context: further arguments of the attention, here none.
+    x (B, C, width), c (B, width) -> (B, C, width).
     """
 
-    def __init__(self, width, heads, gelu, attention_class=Attention):
+    def __init__(self, width, heads, gelu):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention = attention_class(width, heads)
+        self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         approximate = "none" if gelu == "exact" else gelu
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, *context):
+    def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, dim=2)  # each (B, 1, width)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, *context)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -224,8 +205,6 @@ class Denoiser(nn.Module):
     gelu: "tanh" (DiT) or "exact", which differs by less than 0.001 and is faster on CPUs.
     """
 
-    attention_class = Attention  # a subclass may have another one
-
     def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False, gelu="tanh"):
         super().__init__()
         if unused_rows and num_tokens > codebook_size:
@@ -235,14 +214,15 @@ class Denoiser(nn.Module):
         self.code_embedding = nn.Parameter(torch.zeros(1, codebook_size, width))
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList([DiTBlock(width, heads, gelu, self.attention_class) for _ in range(layers)])
+        self.blocks = nn.ModuleList([DiTBlock(width, heads, gelu) for _ in range(layers)])
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.to_logits = nn.Linear(width, num_tokens + 1)
         self.initialize()
 
     def initialize(self):
-        """The initial values of DiT."""
+        """The initial values of DiT, which has no embedding of counts: ours starts as its embedding of classes does. The
+        release leaves that embedding at PyTorch's standard deviation of 1."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -281,14 +261,12 @@ def time_features(time, size=256, max_period=10000):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def fsdd_loss(denoiser, batch, process=forward_process):
+def fsdd_loss(denoiser, batch):
     """Cross-entropy of the denoiser's logits at X_t against X_0, mean over codes and vectors.
 
-    batch: x0 and x1 (B, C) int64, t (B,) in (0, 1], labels (B,), the null class where the label is dropped, and
-    uniform (B, C), see forward_process().
+    batch: x0 and x_t (B, C) int64, t (B,) in (0, 1], labels (B,), the null class where the label is dropped.
     """
-    x_t = process(batch.x0, batch.x1, batch.t, batch.uniform)
-    logits = denoiser(x_t, batch.t, batch.labels)  # (B, C, M + 1)
+    logits = denoiser(batch.x_t, batch.t, batch.labels)  # (B, C, M + 1)
     return F.cross_entropy(logits.float().flatten(0, 1), batch.x0.flatten())
 
 
@@ -296,86 +274,27 @@ def fsdd_loss(denoiser, batch, process=forward_process):
 # Generation (Sec. 3.3.2): from X_1 to X_0 in steps from t to s = t - dt
 
 
-def uniform_times(steps):
-    """The sampling times t_0 = 1 > ... > t_steps = 0 of the paper, evenly spaced."""
-    return [1 - step / steps for step in range(steps + 1)]
-
-
 @torch.no_grad()
-def guided_probabilities(denoiser, x_t, t, labels, weight, previous=None, *context):
-    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + weight (p_class - p_null),
-    negative values set to 0, normalized.
-
-    x_t: (B, C).  t: a number.  labels: (B,).  previous: the result of the step before, not needed here.
-    context: further arguments of the denoiser, here none.
-    """
-    t = torch.full((len(x_t),), t, device=x_t.device)
-    p_class = denoiser(x_t, t, labels, *context).float().softmax(-1)
-    if weight == 1:
-        return p_class
-    null = torch.full_like(labels, denoiser.num_classes)
-    p_null = denoiser(x_t, t, null, *context).float().softmax(-1)
-    p = (p_null + weight * (p_class - p_null)).clamp(min=0)
-    return p / p.sum(-1, keepdim=True)
-
-
-def guidance_weight(guidance, t):
-    """The weight of classifier-free guidance at time t.
-
-    guidance: one weight; several, for equal parts of the time from noise to data (the release has three); or a function
-    of t.
-    """
-    if callable(guidance):
-        return guidance(t)
-    weights = guidance if isinstance(guidance, (list, tuple)) else [guidance]
-    return weights[min(int(len(weights) * (1 - t + 1e-9)), len(weights) - 1)]
-
-
-def paper_step(x, p, t, s, generator=None, prior=None, top_p=TOP_P, top_k=0):
-    """X_t -> X_s: draw x_0 (from ADJUST_FROM on adjusted to sum to M), draw X_s from a Gaussian between the two
-    (Eq. 9-10), and adjust it.
-
-    x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).  prior: not needed here.
-    top_p, top_k: see truncate(). top_k > 0 is the release's second setting: it also truncates the draw of X_s, and x_0
-    is never adjusted.
-    Returns X_s (B, C), every row sums to M.
-    """
-    M = p.shape[2] - 1
-    u0, u = torch.rand(2, *x.shape, generator=generator, device=x.device)  # each (B, C)
-    x0 = draw(p, u0, top_p, top_k)  # x_0 ~ p(x_0 | X_t) of Eq. 8, (B, C)
-    if 1 - t >= ADJUST_FROM and not top_k:
-        x0 = greedy_adjust(x0, p.log(), M)
-    # Eq. 10. The noise end that X_t and x_0 imply is X_1 = x_0 + (X_t - x_0) / t, so |X_1 - x_0| = |X_t - x_0| / t
-    mean = x + (t - s) / t * (x0 - x)
-    f = 1 / (1 + math.exp(NOISE_SLOPE * (NOISE_UNTIL - s)))  # noise in the first 80 % of the steps, then none
-    std = (x - x0).abs() / t / 4 * f  # mean, std (B, C)
-    x, log_prob = discrete_gaussian(mean, std, M, u, top_k)  # Eq. 9
-    # In the last step the Gaussian is a spike at x_0 and cannot rank the steps; the denoiser's p can.
-    return greedy_adjust(x, log_prob if s > 0 else p.log(), M)
-
-
-def refine(denoiser, labels, prior="multinomial", steps=STEPS, guidance=GUIDANCE, top_p=TOP_P, top_k=0, generator=None,
-           noise=sample_noise, predict=guided_probabilities, step=paper_step, times=uniform_times, start=None):
+def refine(denoiser, labels, prior="multinomial", steps=STEPS, times="even", guidance=GUIDANCE, top_p=TOP_P, top_k=0,
+           generator=None, start=None):
     """Generate count vectors step by step: yields X_1 (noise), then X_t after each step, finally X_0.
 
     Every one is (B, C) int64 and every row sums to M.
 
     denoiser: called as Denoiser.forward(); it needs codebook_size, num_tokens and num_classes.  labels: (B,) int64.
-    prior: the noise that the denoiser was trained with.
-    steps: the number of steps.  guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see paper_step().
+    prior: the noise that the denoiser was trained with, see sample_noise().
+    steps, times: how many steps, and at which times, see sampling_times().
+    guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see sample_step().
     The defaults, except for the prior (theirs is "distinct"), are the authors' for the best FID; top_k = 2 and
     top_p = 1 are their sharper, less diverse setting.
-    noise, predict, step, times: the sampler: functions like sample_noise(), which draws X_1, guided_probabilities(),
-    paper_step(), X_t -> X_s, and uniform_times().
     start: X_t (B, C) and t, to continue from this state instead of noise.
     """
     C, M = denoiser.codebook_size, denoiser.num_tokens
-    x, t_start = start or (noise(len(labels), C, M, prior, generator, labels.device), 1.0)
-    p = None
+    x, t_start = start or (sample_noise(len(labels), C, M, prior, generator, labels.device), 1.0)
     yield x
-    for t, s in pairwise([t_start] + [t for t in times(steps) if t < t_start]):
-        p = predict(denoiser, x, t, labels, guidance_weight(guidance, t), p)  # p(x_0 | X_t), (B, C, M + 1)
-        x = step(x, p, t, s, generator=generator, prior=prior, top_p=top_p, top_k=top_k)
+    for t, s in pairwise([t_start] + [t for t in sampling_times(steps, times) if t < t_start]):
+        p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # p(x_0 | X_t), (B, C, M + 1)
+        x = sample_step(x, p, t, s, top_p, top_k, generator)
         yield x
 
 
@@ -384,3 +303,67 @@ def generate(denoiser, labels, **settings):
     for x in refine(denoiser, labels, **settings):
         pass
     return x
+
+
+def sample_step(x, p, t, s, top_p=TOP_P, top_k=0, generator=None):
+    """X_t -> X_s: draw x_0 (from ADJUST_FROM on adjusted to sum to M), draw X_s from a Gaussian between the two
+    (Eq. 9-10), and adjust it.
+
+    x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).
+    top_p, top_k: see truncate(). top_k > 0 is the release's second setting: it also truncates the draw of X_s, and x_0
+    is never adjusted. The release does not adjust X_s then either, so that its sums are wrong; here X_s always is.
+    Returns X_s (B, C), every row sums to M.
+    """
+    M = p.shape[2] - 1
+    u0, u = torch.rand(2, *x.shape, generator=generator, device=x.device)  # each (B, C)
+
+    def log_p(k):
+        return p.gather(2, k[:, :, None])[:, :, 0].log()
+
+    x0 = sample_categorical(p, u0, top_p, top_k)  # x_0 ~ p(x_0 | X_t) of Eq. 8, (B, C)
+    if 1 - t >= ADJUST_FROM and not top_k:
+        x0 = greedy_adjust(x0, log_p, M)
+    # Eq. 10. The noise end that X_t and x_0 imply is X_1 = x_0 + (X_t - x_0) / t, so |X_1 - x_0| = |X_t - x_0| / t
+    mean = x + (t - s) / t * (x0 - x)
+    f = 1 / (1 + math.exp(NOISE_SLOPE * (NOISE_STOPS_AT - s)))  # noise as long as s > NOISE_STOPS_AT, then none
+    std = (x - x0).abs() / t / 4 * f  # mean, std (B, C)
+    x, log_prob = discrete_gaussian(mean, std, M, u, top_k)  # Eq. 9
+    # In the last step the Gaussian is a spike at x_0 and cannot rank the steps; the denoiser's p can.
+    return greedy_adjust(x, log_prob if s > 0 else log_p, M)
+
+
+def sampling_times(steps, times="even"):
+    """The sampling times t_0 = 1 > ... > t_steps = 0.
+
+    times: "even" are evenly spaced, as in the paper.  "middle", not in the paper, jump from 1 to MIDDLE, are evenly
+    spaced there, and jump to 0. A count that differs from x_0 by 1 moves in a step of Eq. 9-10 with odds of about
+    exp(-8 t^2), however small the step is. So before MIDDLE hardly a count moves, and behind it too many do.
+    """
+    if times not in ("even", "middle"):
+        raise ValueError(f"times must be 'even' or 'middle', got {times!r}")
+    if times == "even" or steps < 3:
+        return [1 - step / steps for step in range(steps + 1)]
+    first, last = MIDDLE
+    return [1.0, *(first + (last - first) * step / (steps - 2) for step in range(steps - 1)), 0.0]
+
+
+def guidance_weight(guidance, t):
+    """The weight of classifier-free guidance at time t. guidance: weights for equal parts of the time from noise to
+    data, such as the three of the release."""
+    return guidance[min(int(len(guidance) * (1 - t + 1e-9)), len(guidance) - 1)]
+
+
+def guided_probabilities(denoiser, x_t, t, labels, weight):
+    """p(x_0 | X_t) (B, C, M + 1) with classifier-free guidance on probabilities: p_null + weight (p_class - p_null),
+    negative values set to 0, normalized.
+
+    x_t: (B, C).  t: a number.  labels: (B,).
+    """
+    t = torch.full((len(x_t),), t, device=x_t.device)
+    p_class = denoiser(x_t, t, labels).float().softmax(-1)
+    if weight == 1:
+        return p_class
+    null = torch.full_like(labels, denoiser.num_classes)
+    p_null = denoiser(x_t, t, null).float().softmax(-1)
+    p = (p_null + weight * (p_class - p_null)).clamp(min=0)
+    return p / p.sum(-1, keepdim=True)

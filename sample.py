@@ -1,35 +1,54 @@
 """Draw images from a trained model (Sec. 3.3.2, Eq. 8-10): noise -> counts -> tokens -> images.
 
     python sample.py --ckpt digits.pt                              a labelled grid of samples, samples.png
-    python sample.py --ckpt fsdd.pt --out samples.gif              the set as it is refined, decoded at every step
+    python sample.py --ckpt fsdd.pt --out samples.gif              the counts step by step, decoded at every step
     python sample.py --ckpt digits.pt --like digits:17             images that share tokens with an image
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
 The same seed gives the same images for any number of processes. Settings that are not given are the checkpoint's.
+train_fsdd.py, evaluate_fid.py and the scripts of paper/ load models and draw images by the functions below.
 """
+import os
 import time
 from collections import deque
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from beyond import flip_times
+import fsdd
+import masked
+from beyond import SparseDenoiser, flip_times, refine_by_exchange
 from data import open_dataset
 from data.evaluation_inputs import save_npz
 from data.image_folder import read_image
 from dual_transform import counts_to_tokens, tokens_to_counts
-from fsdd import generate, refine
-from generation import (PROCESS, SAMPLERS, add_generation_options, choose_labels, decode, default_checkpoint,
-                        generation_settings, load, refine_arguments)
 from support.command_line import Parser, checked, listed, stop
 from support.distributed import all_gather, chunks, rank_and_world_size
-from support.files import check_outputs
+from support.files import check_outputs, load_checkpoint
 from support.hardware import autocast, init_distributed
-from support.pictures import grid, save, save_samples
+from support.pictures import grid, save, save_samples, to_uint8
 from support.seeds import generator
 from support.training import run
+from tokenizer import SetTokenizer
 
-__all__ = ["SAMPLERS", "draw_images", "generate_images", "main"]
+SAMPLERS = {"paper": fsdd.refine, "exchange": refine_by_exchange, "masked": masked.refine}
+NOISES = {  # the modules that draw X_1 and X_t, by the prior
+    "multinomial": fsdd,  # the paper
+    "distinct": fsdd,     # the authors' release
+    "masked": masked,     # the denoiser has one more code, the mask code
+}
+DENOISERS = {"dense": fsdd.Denoiser, "sparse": SparseDenoiser}
+GENERATION = [  # settings of generation. A checkpoint keeps the column of its recipe, or of its noise if that is masked
+    # name        digits     imagenet256    masked     exchange    allowed                       meaning
+    ("sampler",   "paper",   "paper",       "masked",  "exchange", "paper | exchange | masked",  "see SAMPLERS"),
+    ("steps",     36,        25,            16,        12,         "[1, inf)",                   "from noise to data"),
+    ("times",     "middle",  "even",        "even",    "middle",   "even | middle",              "when the steps are"),
+    ("guidance",  "4,8,8",   "4,50,55",     "2.5",     "1,6,12",   "",                           "one weight, or thirds"),
+    ("top_p",     1.0,       0.8,           1.0,       1.0,        "(0, 1]",                     "keep likely counts"),
+    ("top_k",     2,         0,             0,         0,          "[0, inf)",                   "keep k, 0 = all"),
+]
+COLUMNS = ("digits", "imagenet256", "masked", "exchange")
 
 
 def main(argv=None):
@@ -41,9 +60,10 @@ def main(argv=None):
         at_most = len(class_names) if args.out.endswith(".npz") else 10
         labels = choose_labels(args.labels, args.num, class_names, at_most)
         settings = generation_settings(checkpoint["generation"], args)
+        refine = make_sampler(settings)
         if args.like:
             if rank == 0:
-                draw_like(denoiser, tokenizer, labels if args.labels else None, settings, args)
+                draw_like(denoiser, tokenizer, labels if args.labels else None, settings["prior"], refine, args)
             return
     except ValueError as problem:
         stop(str(problem))
@@ -52,7 +72,7 @@ def main(argv=None):
         print(f"generating {len(labels)} images of the classes {shown}:",
               ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     began = time.time()
-    images = generate_images(denoiser, tokenizer, labels, settings, args, every_step=args.out.endswith(".gif"))
+    images = generate_images(denoiser, tokenizer, labels, refine, args, every_step=args.out.endswith(".gif"))
     if rank > 0:
         for _ in images:  # this rank's share goes to rank 0, which writes the file
             pass
@@ -64,40 +84,40 @@ def main(argv=None):
         print(f"{args.out}: {len(labels)} images in {time.time() - began:.1f} s")
 
 
-def generate_images(denoiser, tokenizer, labels, settings, args, every_step=False):
+def generate_images(denoiser, tokenizer, labels, refine, args, every_step=False):
     """Yield the images of labels (N,) in chunks of args.batch, (frames, n, ch, H, W) uint8 on the CPU, on every rank.
 
-    settings: see generation_settings().  every_step: a frame for every state, from noise to data; else only the last.
+    refine: see make_sampler().  every_step: a frame for every state, from noise to data; else only the last.
     """
     rank, world_size = rank_and_world_size()
     parts = chunks(slice(0, len(labels)), args.batch)
     for first in tqdm(range(0, len(parts), world_size), disable=rank > 0):
         images, chunk = None, first + rank  # one chunk for each rank; in the last round some have none
         if chunk < len(parts):
-            images = draw_images(denoiser, tokenizer, labels[parts[chunk]], settings, chunk, args, every_step)
+            images = draw_images(denoiser, tokenizer, labels[parts[chunk]], refine, chunk, args, every_step)
         yield from (found for found in all_gather(images) if found is not None)
 
 
-def draw_images(denoiser, tokenizer, labels, settings, chunk, args, every_step=False):
+def draw_images(denoiser, tokenizer, labels, refine, chunk, args, every_step=False):
     """One chunk of generate_images(), labels (n,). chunk: its number, which with args.seed determines the noise."""
     device = next(denoiser.parameters()).device
     random = generator(device, "sample", args.seed, chunk)
     with autocast(device, args.bf16):
-        states = refine(denoiser, labels.to(device), **refine_arguments(settings), generator=random)  # each (n, C)
+        states = refine(denoiser, labels.to(device), generator=random)  # each (n, C)
         states = list(states) if every_step else deque(states, maxlen=1)
-    C = tokenizer.codebook_size  # hidden tokens, on a code of their own, are left out
+    C = tokenizer.codebook_size  # masked tokens, on a code of their own, are left out
     return torch.stack([decode(tokenizer, counts_to_tokens(x[:, :C])) for x in states])
 
 
 @torch.no_grad()
-def draw_like(denoiser, tokenizer, labels, settings, args):
+def draw_like(denoiser, tokenizer, labels, prior, refine, args):
     """Write a grid of images that share tokens with the image args.like: the image and its reconstruction, then a row
     for each number in args.keep of tokens that are kept; the other tokens are drawn. With the paper's noise, generation
     starts from the kept tokens and may change them.
 
     labels (n,): the classes of the 10 images in a row; None: the digit's own, or for a file the null class.
     """
-    device, prior, M = denoiser.code_embedding.device, settings["prior"], tokenizer.num_tokens
+    device, M = denoiser.code_embedding.device, tokenizer.num_tokens
     image, own = open_like(args.like, tokenizer)  # (1, ch, H, W) uint8
     if labels is None:
         labels = torch.tensor([denoiser.num_classes if own is None else own])
@@ -107,15 +127,14 @@ def draw_like(denoiser, tokenizer, labels, settings, args):
     tokens = tokenizer.encode(image.to(device) / 127.5 - 1).expand(len(labels), -1)  # (10, M)
     C, white = denoiser.codebook_size, torch.full_like(image, 255).expand(8, -1, -1, -1)
     rows, names = [image, decode(tokenizer, tokens[:1]), white], ["image, decoded"]
-    noise, _ = PROCESS[prior]
     for keep in args.keep or [3 * M // 4, M // 2, M // 4, 0]:
         random = generator(device, "like", args.seed, keep)
         order = torch.rand(tokens.shape, generator=random, device=device).argsort(1)
         kept = tokens_to_counts(tokens.gather(1, order[:, :keep]), C)  # (10, C)
-        x = kept + noise(len(labels), C, M - keep, prior, random, device)  # and noise for the others
-        t = 1 - keep / M if prior == "hidden" else flip_times(torch.tensor(1 - keep / M)).item()
+        x = kept + NOISES[prior].sample_noise(len(labels), C, M - keep, prior, random, device)
+        t = 1 - keep / M if prior == "masked" else flip_times(torch.tensor(1 - keep / M)).item()
         with autocast(device, args.bf16):
-            x = generate(denoiser, labels, **refine_arguments(settings), generator=random, start=(x, t))
+            *_, x = refine(denoiser, labels, generator=random, start=(x, t))
         rows.append(decode(tokenizer, counts_to_tokens(x[:, :tokenizer.codebook_size])))
         names.append(f"{keep} of {M} kept")
     save(grid(torch.cat(rows), 10, names), args.out)
@@ -157,6 +176,108 @@ def parse(argv):
         parser.error(f"{args.num} images are too many for a picture; use --out {args.out[:-4]}.npz")
     check_outputs(args.out, inputs=[args.ckpt, args.like])
     return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, labels and models; other scripts use them too
+
+
+def default_settings(column, prior):
+    """The settings of generation of a column of GENERATION, for a denoiser trained with this prior: a dict of numbers
+    and words."""
+    return {"prior": prior} | {row[0]: row[1 + COLUMNS.index(column)] for row in GENERATION}
+
+
+def add_generation_options(parser):
+    """The options that generated images depend on, for every script that generates."""
+    for name, value, *_, allowed, meaning in GENERATION:
+        parser.add_argument("--" + name, type=checked(type(value), allowed), help=f"{meaning} (the checkpoint's)")
+    parser.add_argument("--batch", type=checked(int, "[1, inf)"), default=100,
+                        help="images at once (100); another number gives other images")
+    parser.add_argument("--seed", type=checked(int, "[0, inf)"), default=0, help="another seed gives other images (0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+    parser.add_argument("--bf16", default="auto", choices=("auto", "on", "off"),
+                        help="bfloat16 autocast of the denoiser; auto: where it is fast (auto)")
+
+
+def generation_settings(settings, args):
+    """A checkpoint's settings of generation, changed by the command line. Another sampler than the checkpoint's brings
+    settings of its own."""
+    if args.sampler and args.sampler != settings["sampler"]:
+        settings = settings | default_settings({"paper": "digits"}.get(args.sampler, args.sampler), settings["prior"])
+    given = {name: getattr(args, name) for name, *_ in GENERATION}
+    return settings | {name: value for name, value in given.items() if value is not None}
+
+
+def make_sampler(settings):
+    """The sampler of the settings of generation, ready to be called: refine(denoiser, labels, generator=, start=), see
+    fsdd.refine(). ValueError if the settings do not fit together."""
+    sampler, prior = settings["sampler"], settings["prior"]
+    if (sampler == "masked") != (prior == "masked"):
+        raise ValueError(f"the sampler masked is for denoisers that were trained with masked tokens, and the only one "
+                         f"for them; got sampler {sampler} and a denoiser trained with prior {prior}")
+    return partial(SAMPLERS[sampler], prior=prior, steps=settings["steps"], times=settings["times"],
+                   guidance=parse_guidance(settings["guidance"]), top_p=settings["top_p"], top_k=settings["top_k"])
+
+
+def parse_guidance(text):
+    """ "4" -> [4.0], "4,50,55" -> [4.0, 50.0, 55.0]. ValueError for anything else."""
+    try:
+        weights = [float(weight) for weight in text.split(",")]
+        if not all(0 <= weight <= 1e6 for weight in weights):
+            raise ValueError
+    except ValueError:
+        raise ValueError("guidance must be numbers from 0 to 1e6, such as 4, or 4,50,55 for the three thirds of the "
+                         f"time; got {text!r}") from None
+    return weights
+
+
+def choose_labels(text, num, class_names, at_most):
+    """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, one class after the
+    other.
+
+    Without text: over all classes, or at_most of them. ValueError for unknown classes.
+    """
+    every = len(class_names)
+    numbers = {str(i): i for i in range(every)} | {name: i for i, name in enumerate(class_names)}  # names count first
+    try:
+        classes = [numbers[name.strip()] for name in text.split(",")] if text else range(0, every, -(-every // at_most))
+    except KeyError:
+        raise ValueError(f"--labels must be numbers from 0 to {every - 1} or names of classes, such as "
+                         f"{class_names[0]}, separated by commas, got {text!r}") from None
+    return torch.tensor(classes)[torch.arange(num) * len(classes) // num]
+
+
+def default_checkpoint():
+    """fsdd.pt of train_fsdd.py or, as long as there is none, digits.pt, which the repository contains."""
+    return "fsdd.pt" if os.path.isfile("fsdd.pt") else "digits.pt"
+
+
+def load(path, device):
+    """fsdd.pt -> (denoiser, tokenizer, the whole checkpoint), both with their averaged weights, on the device."""
+    checkpoint = load_checkpoint(path, "python train_fsdd.py", "fsdd")
+    return *models(checkpoint, device), checkpoint
+
+
+def models(checkpoint, device):
+    """The denoiser and the tokenizer of a checkpoint of train_fsdd.py, for use."""
+    denoiser = DENOISERS[checkpoint["denoiser"]](**checkpoint["model_config"])
+    denoiser.load_state_dict(checkpoint["weights"])
+    return denoiser.to(device).eval(), load_tokenizer(checkpoint["tokenizer"], device)
+
+
+def load_tokenizer(checkpoint, device, model_class=SetTokenizer):
+    """The tokenizer of a checkpoint of train_tokenizer.py, for use. model_class: see paper/layouts.py."""
+    tokenizer = model_class(**checkpoint["model_config"])
+    tokenizer.load_state_dict(checkpoint["weights"])
+    return tokenizer.to(device).eval()
+
+
+def decode(tokenizer, tokens):
+    """Tokens (n, M) -> images (n, ch, H, W) uint8 on the CPU, about a million pixels at a time to bound the memory of
+    MaskGIT-VQGAN."""
+    at_once = max(1, 2 ** 20 // tokenizer.image_size ** 2)
+    return torch.cat([to_uint8(tokenizer.decode(part)).cpu() for part in tokens.split(at_once)])
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ class Attention(nn.Module):
     rows: a slice; only these positions attend, to all of them.
     """
 
-    fused = "auto"  # PyTorch's fused (flash) attention: on, off, auto = on a GPU or for many keys
-
     def __init__(self, width, heads):
         super().__init__()
         if width % heads:
@@ -43,8 +41,7 @@ class Attention(nn.Module):
         options: further arguments of F.scaled_dot_product_attention.
         """
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, L or N, d)
-        many = q.is_cuda or k.shape[2] > 256
-        if options or self.fused == "on" or self.fused == "auto" and many:
+        if options or q.is_cuda or k.shape[2] > 256:
             x = F.scaled_dot_product_attention(q, k, v, **options)
         else:  # with few keys on a CPU, the fused kernel takes as long in float32, and longer in bfloat16
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, L, N)

@@ -11,7 +11,6 @@ instructions (README.md).
 """
 import math
 import time
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +22,8 @@ from beyond import flip_times, sparse_loss, start_from_codebook
 from data.loader import batch_indices, open_datasets, read_slices
 from data.token_sets import check_token_file, encode_training_set
 from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
-from fsdd import fsdd_loss, generate
-from generation import DENOISERS, GENERATION, PROCESS, decode, load_tokenizer, refine_arguments
+from fsdd import fsdd_loss
+from sample import DENOISERS, NOISES, decode, default_settings, load_tokenizer, make_sampler
 from support.command_line import HARDWARE, parse, stop
 from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size
 from support.files import load_checkpoint
@@ -32,8 +31,8 @@ from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save
 from support.seeds import generator
-from support.training import (Signals, check_finite, check_training, keep_previous, open_log, progress_bar,
-                              replace_suffix, restore_training, run, save_training, stop_by_signal)
+from support.training import (Signals, check_training, diverged, keep_previous, open_log, progress_bar, replace_suffix,
+                              restore_training, run, save_training, stop_by_signal)
 
 MODELS = {  # width, layers, heads of the denoiser
     "digits": (96, 2, 3),
@@ -53,14 +52,14 @@ HYPERPARAMETERS = [
     ("unused_rows",      False,          True,            "",                   "C + 1 rows in the count embedding"),
     ("gelu",             "exact",        "tanh",          "exact | tanh",       "tanh (DiT), exact: faster on CPUs"),
     ("label_drop",       0.1,            0.1,             "[0, 1]",             "share of labels that are dropped"),
-    # beyond the paper, see beyond.py; the column imagenet256 is the paper's
-    ("prior",            "hidden",       "multinomial",   "multinomial | distinct | hidden", "noise (generation.py)"),
-    ("training_times",   "uniform",      "uniform",       "uniform | flips",    "t (flips: the paper's noise)"),
+    ("noise",            "multinomial",  "multinomial",   "multinomial | distinct | masked", "X_1; masked: masked.py"),
+    # not in the paper, see beyond.py
+    ("training_times",   "flips",        "uniform",       "uniform | flips",    "t; masked: always uniform"),
     ("code_start",       "codebook",     "zeros",         "zeros | codebook",   "start of the code embedding"),
     ("denoiser",         "sparse",       "dense",         "dense | sparse",     "codes attend to codes, or tokens"),
     ("loss_codes",       2,              3,               "[2, inf)",           "sparse: times M codes in the loss"),
     # optimization
-    ("steps",            4000,           1000000,         "[1, inf)",           "optimizer steps"),
+    ("steps",            3600,           1000000,         "[1, inf)",           "optimizer steps"),
     ("batch_size",       64,             256,             "[1, inf)",           "images per step, over all processes"),
     ("device_batch",     64,             32,              "[1, inf)",           "images that a process takes at once"),
     ("optimizer",        "muon",         "adamw",         "adamw | muon",       "muon: for the blocks' matrices"),
@@ -72,8 +71,6 @@ HYPERPARAMETERS = [
     ("weight_decay",     0.01,           0.01,            "[0, inf)",           "on all weights (the release)"),
     ("clip",             1.0,            0.0,             "[0, inf)",           "largest gradient norm, 0 = any"),
     ("ema",              0.99,           0.9999,          "[0, 1)",             "decay of the weights' average"),
-    # samples, in the pictures and by default in sample.py
-    *GENERATION,
     # what is written
     ("out",              "fsdd.pt",      "fsdd.pt",       "",                   "the checkpoint"),
     ("tokens",           "tokens.npy",   "tokens.npy",    "",                   "the encoded training set"),
@@ -118,13 +115,11 @@ def prepare(stage1, device, cfg):
     tokenizer = load_tokenizer(stage1, device)
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     check_token_file(cfg.tokens, C)
-    codebook_size = C + 1 if cfg.prior == "hidden" else C  # with the null code
-    noise, _ = PROCESS[cfg.prior]
-    noise(1, codebook_size, M, cfg.prior)  # raises ValueError for M > C if the prior does not allow it
+    codebook_size = C + 1 if cfg.noise == "masked" else C  # with the mask code
+    NOISES[cfg.noise].sample_noise(1, codebook_size, M, cfg.noise)  # raises ValueError for distinct codes and M > C
     if cfg.flip and cfg.data == "digits":
         raise ValueError("the digits are not mirrored, got --flip true")
-    generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
-    refine_arguments(generation)  # raises ValueError if the sampler does not fit the prior
+    generation = default_settings("masked" if cfg.noise == "masked" else cfg.recipe, cfg.noise)
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
@@ -148,34 +143,36 @@ def make_model(model_config, tokenizer, device, cfg):
 def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
     """The training loop. tokens (1 or 2, N, M), labels (N,): the training set. Returns the model with averaged
     weights."""
-    B, device = cfg.batch_size, model.code_embedding.device
-    _, process = PROCESS[cfg.prior]  # what draws X_t
-    compute_loss = partial(fsdd_loss, process=process)
-    if cfg.denoiser == "sparse":
-        compute_loss = partial(sparse_loss, process=process, num_codes=cfg.loss_codes * model.num_tokens)
+    B, device, model_config = cfg.batch_size, model.code_embedding.device, header["model_config"]
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = make_optimizers(model, cfg, cfg.beta2, decay_all=True)
     start = restore_training(checkpoint, model, ema, optimizers)
-    ddp = parallel(model, device, cfg)
+    ddp, mixed_precision = parallel(model, device, cfg), autocast(device, cfg.bf16)
     rows, micro_batches = local_batch(B, cfg.device_batch)
     world_size = rank_and_world_size()[1]
     log = open_log(replace_suffix(cfg.out, ".csv"), COLUMNS, start)
     progress = progress_bar(start, cfg.steps, B)
     for step in progress:
-        batch = draw_batch(tokens, labels, model, rows, step, cfg)
+        batch = draw_batch(tokens, labels, model_config, rows, step, device, cfg)
 
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
         mean = torch.zeros((), device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
-            with autocast(device, cfg.bf16):
-                loss = compute_loss(ddp, batch.rows(part))
+            some = Batch(*(field[part] for field in batch))
+            with mixed_precision:
+                if cfg.denoiser == "sparse":
+                    loss = sparse_loss(ddp, some, cfg.loss_codes * model.num_tokens)
+                else:
+                    loss = fsdd_loss(ddp, some)
             loss = loss * ((part.stop - part.start) / B)
             (loss * world_size).backward()  # DDP divides by the world size
             mean += loss.detach()
 
         # clip, learning rate, step, moving average
-        check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
+        norm = clip_grad_norm_(model.parameters(), cfg.clip or math.inf)  # of the global batch, the same on all ranks
+        if not norm.isfinite():
+            diverged(f"the gradient of step {step + 1} is not finite", cfg)
         lr_scale = warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:
@@ -194,41 +191,40 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
             save_training(header, done, cfg, model, ema, optimizers)
             if stopped:
                 stop_by_signal(stopped, cfg.out)
-        if done % cfg.picture_every == 0 or last:
+        if cfg.picture_every and (done % cfg.picture_every == 0 or last):
             draw_samples(ema.module, tokenizer, header, device, cfg)
     return ema.module
 
 
 class Batch(NamedTuple):
-    """What a training step learns from: B rows of each. C includes the null code if the prior is hidden."""
+    """What a training step learns from: B rows of each. C includes the mask code if the noise is masked."""
     x0: torch.Tensor       # (B, C) int64, data: the counts of an image's tokens, every row sums to M
-    labels: torch.Tensor   # (B,) int64, classes, some of them dropped for the null class
+    x_t: torch.Tensor      # (B, C) int64, between data and noise (Eq. 5-6, Algorithm 1), every row sums to M
     t: torch.Tensor        # (B,) in (0, 1], training times
-    x1: torch.Tensor       # (B, C) int64, noise (Eq. 4, or all on the null code), every row sums to M
-    uniform: torch.Tensor  # (B, C) in [0, 1), decides the draw of X_t
-    order: torch.Tensor    # (B, C) in [0, 1), decides which codes the sparse loss looks at
-
-    def rows(self, part):
-        """The rows of a slice, such as a micro-batch."""
-        return Batch(*(field[part] for field in self))
+    labels: torch.Tensor   # (B,) int64, classes, some of them dropped for the null class
+    u_codes: torch.Tensor  # (B, C) in [0, 1), decides which codes the sparse loss looks at
 
 
-def draw_batch(tokens, labels, model, rows, step, cfg):
+def draw_batch(tokens, labels, model_config, rows, step, device, cfg):
     """This rank's rows of the global batch of a step.
 
+    tokens (1 or 2, N, M), labels (N,): the training set, its mirror images second.  model_config: the denoiser's.
     Every rank draws all random numbers of the global batch, so that they are the same for any number of ranks.
     """
-    B, C, M, device = cfg.batch_size, model.codebook_size, model.num_tokens, model.code_embedding.device
-    (noise, _), random = PROCESS[cfg.prior], generator(device, "step", cfg.seed, step)
+    B, C, M = cfg.batch_size, model_config["codebook_size"], model_config["num_tokens"]
+    noise, random = NOISES[cfg.noise], generator(device, "step", cfg.seed, step)
     indices = batch_indices(len(labels), B, cfg.seed, step)[rows]
-    u_mirror, u_drop, u_time = torch.rand(3, B, generator=random, device=device)[:, rows]  # each (n,)
-    version = (u_mirror * len(tokens)).long().cpu()  # 0: the image; 1, if tokens has it: its mirror image
-    x = torch.from_numpy(tokens[version.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (n, M)
-    y = torch.where(u_drop < cfg.label_drop, model.num_classes, labels[indices].to(device))
-    x1 = noise(B, C, M, cfg.prior, random, device)[rows]
-    uniform, order = (torch.rand(B, C, generator=random, device=device)[rows] for _ in range(2))
-    t = flip_times(u_time) if cfg.training_times == "flips" else 1 - u_time
-    return Batch(tokens_to_counts(x, C), y, t, x1, uniform, order)
+    mirrored = torch.randint(len(tokens), (B,), generator=generator("cpu", "mirror", cfg.seed, step))[rows]
+    x = torch.from_numpy(tokens[mirrored.numpy(), indices.numpy()].astype(np.int64)).to(device)  # (n, M)
+    u_drop, u_time = torch.rand(2, B, generator=random, device=device)[:, rows]  # each (n,)
+    x0 = tokens_to_counts(x, C)
+    x1 = noise.sample_noise(B, C, M, cfg.noise, random, device)[rows]
+    u_noise, u_codes = (torch.rand(B, C, generator=random, device=device)[rows] for _ in range(2))
+    flips = cfg.training_times == "flips" and cfg.noise != "masked"
+    t = flip_times(u_time) if flips else 1 - u_time
+    x_t = noise.forward_process(x0, x1, t, u_noise)
+    y = torch.where(u_drop < cfg.label_drop, model_config["num_classes"], labels[indices].to(device))
+    return Batch(x0, x_t, t, y, u_codes)
 
 
 @torch.no_grad()
@@ -236,31 +232,32 @@ def evaluate(model, tokenizer, dataset, device, cfg):
     """The loss on a dataset, always over all codes and at uniform times, so that runs can be compared. Each image gets
     one time and one noise vector, the same at every call."""
     (rank, world_size), C, M = rank_and_world_size(), model.codebook_size, model.num_tokens
-    noise, process = PROCESS[cfg.prior]
+    noise = NOISES[cfg.noise]
     total = torch.zeros((), dtype=torch.float64, device=device)
     parts = chunks(slice(0, len(dataset)), min(250, max(1, 2 ** 18 // C)))[rank::world_size]
     for part, (images, labels) in zip(parts, read_slices(dataset, parts, cfg.workers)):
         random = generator(device, "test", cfg.seed, part.start)
         t = 1 - torch.rand(len(images), generator=random, device=device)
-        x1 = noise(len(images), C, M, cfg.prior, random, device)
-        uniform = torch.rand(x1.shape, generator=random, device=device)
+        x1 = noise.sample_noise(len(images), C, M, cfg.noise, random, device)
+        u_noise = torch.rand(x1.shape, generator=random, device=device)
         with autocast(device, cfg.bf16):
             x0 = tokens_to_counts(tokenizer.encode(images.to(device) / 127.5 - 1), C)
-            batch = Batch(x0, labels.to(device), t, x1, uniform, order=None)
-            total += fsdd_loss(model, batch, process) * len(images)
+            batch = Batch(x0, noise.forward_process(x0, x1, t, u_noise), t, labels.to(device), u_codes=None)
+            total += fsdd_loss(model, batch) * len(images)
     return all_reduce(total).item() / len(dataset)
 
 
 def draw_samples(model, tokenizer, header, device, cfg):
     """A page of samples, a row for each of up to ten classes."""
     if is_main():
-        class_names, settings = header["class_names"], refine_arguments(header["generation"])
+        class_names, refine = header["class_names"], make_sampler(header["generation"])
         classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
         random = generator(device, "sample", cfg.seed)
         with autocast(device, cfg.bf16):
-            counts = torch.cat([generate(model, labels, **settings, generator=random)
+            counts = torch.cat([list(refine(model, labels, generator=random))[-1]
                                 for labels in classes.repeat_interleave(10).to(device).split(cfg.device_batch)])
-        page = grid(decode(tokenizer, counts_to_tokens(counts)), 10, [class_names[i] for i in classes])
+        tokens = counts_to_tokens(counts[:, :tokenizer.codebook_size])  # without the mask code
+        page = grid(decode(tokenizer, tokens), 10, [class_names[i] for i in classes])
         save(page, replace_suffix(cfg.out, ".png"))
 
 

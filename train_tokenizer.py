@@ -33,8 +33,8 @@ from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save, to_uint8
 from support.seeds import generator
-from support.training import (Signals, check_finite, check_training, keep_previous, open_log, progress_bar,
-                              replace_suffix, restore_training, run, save_training, stop_by_signal)
+from support.training import (Signals, check_training, diverged, keep_previous, open_log, progress_bar, replace_suffix,
+                              restore_training, run, save_training, stop_by_signal)
 from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
@@ -114,12 +114,11 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
         keep_previous(cfg.out)
     log = open_log(replace_suffix(cfg.out, ".csv"), COLUMNS, start)
     with Signals() as signals:
-        common = train_set, test_set, checkpoint, header, cfg, log, signals
         if start < cfg.proxy_steps:
-            model = train_phase(model, vqgan, None, *common)
+            model = train_phase(model, vqgan, None, train_set, test_set, checkpoint, header, cfg, log, signals)
             del vqgan
         if cfg.proxy_steps < cfg.steps:
-            model = train_phase(model, None, pixel_losses, *common)
+            model = train_phase(model, None, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
     if rank == 0:
         print(f"{cfg.out}: {cfg.steps} steps in {(time.time() - began) / 60:.1f} min; on {len(test_set)} test images: "
@@ -183,7 +182,9 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             usage.record(tokens, latents)
 
         # clip, learning rate, step, moving average, dead codes, discriminator
-        check_finite(clip_grad_norm_(model.parameters(), cfg.clip or math.inf), step, cfg)
+        norm = clip_grad_norm_(model.parameters(), cfg.clip or math.inf)  # of the global batch, the same on all ranks
+        if not norm.isfinite():
+            diverged(f"the gradient of step {step + 1} is not finite", cfg)
         lr_scale = warmup_cosine(step - first, end - first, warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:
@@ -204,7 +205,7 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             save_training(header, done, cfg, model, ema, optimizers + others, idle=usage.idle, **state)
             if stopped:
                 stop_by_signal(stopped, cfg.out)
-        if done % cfg.picture_every == 0 or last:
+        if cfg.picture_every and (done % cfg.picture_every == 0 or last):
             draw_reconstructions(ema.module, test_set, device, replace_suffix(cfg.out, ".png"))
     return ema.module
 

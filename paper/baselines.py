@@ -7,20 +7,18 @@
     Discrete Diffusion     discrete flow matching of the counts (Gat et al., arXiv 2407.15595)         flow_*
     Continuous Diffusion   flow matching of the counts as real numbers, then quantized                 continuous_*
 
-Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). The losses take a batch with
-the fields of train_fsdd.Batch. hidden_log_likelihood() is what Table 5 prints for hidden tokens.
-guidance: see fsdd.guidance_weight().  top_p, top_k: see fsdd.truncate().
+Shapes and time as in fsdd.py: B images, C codes, M tokens, t from data (0) to noise (1). The losses take a
+train_fsdd.Batch.
+steps, times: see fsdd.sampling_times().  guidance: see fsdd.guidance_weight().  top_p, top_k: see fsdd.truncate().
 """
-import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from beyond import next_token
-from dual_transform import tokens_to_counts
-from fsdd import STEPS, Denoiser, draw, greedy_adjust, guidance_weight, guided_probabilities, sample_noise
-from tokenizer import Attention
+from fsdd import (STEPS, Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_probabilities, sample_categorical,
+                  sample_noise, sampling_times)
 
 
 def zero_linear(inputs, outputs):
@@ -35,20 +33,11 @@ def zero_linear(inputs, outputs):
 # Autoregressive: p(x) = product over i of p(x_i | x_0 .. x_{i-1})
 
 
-class CausalAttention(Attention):
-    """Attention of every position to itself and those before it."""
-
-    def forward(self, x):
-        return self.attend(*self.qkv(x).chunk(3, dim=2), is_causal=True)
-
-
 class CausalDenoiser(Denoiser):
     """p(x_i | x_0 .. x_{i-1}) of sequences of a length, of symbols 0..symbols - 1.
 
     The positions take the place of the denoiser's codes (codebook_size), the symbols that of its counts (num_tokens).
     """
-
-    attention_class = CausalAttention
 
     def __init__(self, length, symbols, num_classes, width, layers, heads, gelu="tanh"):
         super().__init__(length, symbols, num_classes, width, layers, heads, gelu=gelu)
@@ -61,8 +50,16 @@ class CausalDenoiser(Denoiser):
         x = F.pad(x, (1, 0), value=self.num_tokens)  # a sequence starts with a symbol of its own
         x = (self.count_embedding(x) + self.code_embedding[:, :x.shape[1]]).to(c.dtype)  # (B, n + 1, width)
         for block in self.blocks:
-            x = block(x, c)
+            x = causal_block(block, x, c)
         return self.head(x, c)
+
+
+def causal_block(block, x, c):
+    """fsdd.DiTBlock.forward() with attention of every position to itself and those before it."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)[:, None].chunk(6, dim=2)  # each (B, 1, width)
+    q, k, v = block.attention.qkv(block.norm1(x) * (1 + scale1) + shift1).chunk(3, dim=2)
+    x = x + gate1 * block.attention.attend(q, k, v, is_causal=True)
+    return x + gate2 * block.mlp(block.norm2(x) * (1 + scale2) + shift2)
 
 
 def autoregressive_loss(model, batch):
@@ -76,7 +73,7 @@ def autoregressive_loss(model, batch):
 
 
 @torch.no_grad()
-def autoregressive_generate(model, labels, guidance=1.0, top_p=1.0, top_k=0, generator=None):
+def autoregressive_generate(model, labels, guidance=(1.0,), top_p=1.0, top_k=0, generator=None):
     """Sequences (B, length) int64 for labels (B,), symbol by symbol."""
     length = model.codebook_size
     x = labels.new_zeros(len(labels), 0)
@@ -84,7 +81,7 @@ def autoregressive_generate(model, labels, guidance=1.0, top_p=1.0, top_k=0, gen
         weight = guidance_weight(guidance, 1 - i / length)
         p = guided_probabilities(model, x, 0.0, labels, weight)[:, -1]  # (B, symbols)
         u = torch.rand(len(x), generator=generator, device=x.device)
-        x = torch.cat([x, draw(p, u, top_p, top_k)[:, None]], dim=1)
+        x = torch.cat([x, sample_categorical(p, u, top_p, top_k)[:, None]], dim=1)
     return x
 
 
@@ -100,20 +97,26 @@ def flow_process(x0, x1, t, uniform):
     return torch.where(uniform < t[:, None], x1, x0)
 
 
-def flow_generate(denoiser, labels, prior="multinomial", steps=STEPS, guidance=1.0, top_p=1.0, top_k=0,
-                  generator=None):
+def flow_loss(denoiser, batch):
+    """fsdd.fsdd_loss() at the X_t of flow_process()."""
+    x0 = batch.x0
+    x1 = sample_noise(*x0.shape, int(x0[0].sum()), "multinomial", device=x0.device)
+    x_t = flow_process(x0, x1, batch.t, torch.rand(x0.shape, device=x0.device))
+    return fsdd_loss(denoiser, batch._replace(x_t=x_t))
+
+
+@torch.no_grad()
+def flow_generate(denoiser, labels, steps=STEPS, times="even", guidance=(1.0,), top_p=1.0, top_k=0, generator=None):
     """Counts (B, C) int64 for labels (B,), of any sum.
 
-    From t to t - dt each count jumps to a draw of x_0 with probability dt / t.
+    From t to s each count jumps to a draw of x_0 with probability (t - s) / t.
     """
     B, C, M, device = len(labels), denoiser.codebook_size, denoiser.num_tokens, labels.device
-    x = sample_noise(B, C, M, prior, generator, device)
-    for step in range(steps):
+    x = sample_noise(B, C, M, "multinomial", generator, device)
+    for t, s in pairwise(sampling_times(steps, times)):
         u0, u = torch.rand(2, B, C, generator=generator, device=device)
-        t = 1 - step / steps
         p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # (B, C, M + 1)
-        jumps = u * (steps - step) < 1  # in the last step all do
-        x = torch.where(jumps, draw(p, u0, top_p, top_k), x)
+        x = torch.where(u * t < t - s, sample_categorical(p, u0, top_p, top_k), x)  # in the last step all jump
     return x
 
 
@@ -159,43 +162,20 @@ def continuous_noise(normal):
 
 
 def continuous_loss(model, batch):
-    """Squared error of the velocity at X_t = t X_1 + (1 - t) X_0. The noise is made from batch.uniform."""
-    normal = torch.special.ndtri(batch.uniform.clamp(1e-7, 1 - 1e-7))  # (B, C), standard Gaussians
-    x0, x1, t = standardize(batch.x0, int(batch.x0[0].sum())), continuous_noise(normal), batch.t[:, None]
+    """Squared error of the velocity at X_t = t X_1 + (1 - t) X_0."""
+    x0, t = standardize(batch.x0, int(batch.x0[0].sum())), batch.t[:, None]
+    x1 = continuous_noise(torch.randn(x0.shape, device=x0.device))
     return F.mse_loss(velocity(model, t * x1 + (1 - t) * x0, batch.t, batch.labels), x1 - x0)
 
 
 @torch.no_grad()
-def continuous_generate(model, labels, steps=STEPS, guidance=1.0, generator=None):
+def continuous_generate(model, labels, steps=STEPS, times="even", guidance=(1.0,), generator=None):
     """Counts (B, C) int64 for labels (B,), every row sums to M: Euler steps from noise to data, then quantize()."""
     B, C, device = len(labels), model.codebook_size, labels.device
     x = continuous_noise(torch.randn(B, C, generator=generator, device=device))
     null = torch.full_like(labels, model.num_classes)
-    for step in range(steps):
-        time = 1 - step / steps
-        t, weight = torch.full((2 * B,), time, device=device), guidance_weight(guidance, time)
-        v, v_null = velocity(model, x.repeat(2, 1), t, torch.cat([labels, null])).chunk(2)
-        x = x - (v_null + weight * (v - v_null)) / steps
+    for t, s in pairwise(sampling_times(steps, times)):
+        time, weight = torch.full((2 * B,), t, device=device), guidance_weight(guidance, t)
+        v, v_null = velocity(model, x.repeat(2, 1), time, torch.cat([labels, null])).chunk(2)
+        x = x - (v_null + weight * (v - v_null)) * (t - s)
     return quantize(x, model.num_tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hidden tokens (beyond.py): no baseline, but the likelihood that Table 5 compares
-
-
-@torch.no_grad()
-def hidden_log_likelihood(denoiser, tokens, labels, generator=None):
-    """A lower bound of log p(set) of a denoiser of hidden tokens, for sets of tokens (B, M), in nats, (B,): an unbiased
-    estimate of
-
-        log(number of orders of the set) + mean over orders of the sum of log p(next token | tokens before it).
-    """
-    B, M = tokens.shape
-    null, device = denoiser.codebook_size - 1, tokens.device
-    number = torch.randint(1, M + 1, (B, 1), generator=generator, device=device)  # of hidden tokens
-    hidden = torch.rand(B, M, generator=generator, device=device).argsort(1).argsort(1) < number  # (B, M)
-    x = tokens_to_counts(tokens.masked_fill(hidden, null), null + 1)
-    p = denoiser(x, number[:, 0] / M, labels).float().softmax(2)
-    log_p = next_token(x, p).log().gather(1, tokens)  # (B, M)
-    orders = math.lgamma(M + 1) - (tokens_to_counts(tokens, null) + 1.0).lgamma().sum(1)
-    return orders + M * (log_p * hidden).sum(1) / number[:, 0]

@@ -9,7 +9,7 @@ decoded from them.
 import torch
 from PIL import Image, ImageDraw
 
-import generation
+import sample
 from dual_transform import counts_to_tokens, tokens_to_counts
 from paper.inputs import read_images, read_options
 from support.pictures import save, to_pil
@@ -18,7 +18,7 @@ from support.training import run
 SIDE, SET, BARS, GAP, TOP = 140, 200, 440, 40, 24  # pixels: images, the text of the set, the bars, arrows, titles
 BLUE = "#3a6ea5"
 OPTIONS = [
-    ("--ckpt", generation.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
+    ("--ckpt", sample.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
     ("--images", "digits", "", "an image file, or the word digits: the first test digit"),
     ("--out", "figure1.png", "", "the picture"),
 ]
@@ -26,11 +26,11 @@ OPTIONS = [
 
 def main(argv=None):
     args = read_options(OPTIONS, "fig1_pipeline", __doc__, argv)
-    _, tokenizer, _ = generation.load(args.ckpt, torch.device("cpu"))
+    _, tokenizer, _ = sample.load(args.ckpt, torch.device("cpu"))
     image = read_images([args.images], 1, tokenizer)  # (1, ch, H, W) uint8
     tokens = tokenizer.encode(image / 127.5 - 1)  # (1, M)
     counts = tokens_to_counts(tokens, tokenizer.codebook_size)  # (1, C)
-    decoded = generation.decode(tokenizer, counts_to_tokens(counts))
+    decoded = sample.decode(tokenizer, counts_to_tokens(counts))
     save(draw(image[0], tokens[0].tolist(), counts[0].tolist(), decoded[0]), args.out)
     print(f"{args.out}: {len(tokens[0])} tokens, {int((counts > 0).sum())} of {counts.shape[1]} codes")
 

@@ -10,7 +10,7 @@ adjusting.
 import torch
 from PIL import Image, ImageDraw
 
-import generation
+import sample
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import discrete_gaussian, greedy_adjust, sample_noise
 from paper.fig1_pipeline import bar
@@ -23,7 +23,7 @@ TIMES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # 0 = data, 1 = noise
 LEFT, WIDTH, HEIGHT = 40, 960, 112      # where the bars begin, size of a row of bars, pixels
 GREY, GREEN, RED = "#8a8f98", "#2e9d57", "#d0473a"
 OPTIONS = [
-    ("--ckpt", generation.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
+    ("--ckpt", sample.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
     ("--images", "digits", "", "an image file, or the word digits: the first test digit"),
     ("--out", "figure3.png", "", "the picture"),
     SEED,
@@ -32,14 +32,12 @@ OPTIONS = [
 
 def main(argv=None):
     args = read_options(OPTIONS, "fig3_process", __doc__, argv)
-    _, tokenizer, checkpoint = generation.load(args.ckpt, torch.device("cpu"))
+    _, tokenizer, _ = sample.load(args.ckpt, torch.device("cpu"))
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     image = read_images([args.images], 1, tokenizer)
     x0 = tokens_to_counts(tokenizer.encode(image / 127.5 - 1), C)  # (1, C)
     random = generator("cpu", "figure 3", args.seed)
-    prior = checkpoint["generation"]["prior"]
-    prior = "multinomial" if prior == "hidden" else prior  # the figure shows the paper's process
-    x1 = sample_noise(1, C, M, prior, random)
+    x1 = sample_noise(1, C, M, "multinomial", random)
     uniform = torch.rand(x0.shape, generator=random)  # the same for all times, so that the rows can be compared
     states = [before_and_after(x0, x1, t, uniform, M) for t in TIMES]
     print("| t | sum before adjusting | after | added | removed | codes that differ from X_0 |\n" + "|---" * 6 + "|")
@@ -47,7 +45,7 @@ def main(argv=None):
         change = after - before
         print(f"| {t} | {before.sum()} | {after.sum()} | {change.clamp(min=0).sum()} | {-change.clamp(max=0).sum()} "
               f"| {(after != x0).sum()} |")
-    decoded = generation.decode(tokenizer, counts_to_tokens(torch.cat([after for _, after in states])))
+    decoded = sample.decode(tokenizer, counts_to_tokens(torch.cat([after for _, after in states])))
     save(draw(states, decoded), args.out)
     print(f"{args.out}: {len(TIMES)} times, {C} codes, M = {M}")
 

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from paper import layouts, table2_noise
-from paper.inputs import DATA, DEVICE, NUM, WORKERS, open_tokenizer, read_batches, read_options
+from paper.inputs import DATA, DEVICE, WORKERS, open_tokenizer, read_batches, read_options
 from support.command_line import stop
-from support.distributed import all_reduce
 from support.hardware import init_distributed
 from support.pictures import grid, save
 from support.training import run
@@ -26,7 +25,7 @@ LAYOUTS = ("grid", "set")  # in the paper VQGAN, TokenSet
 CONTAINED = 0.9            # share of a map's sum, for the second measure
 OPTIONS = [
     ("--ckpt", (), "", "checkpoints of train_tokenizer.py or paper.layouts (those of the digits are trained)"),
-    (NUM, 500, "[1, inf)", "images"),
+    ("--num", 500, "[1, inf)", "images"),
     ("--tokens", 8, "[1, inf)", "how many tokens, the first ones"),
     ("--out", "figure5.png", "", "the picture"),
     DATA, WORKERS, DEVICE,
@@ -36,7 +35,7 @@ OPTIONS = [
 def main(argv=None):
     args = read_options(OPTIONS, "fig5_receptive_field", __doc__, argv)
     began = time.time()
-    device, rank, world_size = init_distributed(args.device)
+    device, *_ = init_distributed(args.device)
     paths = args.ckpt or [table2_noise.trained(layout, args.device) for layout in LAYOUTS]
     pairs = [open_tokenizer(path, args.data, device, layouts.KINDS)[:2] for path in paths]
     sizes = {(tokenizer.image_size, tokenizer.encoder.patches.stride[0]) for tokenizer, _ in pairs}
@@ -45,31 +44,28 @@ def main(argv=None):
              f"got {' and '.join(map(str, sorted(sizes)))} pixels")
     (size, patch), = sizes
     number = min([args.tokens] + [tokenizer.num_tokens for tokenizer, _ in pairs])
-    found = [measure(*pair, patch, number, args, device, rank, world_size) for pair in pairs]
-    if rank == 0:
-        print("| tokenizer | mean map: outside its patch | pixels with 90 % | single images: outside its patch "
-              "| pixels with 90 % |\n|---|---|---|---|---|")
-        names = [f"{layouts.layout_of(tokenizer)}, M = {tokenizer.num_tokens}" for tokenizer, _ in pairs]
-        even = spread(torch.ones(size, size), patch)
-        for name, shares in (*zip(names, [shares for _, shares in found]), ("evenly spread", [*even, *even])):
-            print(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
-        columns = [f"token {token + 1}" for token in range(number)]
-        save(grid(torch.cat([heat(maps) for maps, _ in found]), number, names, columns), args.out)
-        print(f"{args.out}: {number} tokens of each; {(time.time() - began) / 60:.1f} min")
+    found = [measure(*pair, patch, number, args, device) for pair in pairs]
+    print("| tokenizer | mean map: outside its patch | pixels with 90 % | single images: outside its patch "
+          "| pixels with 90 % |\n|---|---|---|---|---|")
+    names = [f"{layouts.layout_of(tokenizer)}, M = {tokenizer.num_tokens}" for tokenizer, _ in pairs]
+    even = spread(torch.ones(size, size), patch)
+    for name, shares in (*zip(names, [shares for _, shares in found]), ("evenly spread", [*even, *even])):
+        print(f"| {name} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    columns = [f"token {token + 1}" for token in range(number)]
+    save(grid(torch.cat([heat(maps) for maps, _ in found]), number, names, columns), args.out)
+    print(f"{args.out}: {number} tokens of each; {(time.time() - began) / 60:.1f} min")
 
 
-def measure(tokenizer, dataset, patch, number, args, device, rank, world_size):
+def measure(tokenizer, dataset, patch, number, args, device):
     """The mean maps of the first tokens, (number, H, W), and the two numbers of spread(), means over these tokens, of
     the mean maps and of the maps of single images."""
     num, size = min(args.num, len(dataset)), tokenizer.image_size
     total = torch.zeros(number, size, size, dtype=torch.float64, device=device)
     single = torch.zeros(2, dtype=torch.float64, device=device)
-    for _, images in read_batches(dataset, num, size, device, rank, world_size, args.workers):
-        maps = sensitivity(tokenizer, images, number).double()
+    for _, images in read_batches(dataset, num, size, device, args.workers):
+        maps = sensitivity(tokenizer, images / 127.5 - 1, number).double()
         total += maps.sum(0)
         single += torch.stack(spread(maps, patch)).mean(2).sum(1)
-    for tensor in (total, single):
-        all_reduce(tensor)
     return total / num, [share.mean().item() for share in spread(total, patch)] + (single / num).tolist()
 
 

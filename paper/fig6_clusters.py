@@ -30,13 +30,11 @@ OPTIONS = [
 
 def main(argv=None):
     args = read_options(OPTIONS, "fig6_clusters", __doc__, argv)
-    device, _, world_size = init_distributed(args.device)
-    if world_size > 1:
-        stop("one process is enough for this; leave out torchrun")
+    device, *_ = init_distributed(args.device)
     tokenizer, dataset, _ = open_tokenizer(args.ckpt, args.data, device)
     N, C = len(dataset), tokenizer.codebook_size
-    counts = torch.cat([tokens_to_counts(tokenizer.encode(images), C).cpu() for _, images
-                        in read_batches(dataset, N, tokenizer.image_size, device, 0, 1, args.workers)])  # (N, C)
+    counts = torch.cat([tokens_to_counts(tokenizer.encode(images / 127.5 - 1), C).cpu() for _, images
+                        in read_batches(dataset, N, tokenizer.image_size, device, args.workers)])  # (N, C)
     contains = counts >= args.k
     sizes = contains.sum(0)  # (C,)
     codes = (sizes >= args.least).nonzero()[:, 0]

@@ -28,13 +28,12 @@ import torch
 
 from fsdd import Denoiser
 from published.weights import check_tensors
+from sample import default_settings
 from support.command_line import Parser, listed, stop
 from support.files import check_outputs, save_checkpoint
 from support.training import keep_previous, run
 from tokenizer import SetTokenizer
 
-# The release's settings for its best FID
-GENERATION = {"prior": "distinct", "sampler": "paper", "steps": 25, "guidance": "4,50,55", "top_p": 0.8, "top_k": 0}
 HEAD_WIDTH = 64  # of an attention head; shapes don't show the number of heads: all published models have width / 64
 
 # Our names <- theirs. * stands for our shape, so that "* 1 1" is a tensor with two more axes of length 1 in the
@@ -96,7 +95,8 @@ def main(argv=None):
     if args.fsdd:
         names = [str(label) for label in range(model_config["num_classes"])]  # the release knows its classes by number
         write({"kind": "fsdd", "denoiser": "dense", "model_config": model_config, "weights": weights,
-               "class_names": names, "generation": GENERATION, "tokenizer": tokenizer}, args.out,
+               "class_names": names, "generation": default_settings("imagenet256", "distinct"),
+               "tokenizer": tokenizer}, args.out,
               "{num_classes} classes, {layers} blocks of width {width}")
 
 

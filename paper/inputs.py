@@ -6,41 +6,37 @@ import torch
 from tqdm import tqdm
 
 import evaluate_fid
-from data.digits import Digits
+from data import open_dataset
 from data.image_folder import SUFFIXES, find_images, read_image
 from data.loader import read_ahead
 from paper.layouts import KINDS
 from support.command_line import Parser, checked, stop
-from support.distributed import chunks, shard
+from support.distributed import chunks
 from support.files import check_outputs, load_checkpoint
 
 # Rows of OPTIONS, see read_options()
 DATA = ("--data", None, "", "digits, or a folder with train/ and val/ (what the checkpoint was trained on)")
-REF = ("--ref", None, "", "what samples are compared with, see evaluate_fid.py (the training digits)")
 INCEPTION = ("--inception", None, "", "file of Inception's weights (downloaded to torch's cache)")
 WORKERS = ("--workers", 0, "[0, inf)", "processes that read images")
 SEED = ("--seed", 0, "[0, inf)", "another seed gives other random numbers")
 DEVICE = ("--device", "auto", "", "auto, cpu or cuda")
-NUM = "--num --num_images"  # under torchrun, which has a --num of its own, only the second can be used
 
 
 def read_options(table, script, description, argv):
     """The options of a script, from a table of them and its command line.
 
-    A row: one or more names, the default (a tuple for an option with several values), for an integer the interval that
-    it must lie in, else "", and the meaning, which for the default None says what is done without the option. The
-    default False makes an option without a value.
+    A row: the name, the default (a tuple for an option with several values), for an integer the interval that it must
+    lie in, else "", and the meaning, which for the default None says what is done without the option.
     """
     parser = Parser(prog=f"python -m paper.{script}", description=description)
-    for names, default, interval, meaning in table:
-        if default is False:
-            parser.add_argument(*names.split(), action="store_true", help=meaning)
-            continue
+    for name, default, interval, meaning in table:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        parser.add_argument(*names.split(), default=default, type=checked(int if interval else str, interval),
+        parser.add_argument(name, default=default, type=checked(int if interval else str, interval),
                             nargs="+" if isinstance(default, tuple) else None,
                             help=meaning if shown in (None, "") else f"{meaning} ({shown})")
     args = parser.parse_args(argv)
+    if "RANK" in os.environ:
+        parser.error("this script runs in one process; leave out torchrun")
     if "out" in args and not args.out.endswith(".png"):
         parser.error(f"--out must end in .png, got {args.out}")
     check_outputs(vars(args).get("out"))
@@ -65,15 +61,14 @@ def open_tokenizer(path, data, device, kinds=("tokenizer",)):
     return tokenizer.requires_grad_(False), dataset, data
 
 
-def read_batches(dataset, num, image_size, device, rank, world_size, workers):
-    """This rank's share of num images spread evenly over a dataset: yields their indices, a list, and the images
-    (n, ch, H, W) in [-1, 1]."""
+def read_batches(dataset, num, image_size, device, workers):
+    """num images spread evenly over a dataset: yields their indices, a list, and the images (n, ch, H, W) uint8."""
     at_once = min(250, max(1, 2 ** 20 // image_size ** 2))  # a million pixels, to bound memory
     chosen = evaluate_fid.evenly(len(dataset), num).tolist()
-    indices = [chosen[part] for part in chunks(shard(len(chosen), rank, world_size), at_once)]
+    indices = [chosen[part] for part in chunks(slice(0, len(chosen)), at_once)]
     images = read_ahead(dataset, ([(i, 0) for i in batch] for batch in indices), workers)
     for batch, (pixels, _) in zip(indices, tqdm(images, total=len(indices), disable=None)):
-        yield batch, pixels.to(device) / 127.5 - 1
+        yield batch, pixels.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +84,7 @@ def read_images(paths, num, tokenizer):
     if list(paths) == ["digits"]:
         if (size, channels) != (28, 1):
             stop(f"the digits are 28 pixels wide and grey, the tokenizer's images {size} with {channels} channels")
-        return Digits("test").images[:num]
+        return open_dataset("digits", "test", 28).images[:num]
     files = [file for path in paths for file in find_files(path)]
     return torch.from_numpy(np.stack([read_image(file, size, channels) for file in files[:num]])).permute(0, 3, 1, 2)
 

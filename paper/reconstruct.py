@@ -1,7 +1,7 @@
-"""Images and their reconstructions from the tokens in five orders (Sec. 4.2.1, Fig. 4, Tab. 1).
+"""Fig. 4 (Sec. 4.2.1): images and their reconstructions from the tokens in five orders.
 
+    python -m paper.reconstruct digits                                 the first test digits, tokenizer.pt
     python -m paper.reconstruct --ckpt tokenizer.pt images/            any number of folders and files
-    python -m paper.reconstruct --ckpt tokenizer.pt digits             the first test digits
 
 Writes reconstructions.png, a row for each image: the image as the tokenizer sees it (center crop), then the
 reconstructions from its tokens in the encoder's order, reversed, shuffled, ascending and descending. A set has no
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from generation import load_tokenizer
-from paper.inputs import DEVICE, NUM, SEED, read_images, read_options
+from paper.inputs import DEVICE, SEED, read_images, read_options
+from sample import load_tokenizer
 from support.files import load_checkpoint
 from support.hardware import init_distributed
 from support.pictures import grid, save, to_uint8
@@ -25,7 +25,7 @@ OPTIONS = [
     ("images", (), "", "image files, folders of them, or the word digits"),
     ("--ckpt", "tokenizer.pt", "", "checkpoint of train_tokenizer.py or import_released_weights"),
     ("--out", "reconstructions.png", "", "the picture"),
-    (NUM, 10, "[1, inf)", "images at most, the first ones by name"),
+    ("--num", 10, "[1, inf)", "images at most, the first ones by name"),
     SEED, DEVICE,
 ]
 

@@ -18,11 +18,10 @@ import torch
 
 from dual_transform import tokens_to_counts
 from paper import variants
-from paper.inputs import DATA, DEVICE, NUM, SEED, WORKERS, open_tokenizer, read_batches, read_options
+from paper.inputs import DATA, DEVICE, SEED, WORKERS, open_tokenizer, read_batches, read_options
 from paper.layouts import KINDS, layout_of
 from paper.table6_sweep import TOKENIZER
-from support.distributed import all_reduce
-from support.hardware import init_distributed, set_tf32
+from support.hardware import init_distributed
 from support.seeds import generator
 from support.training import run
 
@@ -31,7 +30,7 @@ SIZES = {"num_tokens": 16, "codebook_size": 128}  # of all three: a grid has as 
 SNRS = (40, 30, 20, 10, 1)  # dB
 OPTIONS = [
     ("--ckpt", (), "", "checkpoints of train_tokenizer.py or paper.layouts (those of the digits are trained)"),
-    (NUM, None, "[1, inf)", "validation images (all)"),
+    ("--num", None, "[1, inf)", "validation images (all)"),
     DATA, WORKERS, SEED, DEVICE,
 ]
 
@@ -39,21 +38,19 @@ OPTIONS = [
 def main(argv=None):
     args = read_options(OPTIONS, "table2_noise", __doc__, argv)
     began = time.time()
-    device, rank, world_size = init_distributed(args.device)
+    device, *_ = init_distributed(args.device, tf32=False)  # TF32 would be noise too
     rows = []
     for path in args.ckpt or [trained(layout, args.device) for layout in LAYOUTS]:
         tokenizer, dataset, _ = open_tokenizer(path, args.data, device, KINDS)
         num = min(args.num or len(dataset), len(dataset))
-        found = measure(tokenizer, dataset, num, args, device, rank, world_size)
-        rows.append((layout_of(tokenizer), tokenizer.num_tokens, *found))
-    if rank == 0:
-        print("| tokenizer | tokens | " + " | ".join(f"{snr} dB" for snr in SNRS) + " | mean squared error |\n|"
-              + "---|" * (3 + len(SNRS)))
-        for layout, M, as_set, as_sequence, mse in rows:
-            shown = {"set, as a sequence": as_sequence, "set": as_set} if layout == "set" else {layout: as_sequence}
-            for name, shares in shown.items():
-                print(f"| {name} | {M} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + f" | {mse:.4f} |")
-        print(f"{num} images; {(time.time() - began) / 60:.1f} min")
+        rows.append((layout_of(tokenizer), tokenizer.num_tokens, *measure(tokenizer, dataset, num, args, device)))
+    print("| tokenizer | tokens | " + " | ".join(f"{snr} dB" for snr in SNRS) + " | mean squared error |\n|"
+          + "---|" * (3 + len(SNRS)))
+    for layout, M, as_set, as_sequence, mse in rows:
+        shown = {"set, as a sequence": as_sequence, "set": as_set} if layout == "set" else {layout: as_sequence}
+        for name, shares in shown.items():
+            print(f"| {name} | {M} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + f" | {mse:.4f} |")
+    print(f"{num} images; {(time.time() - began) / 60:.1f} min")
 
 
 def trained(layout, device):
@@ -64,13 +61,12 @@ def trained(layout, device):
     return variants.tokenizer(**SIZES, device=device, **TOKENIZER, model_class=KINDS[kind], kind=kind)
 
 
-def measure(tokenizer, dataset, num, args, device, rank, world_size):
+def measure(tokenizer, dataset, num, args, device):
     """Over num images: the shares of tokens that stay, as a set and as a sequence, (len(SNRS),) each, and the mean
     squared error without noise."""
-    set_tf32(False)  # TF32 would be noise too
     shares, squared = (torch.zeros(n, dtype=torch.float64, device=device) for n in ((2, len(SNRS)), 1))
-    batches = read_batches(dataset, num, tokenizer.image_size, device, rank, world_size, args.workers)
-    for indices, images in batches:
+    for indices, images in read_batches(dataset, num, tokenizer.image_size, device, args.workers):
+        images = images / 127.5 - 1
         tokens = tokenizer.encode(images)
         squared += (tokenizer.decode(tokens) - images).square().mean((1, 2, 3)).sum()
         # one draw for each image, for all ratios and tokenizers
@@ -79,8 +75,6 @@ def measure(tokenizer, dataset, num, args, device, rank, world_size):
         for i, snr in enumerate(SNRS):
             noisy = tokenizer.encode(add_noise(images, noise, snr))
             shares[:, i] += torch.stack(overlap(tokens, noisy, tokenizer.codebook_size)).sum(1)
-    for total in (shares, squared):
-        all_reduce(total)
     return *(shares / num).tolist(), squared.item() / num
 
 

@@ -21,7 +21,7 @@ from data import open_dataset
 from data.loader import batch_indices, check_classes, read_ahead
 from dual_transform import tokens_to_counts
 from evaluate_fid import evenly
-from paper import table6_sweep, variants
+from paper import table6_sweep
 from paper.inputs import DATA, DEVICE, SEED, WORKERS, open_tokenizer, read_options
 from support.command_line import stop
 from support.hardware import init_distributed
@@ -45,12 +45,10 @@ OPTIONS = [
 def main(argv=None):
     args = read_options(OPTIONS, "table3_linear_probe", __doc__, argv)
     began = time.time()
-    device, _, world_size = init_distributed(args.device, tf32=False)
-    if world_size > 1:
-        stop("the probes are trained by one process; leave out torchrun")
+    device, *_ = init_distributed(args.device, tf32=False)
     rows, pixels = [], None
     try:
-        for path in args.ckpt or trained(args):
+        for path in args.ckpt or (table6_sweep.trained_tokenizer(*pair, args) for pair in table6_sweep.pairs(args)):
             tokenizer, train, test, classes = features(path, args, device)
             counts, latents = (probe(x, train.labels, test_x, test.labels, classes, args, device)
                                for x, test_x in ((train.counts, test.counts), (train.latents, test.latents)))
@@ -67,12 +65,6 @@ def main(argv=None):
           f"training images; {train.pixels.shape[1]} raw pixels: {pixels:.1%}; "
           f"by chance, always the most frequent class: {chance:.1%}")
     print(f"{(time.time() - began) / 60:.1f} min")
-
-
-def trained(args):
-    """The paths of the tokenizers of Table 6 on the digits, each trained when it is needed."""
-    for M, C in table6_sweep.pairs(args.num_tokens, args.codebook_sizes):
-        yield variants.tokenizer(num_tokens=M, codebook_size=C, device=args.device, **table6_sweep.TOKENIZER)
 
 
 def features(path, args, device):

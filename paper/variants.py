@@ -1,4 +1,4 @@
-"""What the tables share: models with other settings than the digits' own, trained once and kept, and their FID.
+"""What the tables share: models with other settings than the digits' own, trained once and kept, and their digits FID.
 
 A variant is a run of train_tokenizer.py or train_fsdd.py with some options. Its checkpoint lies in FOLDER under a name
 made of those options and a hash of all settings, so that a second run finds it, and changed defaults give a new one. A
@@ -10,15 +10,12 @@ import os
 import evaluate_fid
 import train_fsdd
 import train_tokenizer
-from published import digits_classifier
-from support.command_line import parse, stop
-from support.distributed import all_gather, is_main, rank_and_world_size
+from support.command_line import parse
 from support.files import load_checkpoint, read_json, write_json
-from support.hardware import set_tf32
 from tokenizer import SetTokenizer
 
 FOLDER = "paper/cache"
-CLASSIFIER = digits_classifier.FILE  # one for all tables, in the folder of tokenizer.pt and fsdd.pt
+CLASSIFIER = "digits_classifier.pt"  # one for all tables, in the folder of tokenizer.pt and fsdd.pt
 NOT_THE_MODEL = {"recipe", "resume", "device", "workers", "out", "tokenizer", "tokens", "log_every",
                  "save_every", "picture_every"}  # settings that a trained model does not depend on
 
@@ -59,8 +56,6 @@ def trained(script, kind, options, named, *more):
 
     named: the options that the name shows.  more: further arguments of the script's main().
     """
-    if rank_and_world_size()[1] > 1:
-        stop("the models of the digits are trained by one process; leave out torchrun")
     os.makedirs(FOLDER, exist_ok=True)
     arguments = ["--recipe=digits", *(f"--{name}={value}" for name, value in options.items())]
     cfg, _ = parse(script.HYPERPARAMETERS, "", kind, arguments)
@@ -70,47 +65,31 @@ def trained(script, kind, options, named, *more):
         if load_checkpoint(path, "the same command, with the file removed", kind)["step"] == cfg.steps:
             return path
         arguments.append("--resume")
-    script.main([*arguments, f"--out={path}", f"--picture_every={cfg.steps}"], *more)
+    script.main([*arguments, f"--out={path}", "--picture_every=0"], *more)
     return path
 
 
-def evaluate(checkpoint, device, rank=0, world_size=1, **options):
-    """The results of evaluate_fid.py for a checkpoint, {name: value}, on rank 0; None on the others.
-
-    options: of evaluate_fid.py; None for its default. Exits with one sentence where that does.
-    """
-    set_tf32(False)
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+def evaluate(checkpoint, device, **options):
+    """The results of evaluate_fid.py for a checkpoint of the digits, {name: value}; options: of evaluate_fid.py."""
+    given = [f"--{name}={value}" for name, value in options.items()]
     args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *given])
-    try:
-        return evaluate_fid.evaluate(args, device, rank, world_size)
-    except ValueError as problem:
-        stop(str(problem))
+    return evaluate_fid.evaluate(args, device)
 
 
-def fid(checkpoint, device, rank=0, world_size=1, **options):
-    """(name, value) of the FID of a tokenizer's reconstructions or of a denoiser's samples, on all ranks.
+def digits_fid(checkpoint, device, **options):
+    """The digits FID of a tokenizer's reconstructions or of a denoiser's samples. That of a variant is kept in a file
+    next to it."""
+    def measure():
+        return evaluate(checkpoint, device, **options)["digits_fid"]
 
-    options: see evaluate(). The FID of a variant is kept in a file next to it.
-    """
-    key = " ".join(f"{name}={value}" for name, value in options.items() if value is not None)
-    path = f"{checkpoint}.json" if os.path.dirname(checkpoint) == FOLDER else ""
-    return keep(path, key, lambda: named_fid(evaluate(checkpoint, device, rank, world_size, **options)))
-
-
-def named_fid(results):
-    """("digits FID" or "FID", its value) of the results of evaluate(); None if there are none."""
-    if results is None:
-        return None
-    return ("digits FID", results["digits_fid"]) if "digits_fid" in results else ("FID", results["fid"])
+    key = " ".join(f"{name}={value}" for name, value in options.items())
+    return keep(f"{checkpoint}.json", key, measure) if os.path.dirname(checkpoint) == FOLDER else measure()
 
 
 def keep(path, key, measure):
-    """What a JSON file has under key; otherwise what measure() gives on rank 0, which is added to the file. The same on
-    all ranks. Without a path nothing is kept."""
-    result = all_gather(read_json(path).get(key))[0]
+    """What a JSON file has under key; otherwise what measure() returns, which is added to the file."""
+    result = read_json(path).get(key)
     if result is None:
-        result = all_gather(measure())[0]
-        if path and is_main():
-            write_json(read_json(path) | {key: result}, path)
+        result = measure()
+        write_json(read_json(path) | {key: result}, path)
     return result

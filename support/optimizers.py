@@ -19,6 +19,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = torch.bfloat16 if fast_bf16(params[0].device) else torch.float32  # of the products
 
     @torch.no_grad()
     def step(self):
@@ -31,16 +32,16 @@ class Muon(torch.optim.Optimizer):
                     update = weight.grad.lerp(average, momentum)
                     by_shape.setdefault(weight.shape, []).append((weight, update))
             for shape, pairs in by_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in pairs]))  # (N, rows, columns)
+                updates = orthogonalize(torch.stack([update for _, update in pairs]), self.dtype)  # (N, rows, columns)
                 for (weight, _), update in zip(pairs, updates):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     weight.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-def orthogonalize(matrices):
-    """Matrices (N, rows, columns) with their singular values moved close to 1, by Newton-Schulz iterations."""
+def orthogonalize(matrices, dtype):
+    """Matrices (N, rows, columns) with their singular values moved close to 1, by Newton-Schulz iterations in dtype."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16() if fast_bf16(matrices.device) else matrices
+    x = matrices.to(dtype)
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value exceeds 1
     for a, b, c in NEWTON_SCHULZ:  # every singular value s becomes a s + b s^3 + c s^5

@@ -165,13 +165,8 @@ def restore_training(checkpoint, model, ema, optimizers, first=0):
     return checkpoint["step"]
 
 
-def check_finite(norm, step, cfg):
-    """End the training, on all ranks, at a step whose gradient norm, the same on all, is not finite."""
-    if not norm.isfinite():
-        diverged(f"the gradient of step {step + 1} is not finite", cfg)
-
-
 def diverged(what, cfg):
+    """End a training whose numbers are no longer finite."""
     good = next(filter(os.path.isfile, (cfg.out, cfg.out + ".previous")), None)
     stop(f"{what}: the training has diverged, so try a smaller learning rate; "
          f"{f'the last checkpoint is {good}' if good else 'there is no checkpoint'}")

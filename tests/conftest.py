@@ -55,7 +55,8 @@ def digits(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.3)
     stage1 = {"kind": "tokenizer", "model_config": tokenizer_config, "weights": tokenizer.state_dict(),
               "class_names": list("0123456789"), "config": {"data": "digits"}}
-    generation = {"prior": "multinomial", "sampler": "paper", "steps": 3, "guidance": "1", "top_p": 1.0, "top_k": 2}
+    generation = {"prior": "multinomial", "sampler": "paper", "steps": 3, "times": "middle", "guidance": "1",
+                  "top_p": 1.0, "top_k": 2}
     save_checkpoint(stage1, folder / "tokenizer.pt")
     save_checkpoint(stage1 | {"kind": "fsdd", "denoiser": "dense", "model_config": model_config,
                               "weights": denoiser.state_dict(), "tokenizer": stage1, "generation": generation},

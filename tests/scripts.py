@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +177,19 @@ def assert_one_sentence(finished, *words):
         assert word in finished.stderr, finished.stderr
 
 
+def names_and_shapes(tensors):
+    """The number of tensors, {name: tensor or shape}, and the checksum of their sorted lines "name<TAB>shape"."""
+    shapes = {name: getattr(tensor, "shape", tensor) for name, tensor in tensors.items()}
+    lines = sorted(f"{name}\t{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return len(lines), zlib.crc32("\n".join(lines).encode())
+
+
+def read_table(output):
+    """The cells of the Markdown table that a script has printed, without its head."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("| ")]
+    return rows[1:]
+
+
 def read_log(path):
     """The rows of a log as dicts of numbers, without the empty columns."""
     with open(path, newline="") as file:
@@ -190,19 +204,9 @@ def assert_same_training(path, other):
 
 def assert_same_checkpoint(path, other):
     """Both checkpoints contain the same numbers, those of the optimizers included."""
-    def compare(ours, theirs, name):
-        if torch.is_tensor(ours):
-            assert torch.equal(ours, theirs), name
-        elif isinstance(ours, (dict, list, tuple)):
-            assert len(ours) == len(theirs), name
-            for key in ours if isinstance(ours, dict) else range(len(ours)):
-                compare(ours[key], theirs[key], f"{name} {key}")
-        else:
-            assert ours == theirs, name
-
     ours, theirs = (torch.load(file, weights_only=True) for file in (path, other))
     for name in ("step", "weights", "training"):
-        compare(ours[name], theirs[name], name)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
 
 
 def assert_same_gradients(path, other):

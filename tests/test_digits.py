@@ -5,7 +5,7 @@ from data import open_dataset
 
 
 def test_digits_are_mnist():
-    """Broken: the embedded files would be incomplete, read wrongly or mixed up, or a test digit be trained on."""
+    """Fails if the embedded files are incomplete, read wrongly or mixed up, or if a test digit is trained on."""
     contents = []
     for split, number, first, zeros in (("train", 60000, 5, 5923), ("test", 10000, 7, 980)):
         digits = open_dataset("digits", split, 28)

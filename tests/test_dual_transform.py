@@ -12,7 +12,7 @@ SIZES = [(1, 1, 1), (5, 3, 7), (4, 32, 64), (3, 128, 4096), (2, 50, 1), (6, 0, 5
 
 @pytest.mark.parametrize("B, M, C", SIZES)
 def test_tokens_come_back_sorted(B, M, C):
-    """Broken: an image's tokens would change on the way to counts and back, or counts depend on their order."""
+    """Fails if an image's tokens change on the way to counts and back, or if counts depend on their order."""
     tokens = torch.randint(C, (B, M))
     counts = tokens_to_counts(tokens, C)
     assert counts.dtype == torch.int64 and counts.shape == (B, C)
@@ -24,7 +24,7 @@ def test_tokens_come_back_sorted(B, M, C):
 
 
 def test_every_set_has_its_own_count_vector():
-    """Broken: two sets would share a count vector, or some count vector would represent no set."""
+    """Fails if two sets share a count vector, or if some count vector represents no set."""
     M, C = 4, 5
     sets = torch.tensor(list(itertools.combinations_with_replacement(range(C), M)))
     counts = tokens_to_counts(sets, C)
@@ -35,12 +35,12 @@ def test_every_set_has_its_own_count_vector():
 
 
 def test_counts_by_hand():
-    """Broken: Eq. 2, in the README's example."""
+    """Fails if the counts of the README's example are not those of Eq. 2."""
     assert tokens_to_counts(torch.tensor([[7, 2, 2, 5]]), 8).tolist() == [[0, 0, 2, 0, 0, 1, 0, 1]]
 
 
 def test_bits_of_the_paper():
-    """Broken: the sizes of the two spaces for M = 128, C = 4096 (Sec. 4.2.4)."""
+    """Fails if the sizes of the two spaces for M = 128 and C = 4096 are not the paper's (Sec. 4.2.4)."""
     assert round(set_bits(128, 4096)) == 823 and sequence_bits(128, 4096) == 1536
 
 
@@ -57,6 +57,6 @@ tokens = torch.zeros(3, 4, dtype=torch.int64)
     (lambda: counts_to_tokens(torch.tensor([[4, -2, 2]])), "negative"),
 ])
 def test_bad_input_gives_no_result(wrong, words):
-    """Broken: values that no set has would give the counts or tokens of another set."""
+    """Fails if values that no set has give the counts or tokens of another set."""
     with pytest.raises((ValueError, RuntimeError), match=words):
         wrong()

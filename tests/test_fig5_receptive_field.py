@@ -6,16 +6,15 @@ from PIL import Image
 
 from paper import fig5_receptive_field
 from paper.layouts import GridTokenizer
-from tests.conftest import few_digits
-from tests.scripts import assert_one_sentence, run_here
-from tests.test_table2_noise import save_tokenizer, table
+from tests.scripts import assert_one_sentence, read_table, run_here
+from tests.test_table2_noise import save_tokenizer
 from tests.test_tokenizer import small_tokenizer
 
 
 @pytest.mark.parametrize("settings", [{"channels": 3}, {"model_class": GridTokenizer, "num_tokens": 4},
                                       {"reshaped_latents": True}])
 def test_sensitivity_is_that_of_finite_differences(settings):
-    """Broken: the map would be another token's or pixel's, mix the images of a batch, or miss a channel or a
+    """Fails if the map is another token's or pixel's, mixes the images of a batch, or misses a channel or a
     dimension."""
     model = small_tokenizer(**settings).double().requires_grad_(False)
     images = torch.rand(3, settings.get("channels", 1), 8, 8, dtype=torch.float64) * 2 - 1
@@ -36,7 +35,7 @@ def test_sensitivity_is_that_of_finite_differences(settings):
 
 
 def test_spread_by_hand():
-    """Broken: the measures would not be those that the table's head says."""
+    """Fails if the measures are not those that the table's head says."""
     even, point, corner, two = torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)
     point[5, 2], corner[:4, 4:], two[3, 3], two[4, 4] = 3, 0.25, 8.9, 1.1
     maps = torch.stack([even, point, corner, two]).double()
@@ -46,20 +45,18 @@ def test_spread_by_hand():
 
 
 @pytest.mark.slow
-def test_the_table_and_the_figure(tmp_path, capsys, monkeypatch):
-    """Broken: a tokenizer would be missing from the table or the picture, or a smaller M would break it."""
-    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 30))
-    save_tokenizer(tmp_path / "set.pt", num_tokens=3)
-    save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
-    fig5_receptive_field.main(["--ckpt", f"{tmp_path}/set.pt", f"{tmp_path}/grid.pt", f"--out={tmp_path}/f.png",
+def test_the_table_and_the_figure(small_digits, capsys):
+    """Fails if a tokenizer is missing from the table or the picture, or if a smaller M is not taken."""
+    save_tokenizer("set.pt", num_tokens=3)
+    save_tokenizer("grid.pt", kind="grid tokenizer")
+    fig5_receptive_field.main(["--ckpt", "set.pt", "grid.pt", "--out=f.png", "--num=30",
                                "--device=cpu"])
-    output = capsys.readouterr().out
-    rows = table(output)
-    assert [row[0] for row in rows] == ["set, M = 3", "grid, M = 16", "evenly spread"] and "3 tokens of each" in output
+    rows = read_table(capsys.readouterr().out)
+    assert [row[0] for row in rows] == ["set, M = 3", "grid, M = 16", "evenly spread"]
     assert rows[2][1:] == ["93.8%", "90.1%"] * 2
     assert all(0 < float(share.strip("%")) < 100 for row in rows for share in row[1:])
-    with Image.open(tmp_path / "f.png") as page:
+    with Image.open("f.png") as page:
         assert page.height == 18 + 2 * 120 and page.width > 3 * 120
-    save_tokenizer(tmp_path / "other.pt", patch_size=14)
-    assert_one_sentence(run_here(fig5_receptive_field.main, "--ckpt", "set.pt", "other.pt", folder=tmp_path),
-                        "(28, 7) and (28, 14)")
+    save_tokenizer("other.pt", patch_size=14)
+    finished = run_here(fig5_receptive_field.main, "--ckpt", "set.pt", "other.pt", folder=".")
+    assert_one_sentence(finished, "(28, 7) and (28, 14)")

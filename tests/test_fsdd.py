@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdd
-from fsdd import Denoiser, discrete_gaussian, draw, forward_process, greedy_adjust, sample_noise
+from fsdd import Denoiser, discrete_gaussian, forward_process, greedy_adjust, sample_categorical, sample_noise
 
 
 def generator(seed):
@@ -55,9 +55,14 @@ def small_denoiser(C=12, M=6, model_class=Denoiser):
 def random_batch(B, C, M, seed):
     """What the loss of a denoiser with 3 classes takes, see train_fsdd.Batch."""
     g = generator(seed)
-    return SimpleNamespace(x0=skewed_counts(B, C, M, seed), x1=sample_noise(B, C, M, "multinomial", g),
-                           t=1 - torch.rand(B, generator=g), labels=torch.randint(4, (B,), generator=g),
-                           uniform=torch.rand(B, C, generator=g), order=torch.rand(B, C, generator=g))
+    x0, x1, t = skewed_counts(B, C, M, seed), sample_noise(B, C, M, "multinomial", g), 1 - torch.rand(B, generator=g)
+    return SimpleNamespace(x0=x0, x_t=forward_process(x0, x1, t, torch.rand(B, C, generator=g)), t=t,
+                           labels=torch.randint(4, (B,), generator=g), u_codes=torch.rand(B, C, generator=g))
+
+
+def look_up(log_p):
+    """A table of log-probabilities (B, C, M + 1) as the function that greedy_adjust() takes."""
+    return lambda k: log_p.gather(2, k[:, :, None])[:, :, 0]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -77,7 +82,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 def test_noise_is_uniform_and_sums_to_M(prior):
-    """Broken: noise would not sum to M (Eq. 4), or would favour some codes."""
+    """Fails if noise does not sum to M (Eq. 4), or favours some codes."""
     counts = sample_noise(4000, 20, 8, prior, generator(0))
     assert (counts.sum(1) == 8).all() and counts.min() >= 0
     assert counts.max() == 1 if prior == "distinct" else counts.max() > 1
@@ -88,7 +93,7 @@ def test_noise_is_uniform_and_sums_to_M(prior):
 
 
 def test_impossible_noise_is_refused():
-    """Broken: a misspelt prior, or more distinct codes than exist, would give some other noise."""
+    """Fails if a misspelt prior, or more distinct codes than exist, gives some other noise."""
     with pytest.raises(ValueError, match="'multinomial' or 'distinct', got 'uniform'"):
         sample_noise(1, 4, 2, "uniform")
     with pytest.raises(ValueError, match="5 > 4"):
@@ -101,7 +106,7 @@ def test_impossible_noise_is_refused():
 @pytest.mark.parametrize("C, M, prior", [(64, 32, "multinomial"), (8, 128, "multinomial"), (300, 40, "distinct"),
                                          (1, 5, "multinomial"), (5, 1, "distinct")])
 def test_every_state_sums_to_M(C, M, prior):
-    """Broken: the fixed-sum constraint (Eq. 3) in training."""
+    """Fails if a state in training does not sum to M (Eq. 3)."""
     x0, x1 = skewed_counts(60, C, M, 1), sample_noise(60, C, M, prior, generator(2))
     for t in (0.0, 1e-6, 0.1, 0.5, 0.9, 1 - 1e-6, 1.0):
         x = forward_process(x0, x1, torch.full((60,), t))
@@ -109,7 +114,7 @@ def test_every_state_sums_to_M(C, M, prior):
 
 
 def test_the_ends_are_data_and_noise():
-    """Broken: t = 0 would not be the data, t = 1 not the noise."""
+    """Fails if t = 0 does not give the data, or t = 1 the noise."""
     x0, x1 = skewed_counts(30, 40, 16, 3), sample_noise(30, 40, 16, "multinomial", generator(4))
     x = forward_process(x0, x1, torch.tensor([0.0, 1.0, 0.5] * 10))
     assert torch.equal(x[0::3], x0[0::3]) and torch.equal(x[1::3], x1[1::3])
@@ -117,7 +122,7 @@ def test_the_ends_are_data_and_noise():
 
 
 def test_equal_counts_stay():
-    """Broken: a code with X_1 = X_0 has std 0 and must keep its count, without a NaN on the way."""
+    """Fails if a code with X_1 = X_0, whose std is 0, does not keep its count, or gives NaN on the way."""
     x0 = skewed_counts(30, 40, 16, 5)
     assert torch.equal(forward_process(x0, x0, torch.rand(30)), x0)
     x, log_prob = discrete_gaussian(x0.float(), torch.zeros(30, 40), 16, torch.rand(30, 40))
@@ -130,7 +135,7 @@ def test_equal_counts_stay():
 @pytest.mark.parametrize("x0, x1, t", [(0, 1, 0.2), (0, 1, 0.5), (3, 1, 0.7), (0, 9, 0.3), (32, 0, 0.5), (0, 32, 0.02),
                                        (31, 32, 0.9), (2, 10, 1.0), (5, 0, 1e-4)])
 def test_the_discrete_gaussian_is_the_dense_formula(x0, x1, t):
-    """Broken: X_t before adjusting would not follow Eq. 5-6; it must not be a rounded Gaussian, for example."""
+    """Fails if X_t before adjusting does not follow Eq. 5-6. A rounded Gaussian does not, for example."""
     M, n = 32, 50_000
     mean, std = torch.full((1, n), t * x1 + (1 - t) * x0), torch.full((1, n), abs(x1 - x0) / 4)
     x, log_prob = discrete_gaussian(mean, std, M, torch.rand(1, n, generator=generator(7)))
@@ -143,7 +148,7 @@ def test_the_discrete_gaussian_is_the_dense_formula(x0, x1, t):
 
 
 def test_the_forward_process_has_the_mean_and_std_of_equation_6(monkeypatch):
-    """Broken: X_t would follow another path from data to noise."""
+    """Fails if X_t follows another path from data to noise."""
     x0, x1, t, calls = skewed_counts(30, 20, 16, 3), sample_noise(30, 20, 16, "multinomial"), torch.rand(30), []
     real = fsdd.discrete_gaussian
     monkeypatch.setattr(fsdd, "discrete_gaussian", lambda *args: calls.append(args) or real(*args))
@@ -153,7 +158,7 @@ def test_the_forward_process_has_the_mean_and_std_of_equation_6(monkeypatch):
 
 
 def test_no_tensor_over_all_counts():
-    """Broken: at ImageNet's size the forward process would take B x C x (M + 1) numbers."""
+    """Fails if the forward process at ImageNet's size takes B x C x (M + 1) numbers."""
     B, C, M = 4, 4096, 128
     x0, x1 = sample_noise(B, C, M, "multinomial", generator(9)), sample_noise(B, C, M, "multinomial", generator(10))
     with LargestTensor() as largest:
@@ -162,7 +167,7 @@ def test_no_tensor_over_all_counts():
 
 
 def test_unequal_sums_are_refused():
-    """Broken: vectors of different sums would give one with a sum that is neither."""
+    """Fails if vectors of different sums give one with a sum that is neither."""
     with pytest.raises(ValueError, match=r"the same sum M, got \[2, 3\]"):
         forward_process(torch.tensor([[2, 0], [1, 1]]), torch.tensor([[1, 1], [1, 2]]), torch.rand(2))
 
@@ -185,23 +190,22 @@ def brute_force_adjust(x, log_p, M):
 
 
 def test_greedy_adjusting_makes_the_best_choice():
-    """Broken: a round would not take the |delta| steps that Algorithm 1 ranks highest."""
+    """Fails if a round does not take the |delta| steps that Algorithm 1 ranks highest."""
     C, M, B = 5, 6, 300
     g = generator(11)
     log_p = torch.randn(B, C, M + 1, generator=g).double().mul(2).log_softmax(2)
     x = torch.randint(M + 1, (B, C), generator=g)
     x[::4] = torch.randint(2, (len(x[::4]), C), generator=g)  # sums below M too
     assert (x.sum(1) > M).any() and (x.sum(1) < M).any() and (x.sum(1) - M).abs().max() > C  # and more than one round
-    ours = greedy_adjust(x, log_p, M)
+    ours = greedy_adjust(x, look_up(log_p), M)
     assert torch.equal(ours, torch.stack([brute_force_adjust(x[i], log_p[i], M) for i in range(B)]))
-    assert torch.equal(ours, greedy_adjust(x, lambda k: log_p.gather(2, k[..., None])[..., 0], M))  # as a function
 
 
 @pytest.mark.parametrize("C, M", [(6, 4), (64, 32), (3, 50), (1, 7), (200, 5)])
 @pytest.mark.parametrize("scores", ["random", "equal", "-inf", "nan", "inf", "spikes"])
 def test_adjusting_gives_the_sum_M_with_as_few_changes_as_possible(C, M, scores):
-    """Broken: some input or score would leave a row with a wrong sum or a negative count, change more than the sum
-    requires, or never end."""
+    """Fails if some input or score leaves a row with a wrong sum or a negative count, changes more than the sum
+    requires, or never ends."""
     g = generator(12)
     rows = [torch.zeros(C), torch.full((C,), M), torch.full((C,), 10 * M), torch.full((C,), -5), torch.ones(C),
             torch.eye(C)[0] * M, torch.eye(C)[-1] * M * 100, torch.eye(C)[0] * (M - 1), torch.eye(C)[0] * M + 1]
@@ -211,14 +215,14 @@ def test_adjusting_gives_the_sum_M_with_as_few_changes_as_possible(C, M, scores)
              "-inf": torch.full(shape, -math.inf), "nan": torch.full(shape, math.nan),
              "inf": torch.full(shape, math.inf),
              "spikes": torch.where(torch.rand(shape, generator=g) < 0.1, 0.0, -math.inf)}[scores]
-    out = greedy_adjust(x, log_p, M)
+    out = greedy_adjust(x, look_up(log_p), M)
     assert out.dtype == torch.int64 and (out.sum(1) == M).all() and out.min() >= 0 and out.max() <= M
     possible = x.clamp(0, M)
     assert torch.equal((out - possible).abs().sum(1), (possible.sum(1) - M).abs())
 
 
 def test_ties_go_to_the_nearest_mean():
-    """Broken: when the Gaussians are spikes, codes would be adjusted by their index, not by how near the mean is."""
+    """Fails if codes whose Gaussians are spikes are adjusted by their index, not by how near the mean is."""
     mean, std = torch.tensor([[2.01, 2.4, 2.3, 0.0]]), torch.full((1, 4), 1e-3)
     x, log_prob = discrete_gaussian(mean, std, 8, torch.rand(1, 4))
     assert x.tolist() == [[2, 2, 2, 0]]
@@ -233,10 +237,10 @@ def test_ties_go_to_the_nearest_mean():
     (1.0, 0, [0, 2, 3]), (0.45, 0, [0]), (0.875, 0, [0, 3, 2]), (0.86, 0, [0, 3]), (0.0, 0, [0]), (1.0, 2, [0, 3]),
     (1.0, 1, [0]), (1.0, 9, [0, 2, 3])])
 def test_draws_follow_p_top_p_and_top_k(top_p, top_k, kept):
-    """Broken: draws would not follow the probabilities; or top-p would not keep the smallest set of counts whose
-    probability exceeds top_p, or keep none."""
+    """Fails if draws do not follow the probabilities, or if top-p does not keep the smallest set of counts whose
+    probability exceeds top_p, or keeps none."""
     p = torch.tensor([0.5, 0.0, 0.125, 0.375])
-    draws = draw(p.double().expand(50_000, 4), torch.rand(50_000, generator=generator(15)), top_p, top_k)
+    draws = sample_categorical(p.double().expand(50_000, 4), torch.rand(50_000, generator=generator(15)), top_p, top_k)
     expected = torch.zeros(4, dtype=torch.float64)
     expected[kept] = p.double()[kept] / p.double()[kept].sum()
     assert_same_distribution(draws, expected)
@@ -246,15 +250,15 @@ def test_draws_follow_p_top_p_and_top_k(top_p, top_k, kept):
 
 
 def test_the_loss_starts_at_log_M_plus_1():
-    """Broken: DiT's initial values; all M + 1 counts must be equally likely at the start."""
+    """Fails if the initial values are not DiT's, by which all M + 1 counts are equally likely."""
     loss = fsdd.fsdd_loss(Denoiser(12, 6, 3, width=32, layers=2, heads=2), random_batch(20, 12, 6, 17))
     assert loss.item() == pytest.approx(math.log(7), abs=1e-6)
 
 
 def test_the_loss_is_the_mean_cross_entropy():
-    """Broken: the loss would not be -log p(X_0), mean over codes and vectors, at the X_t of the given noise."""
+    """Fails if the loss is not -log p(X_0), mean over codes and vectors, at the X_t of the given noise."""
     denoiser, batch = small_denoiser(), random_batch(20, 12, 6, 18)
-    p = denoiser(forward_process(batch.x0, batch.x1, batch.t, batch.uniform), batch.t, batch.labels).softmax(2)
+    p = denoiser(batch.x_t, batch.t, batch.labels).softmax(2)
     by_hand = -sum(p[b, j, batch.x0[b, j]].log() for b in range(20) for j in range(12)) / 240
     assert fsdd.fsdd_loss(denoiser, batch).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
@@ -262,18 +266,19 @@ def test_the_loss_is_the_mean_cross_entropy():
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def assert_generation_keeps_the_sum(denoiser, **settings):
+def assert_generation_keeps_the_sum(denoiser, refine=fsdd.refine, **settings):
     """Every state of generation sums to M, and there is one for the noise and one for each step."""
-    states = list(fsdd.refine(denoiser, torch.arange(30) % 3, generator=generator(20), **settings))
+    states = list(refine(denoiser, torch.arange(30) % 3, generator=generator(20), **{"steps": 25} | settings))
     assert len(states) == settings.get("steps", 25) + 1
     for x in states:
         assert x.dtype == torch.int64 and (x.sum(1) == denoiser.num_tokens).all() and x.min() >= 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"prior": "distinct"}, {"top_k": 2, "top_p": 1.0}, {"steps": 1}, {"steps": 2},
-                                      {"top_p": 1.0, "guidance": 1}, {"guidance": 3, "steps": 100}])
+                                      {"top_p": 1.0, "guidance": [1]}, {"guidance": [3], "steps": 100},
+                                      {"times": "middle"}])
 def test_every_state_of_generation_sums_to_M(settings):
-    """Broken: the fixed-sum constraint in generation."""
+    """Fails if a state of generation does not sum to M."""
     assert_generation_keeps_the_sum(small_denoiser(), **settings)
 
 
@@ -289,22 +294,22 @@ class KnowsData:
         return torch.nn.functional.one_hot(x0, self.num_tokens + 1) * 50.0
 
 
-def assert_generation_ends_at_the_data(**settings):
+def assert_generation_ends_at_the_data(refine=fsdd.refine, **settings):
     """With a denoiser that knows X_0, generation ends at X_0."""
     x0 = skewed_counts(30, 20, 16, 21)
-    end = fsdd.generate(KnowsData(x0), torch.zeros(30, dtype=torch.int64), generator=generator(22), **settings)
+    *_, end = refine(KnowsData(x0), torch.zeros(30, dtype=torch.int64), generator=generator(22), **settings)
     assert torch.equal(end, x0)
 
 
 @pytest.mark.parametrize("prior", ["multinomial", "distinct"])
 @pytest.mark.parametrize("steps", [1, 3, 25])
 def test_generation_ends_at_what_the_denoiser_knows(steps, prior):
-    """Broken: Eq. 8-10 would not lead from noise to X_0 even with a perfect denoiser."""
+    """Fails if Eq. 8-10 do not lead from noise to X_0 even with a perfect denoiser."""
     assert_generation_ends_at_the_data(steps=steps, prior=prior)
 
 
 def test_steps_follow_equation_10(monkeypatch):
-    """Broken: mean and std of a step must be those of the noise end that X_t and x_0 imply, std reduced by f."""
+    """Fails if mean and std of a step are not those of the noise end that X_t and x_0 imply, std reduced by f."""
     x0, calls = skewed_counts(30, 20, 16, 23).double(), []
     real = fsdd.discrete_gaussian
     monkeypatch.setattr(fsdd, "discrete_gaussian",
@@ -321,7 +326,8 @@ def test_steps_follow_equation_10(monkeypatch):
 
 @pytest.mark.parametrize("top_k, adjusted", [(0, 8), (2, 0)])
 def test_the_drawn_x0_is_adjusted_late_or_with_top_k_never(top_k, adjusted, monkeypatch):
-    """Broken: the release adjusts x_0 in those of the 25 steps with 1 - t >= 0.65, and in its second setting never."""
+    """Fails if x_0 is not adjusted in those of the 25 steps with 1 - t >= 0.65, or if it is with top_k, as in the
+    release."""
     calls, real = [], fsdd.greedy_adjust
     monkeypatch.setattr(fsdd, "greedy_adjust", lambda *args: calls.append(1) or real(*args))
     fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), top_k=top_k)
@@ -329,14 +335,14 @@ def test_the_drawn_x0_is_adjusted_late_or_with_top_k_never(top_k, adjusted, monk
 
 
 def test_the_last_step_is_adjusted_by_the_denoisers_p():
-    """Broken: in the last step, where the Gaussians are spikes, the wrong count would be adjusted."""
+    """Fails if the wrong count is adjusted in the last step, where the Gaussians are spikes."""
     p = torch.tensor([[[0.1, 0.9, 0], [0.4, 0.6, 0], [0.1, 0.9, 0]]])  # the most probable counts, 1, 1, 1, exceed M = 2
-    assert fsdd.paper_step(torch.tensor([[0, 2, 0]]), p, 0.04, 0, top_p=1, top_k=1).tolist() == [[1, 0, 1]]
+    assert fsdd.sample_step(torch.tensor([[0, 2, 0]]), p, 0.04, 0, top_p=1, top_k=1).tolist() == [[1, 0, 1]]
 
 
 @pytest.mark.parametrize("weight", [0, 1, 3, 50])  # 1: the plain model, which is computed without the null class
 def test_guidance_acts_on_probabilities(weight):
-    """Broken: guidance must be clamp(p_null + w (p_class - p_null), min 0), normalized."""
+    """Fails if guidance is not clamp(p_null + w (p_class - p_null), min 0), normalized."""
     denoiser, x, labels = small_denoiser(), skewed_counts(9, 12, 6, 28), torch.arange(9) % 3
     t = torch.full((9,), 0.7)
     p_class, p_null = (denoiser(x, t, y).softmax(2) for y in (labels, torch.full((9,), 3)))
@@ -345,21 +351,44 @@ def test_guidance_acts_on_probabilities(weight):
     assert torch.allclose(ours, by_hand / by_hand.sum(2, keepdim=True), atol=1e-5)
 
 
-def test_guidance_by_thirds():
-    """Broken: the three weights must each hold for a third of the time from noise to data."""
-    weights = []
-
-    def predict(denoiser, x_t, t, labels, weight, previous):
-        weights.append(weight)
-        return fsdd.guided_probabilities(denoiser, x_t, t, labels, weight)
-
-    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55), predict=predict)
+def test_guidance_by_thirds(monkeypatch):
+    """Fails if the three weights do not each hold for a third of the time from noise to data."""
+    weights, real = [], fsdd.guided_probabilities
+    monkeypatch.setattr(fsdd, "guided_probabilities", lambda *args: weights.append(args[-1]) or real(*args))
+    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), guidance=(4, 50, 55))
     assert weights == [4] * 9 + [50] * 8 + [55] * 8
     for steps in range(1, 200):  # rounding must not put a step into the third before
-        weights = [fsdd.guidance_weight((0, 1, 2), t) for t in fsdd.uniform_times(steps)[:-1]]
+        weights = [fsdd.guidance_weight((0, 1, 2), t) for t in fsdd.sampling_times(steps)[:-1]]
         assert weights == [3 * step // steps for step in range(steps)]
 
 
 def test_sampling_times_are_evenly_spaced():
-    """Broken: generation would not begin at noise and end at data, or the paper's steps would not be equal."""
-    assert fsdd.uniform_times(4) == [1, 0.75, 0.5, 0.25, 0] and fsdd.uniform_times(1) == [1, 0]
+    """Fails if generation does not begin at noise and end at data, or if the paper's steps are not equal."""
+    assert fsdd.sampling_times(4) == [1, 0.75, 0.5, 0.25, 0] and fsdd.sampling_times(1) == [1, 0]
+    with pytest.raises(ValueError, match="'even' or 'middle', got 'late'"):
+        fsdd.sampling_times(4, "late")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 36])
+def test_times_in_the_middle_begin_at_noise_and_end_at_data(steps):
+    """Fails if generation in the middle of the time goes back, is not as long as asked for, or leaves the middle."""
+    times = fsdd.sampling_times(steps, "middle")
+    assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
+    assert all(t > s for t, s in zip(times, times[1:]))
+    assert steps < 3 or (times[1], times[-2]) == pytest.approx(fsdd.MIDDLE)
+
+
+def test_generation_depends_on_the_generator_alone():
+    """Fails if the same seed does not give the same images."""
+    denoiser, labels = small_denoiser(), torch.arange(9) % 3
+    first, again, other = (fsdd.generate(denoiser, labels, guidance=[1], top_p=1, generator=generator(seed))
+                           for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_generation_continues_from_a_state():
+    """Fails if start is not the first state, or if generation from it does not take the times that are left."""
+    denoiser, x = small_denoiser(), skewed_counts(9, 12, 6, 29)
+    states = list(fsdd.refine(denoiser, torch.arange(9) % 3, steps=10, start=(x, 0.45), generator=generator(1)))
+    assert torch.equal(states[0], x) and len(states) == 1 + 5  # t = 0.4, 0.3, ..., 0
+    assert all((state.sum(1) == 6).all() for state in states)

@@ -5,65 +5,59 @@ import torch
 from PIL import Image
 
 from paper import fig1_pipeline, fig3_process, fig5_receptive_field, fig6_clusters, inputs, reconstruct
-from paper import table1_order, table2_noise, table3_linear_probe, table5_steps, table6_sweep, table7_size
+from paper import table1_order, table2_noise, table3_linear_probe, table5_priors, table5_steps, table7_size
 from tests.conftest import few_digits
 from tests.scripts import assert_one_sentence, run_here
 from tests.test_tokenizer import small_tokenizer
 
-OPTIONS = [("images", (), "", "images"), (inputs.NUM, 5, "[2, inf)", "images"), ("--out", "a.png", "", "the picture"),
-           inputs.DATA, inputs.SEED, ("--toy", False, "", "tiny sizes")]
+OPTIONS = [("images", (), "", "images"), ("--num", 5, "[2, inf)", "images"), ("--out", "a.png", "", "the picture"),
+           inputs.DATA, inputs.SEED]
 
 
 def test_options():
-    """Broken: an option would have another type or value than its row says."""
-    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num_images=7", "--seed=3", "--toy"])
-    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3, "toy": True}
+    """Fails if an option has another type or value than its row says."""
+    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num=7", "--seed=3"])
+    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3}
 
 
 @pytest.mark.parametrize("argument, words", [("--num=1", "[2, inf)"), ("--num=x", "invalid int"),
                                              ("--out=a.jpg", ".png"), ("--out=no/a.png", "no folder no"),
                                              ("--sed=1", "--sed")])
 def test_wrong_options_get_one_sentence(argument, words, tmp_path):
-    """Broken: a mistake would end in a traceback, or only after the work."""
+    """Fails if a mistake ends in a traceback, or only after the work."""
     finished = run_here(lambda argv: inputs.read_options(OPTIONS, "test", "", argv), "a", argument, folder=tmp_path)
     assert_one_sentence(finished, words)
 
 
+def test_one_process(monkeypatch, tmp_path):
+    """Fails if every process of torchrun does the same work and writes the same files."""
+    monkeypatch.setenv("RANK", "0")
+    finished = run_here(lambda argv: inputs.read_options(OPTIONS, "test", "", argv), "a", folder=tmp_path)
+    assert_one_sentence(finished, "leave out torchrun")
+
+
 @pytest.mark.parametrize("script", [fig1_pipeline, fig3_process, fig5_receptive_field, fig6_clusters, reconstruct,
-                                    table1_order, table2_noise, table3_linear_probe, table5_steps, table6_sweep,
+                                    table1_order, table2_noise, table3_linear_probe, table5_priors, table5_steps,
                                     table7_size])
 def test_a_missing_checkpoint_gets_one_sentence(script, tmp_path):
-    """Broken: a script that needs a checkpoint would not say which command makes it."""
+    """Fails if a script that needs a checkpoint does not say which command makes it."""
     arguments = ["digits"] if script is reconstruct else []
     finished = run_here(script.main, *arguments, "--ckpt=none.pt", folder=tmp_path)
     assert_one_sentence(finished, "no checkpoint none.pt", "python train_")
 
 
-@pytest.mark.parametrize("data, channels, words", [(None, 1, ["t.pt", "--data"]), ("nowhere", 3, ["nowhere/val"]),
-                                                   ("digits", 3, ["1 channels", "3", "--data"])])
-def test_images_that_do_not_fit_get_one_sentence(data, channels, words, tmp_path):
-    """Broken: a tokenizer would be measured with images of another kind, or end in a traceback."""
-    config = dict(image_size=28, channels=channels, patch_size=7, num_tokens=6, codebook_size=10, code_dim=5, width=32,
-                  heads=2, encoder_layers=1, decoder_layers=1)
-    weights = small_tokenizer(**config).state_dict()
-    torch.save({"kind": "tokenizer", "model_config": config, "weights": weights}, tmp_path / "t.pt")
-    finished = run_here(lambda _: inputs.open_tokenizer("t.pt", data, torch.device("cpu")), folder=tmp_path)
-    assert_one_sentence(finished, *words)
-
-
-@pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 3), (1, 3), (2, 3)])
-def test_images_are_spread_evenly(rank, world_size):
-    """Broken: of validation images in the order of their classes only the first classes would be measured, or an image
+def test_images_are_spread_evenly():
+    """Fails if only the first classes of validation images in the order of their classes are measured, or an image
     twice."""
     dataset = few_digits("test", 700)
-    batches = list(inputs.read_batches(dataset, 300, 28, torch.device("cpu"), rank, world_size, 0))
+    batches = list(inputs.read_batches(dataset, 300, 28, torch.device("cpu"), 0))
     indices = [i for batch, _ in batches for i in batch]
-    assert indices == [i * 700 // 300 for i in range(300 * rank // world_size, 300 * (rank + 1) // world_size)]
-    assert torch.allclose(torch.cat([images for _, images in batches]), dataset.images[indices] / 127.5 - 1)
+    assert indices == [i * 700 // 300 for i in range(300)]
+    assert torch.equal(torch.cat([images for _, images in batches]), dataset.images[indices])
 
 
 def test_images_in_files_and_folders(tmp_path):
-    """Broken: an image would be missing, stretched, or not the center crop."""
+    """Fails if an image is missing, stretched, or not the center crop."""
     random, arrays = np.random.default_rng(0), []
     for name, size in (("folder/b.png", (24, 16)), ("folder/more/c.PNG", (16, 21)), ("a.bmp", (16, 16))):
         arrays.append(random.integers(256, size=(*size[::-1], 3)).astype(np.uint8))
@@ -80,9 +74,14 @@ def test_images_in_files_and_folders(tmp_path):
     assert torch.equal(digits, few_digits("test", 3).images)
 
 
-@pytest.mark.parametrize("path, words", [("none", "no image none"), ("empty", ".png"), ("digits", "16 with 3")])
-def test_missing_images_get_one_sentence(path, words, tmp_path):
-    """Broken: a mistake would end in a traceback."""
+def test_mistakes_get_one_sentence(digits, tmp_path):
+    """Fails if images that are missing, or that do not fit the tokenizer, end in a traceback."""
     (tmp_path / "empty").mkdir()
-    tokenizer = small_tokenizer(3, image_size=16)
-    assert_one_sentence(run_here(lambda argv: inputs.read_images(argv, 1, tokenizer), path, folder=tmp_path), words)
+    tokenizer, checkpoint = small_tokenizer(3, image_size=16), f"{digits}/tokenizer.pt"
+    for mistake, words in [
+        (lambda _: inputs.read_images(["none"], 1, tokenizer), "no image none"),
+        (lambda _: inputs.read_images(["empty"], 1, tokenizer), ".png"),
+        (lambda _: inputs.read_images(["digits"], 1, tokenizer), "16 with 3"),
+        (lambda _: inputs.open_tokenizer(checkpoint, "nowhere", torch.device("cpu")), "nowhere/val"),
+    ]:
+        assert_one_sentence(run_here(mistake, folder=tmp_path), words)

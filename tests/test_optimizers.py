@@ -25,8 +25,8 @@ def steps(optimizer_class, number, **settings):
 
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_muon_is_pytorchs(bfloat16, monkeypatch):
-    """Broken: momentum, Nesterov's step, the iterations, weight decay or the scale of the step would not be those of
-    torch.optim.Muon, which multiplies in bfloat16; weights of one shape would mix, or a gradient of 0 give NaN."""
+    """Fails if momentum, Nesterov's step, the iterations, weight decay or the scale of the step are not those of
+    torch.optim.Muon, which multiplies in bfloat16, if weights of one shape mix, or if a gradient of 0 gives NaN."""
     monkeypatch.setattr(optimizers, "fast_bf16", lambda device: bfloat16)
     start, ours = steps(Muon, 0), steps(Muon, 5)
     theirs = steps(torch.optim.Muon, 5, adjust_lr_fn="match_rms_adamw")
@@ -36,7 +36,7 @@ def test_muon_is_pytorchs(bfloat16, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_weight_has_one_optimizer(optimizer):
-    """Broken: a weight would be left out or stepped twice, or norms, biases and embeddings would decay."""
+    """Fails if a weight is left out or stepped twice, or if norms, biases and embeddings decay."""
     cfg = SimpleNamespace(optimizer=optimizer, lr=0.2, muon_lr=0.1, weight_decay=0.5)
     model = Denoiser(12, 6, 3, 32, 2, 2)
     model.class_embedding.requires_grad_(False)
@@ -55,8 +55,8 @@ def test_every_weight_has_one_optimizer(optimizer):
 
 
 def test_warmup_and_cosine():
-    """Broken: the learning rate would not rise over the warm-up and fall along a cosine to its end, or not stay where
-    the end is 1."""
+    """Fails if the learning rate does not rise over the warm-up and fall along a cosine to its end, or does not stay
+    where the end is 1."""
     assert [warmup_cosine(step, 9, 0, 0.6) for step in (0, 3, 6, 9, 10)] == pytest.approx([1, 0.9, 0.7, 0.6, 0.6])
     assert [warmup_cosine(step, 1000000, 4, 0.1) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert [warmup_cosine(step, 10, 2, 1.0) for step in range(12)] == [0.5] + [1.0] * 11

@@ -5,7 +5,7 @@ from support import pictures
 
 
 def test_a_grid_shows_every_image_in_its_row_and_column():
-    """Broken: pictures would show images in the wrong row or column, with wrong colours or without labels."""
+    """Fails if pictures show images in the wrong row or column, with wrong colours or without labels."""
     images = torch.zeros(6, 3, 56, 56, dtype=torch.uint8)
     images[4, 0] = 255  # the fifth image is red
     page = pictures.grid(images, 3)
@@ -18,6 +18,6 @@ def test_a_grid_shows_every_image_in_its_row_and_column():
 
 
 def test_pixels_to_bytes():
-    """Broken: [-1, 1] would not become 0..255, or wrap around outside."""
+    """Fails if [-1, 1] does not become 0..255, or wraps around outside."""
     assert pictures.to_uint8(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0])).tolist() == [0, 0, 128, 255, 255]
     assert torch.equal(pictures.to_uint8(torch.arange(256) / 127.5 - 1).long(), torch.arange(256))

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import generation
 import sample
 from dual_transform import counts_to_tokens
 from fsdd import Denoiser, sample_noise
@@ -32,8 +32,8 @@ def save_random_checkpoint(path):
                      "weights": denoiser.state_dict(),
                      "tokenizer": {"model_config": tokenizer_config, "weights": tokenizer.state_dict()},
                      "class_names": [f"class {i}" for i in range(10)],
-                     "generation": {"prior": "distinct", "sampler": "paper", "steps": 4, "guidance": "2,3,4",
-                                    "top_p": 0.9, "top_k": 0}}, path)
+                     "generation": {"prior": "distinct", "sampler": "paper", "steps": 4, "times": "even",
+                                    "guidance": "2,3,4", "top_p": 0.9, "top_k": 0}}, path)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def assert_same_arrays(ours, theirs):
 
 
 def test_same_images_for_any_number_of_ranks(checkpoint, tmp_path):
-    """Broken: the images would depend on the number of ranks, or come out in another order."""
+    """Fails if the images depend on the number of ranks, or come out in another order."""
     results = []
     for world_size in (1, 3):  # 5 chunks, so unequal shares
         out = tmp_path / f"{world_size}.npz"
@@ -82,7 +82,7 @@ def test_same_images_for_any_number_of_ranks(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_same_images_under_torchrun(digits, tmp_path):
-    """Broken: the README's command for several GPUs would write other images, or not end."""
+    """Fails if the README's command for several GPUs writes other images, or does not end."""
     for world_size in (1, 2):
         successful(run("sample.py", "--ckpt", digits / "fsdd.pt", "--num_images=230", "--batch=50",
                        f"--out={world_size}.npz", "--device=cpu", folder=tmp_path, world_size=world_size))
@@ -90,35 +90,48 @@ def test_same_images_under_torchrun(digits, tmp_path):
 
 
 def test_seed_labels_and_settings_matter(draw):
-    """Broken: an option would be read and then ignored, or the checkpoint's settings would not be the defaults."""
+    """Fails if an option is read and then ignored, or if the checkpoint's settings are not the defaults."""
     plain, labels = draw("--num=12", "--labels=3,7")
     assert labels.tolist() == [3] * 6 + [7] * 6
-    defaults = ("--seed=0", "--sampler=paper", "--steps=4", "--guidance=2,3,4", "--top_p=0.9", "--top_k=0")
+    defaults = ("--seed=0", "--sampler=paper", "--steps=4", "--times=even", "--guidance=2,3,4", "--top_p=0.9",
+                "--top_k=0")
     assert (plain == draw("--num=12", "--labels=3,7", *defaults)[0]).all()
-    for option in ("--seed=1", "--labels=3,8", "--sampler=exchange", "--steps=5", "--guidance=1", "--guidance=0:12",
+    for option in ("--seed=1", "--labels=3,8", "--sampler=exchange", "--steps=5", "--times=middle", "--guidance=1",
                    "--top_p=0.3", "--top_k=1", "--batch=5"):
         assert (plain != draw("--num=12", "--labels=3,7", option)[0]).any(), option
     one_class = draw("--num=12", "--labels=3", "--batch=6")[0]
     assert (one_class[:6] != one_class[6:]).any()  # chunks do not repeat each other
 
 
-def test_guidance_is_a_weight_thirds_or_a_ramp():
-    """Broken: a weight would be taken for another kind of guidance, or a mistake for a weight."""
-    assert generation.parse_guidance("4") == [4.0] and generation.parse_guidance("4,50,55") == [4.0, 50.0, 55.0]
-    ramp = generation.parse_guidance("0.5:12")
-    assert [ramp(1), ramp(0)] == pytest.approx([0.5, 12], abs=0.01)
-    for wrong in ("", "x", "1,", "1:2:3", "1:2,3", "-1", "nan", "inf", "1e7"):
+def test_another_sampler_brings_its_settings():
+    """Fails if --sampler alone keeps settings that were made for another sampler, or options do not override them."""
+    papers = sample.default_settings("imagenet256", "distinct")
+    assert papers == {"prior": "distinct", "sampler": "paper", "steps": 25, "times": "even", "guidance": "4,50,55",
+                      "top_p": 0.8, "top_k": 0}
+    given = dict.fromkeys(name for name, *_ in sample.GENERATION)
+    exchange = sample.generation_settings(papers, SimpleNamespace(**given | {"sampler": "exchange", "steps": 7}))
+    assert exchange == sample.default_settings("exchange", "distinct") | {"steps": 7}
+    assert sample.generation_settings(papers, SimpleNamespace(**given | {"sampler": "paper"})) == papers
+    for sampler, prior in (("masked", "multinomial"), ("paper", "masked"), ("exchange", "masked")):
+        with pytest.raises(ValueError, match=f"got sampler {sampler} and a denoiser trained with prior {prior}"):
+            sample.make_sampler(papers | {"sampler": sampler, "prior": prior})
+
+
+def test_guidance_is_one_weight_or_several():
+    """Fails if a mistake is taken for a weight."""
+    assert sample.parse_guidance("4") == [4.0] and sample.parse_guidance("4,50,55") == [4.0, 50.0, 55.0]
+    for wrong in ("", "x", "1,", "0.5:12", "-1", "nan", "inf", "1e7"):
         with pytest.raises(ValueError, match="guidance must be numbers from 0 to 1e6"):
-            generation.parse_guidance(wrong)
+            sample.parse_guidance(wrong)
 
 
 def test_decoding_in_parts_changes_nothing(checkpoint):
-    """Broken: large images, which are decoded a few at a time, would come out in another order, or some be lost."""
-    _, tokenizer, _ = generation.load(str(checkpoint), torch.device("cpu"))
+    """Fails if large images, which are decoded a few at a time, come out in another order, or if some are lost."""
+    _, tokenizer, _ = sample.load(str(checkpoint), torch.device("cpu"))
     tokens = counts_to_tokens(sample_noise(11, 10, 6, "multinomial"))
-    whole = generation.decode(tokenizer, tokens)
+    whole = sample.decode(tokenizer, tokens)
     tokenizer.image_size = 512  # four at a time
-    parts = generation.decode(tokenizer, tokens)
+    parts = sample.decode(tokenizer, tokens)
     assert parts.shape == (11, 1, 8, 8) and len(whole.unique(dim=0)) > 5
     assert (parts.int() - whole.int()).abs().max() <= 1
 
@@ -127,22 +140,22 @@ def test_decoding_in_parts_changes_nothing(checkpoint):
 
 
 def test_labels_are_numbers_or_names(draw):
-    """Broken: a name would be taken for another class, or it would not be printed which class a label is."""
+    """Fails if a name is taken for another class, or if it is not printed which class a label is."""
     names = ["cat", "dog", "2", "0"]
     for text, labels in (("dog,0, cat", [1, 3, 0]), ("2,3", [2, 2, 3, 3]), (None, [0, 1, 2, 3])):
-        assert generation.choose_labels(text, len(labels), names, 10).tolist() == labels  # names come before numbers
+        assert sample.choose_labels(text, len(labels), names, 10).tolist() == labels  # names come before numbers
     many = [str(i) for i in range(1000)]
-    assert generation.choose_labels(None, 1000, many, 1000).tolist() == list(range(1000))
-    assert generation.choose_labels(None, 10, many, 10).tolist() == list(range(0, 1000, 100))
+    assert sample.choose_labels(None, 1000, many, 1000).tolist() == list(range(1000))
+    assert sample.choose_labels(None, 10, many, 10).tolist() == list(range(0, 1000, 100))
     for wrong in ("bird", "4", "-1", "dog,", ",", "1.0"):
         with pytest.raises(ValueError, match="numbers from 0 to 3 or names of classes, such as cat"):
-            generation.choose_labels(wrong, 3, names, 10)
+            sample.choose_labels(wrong, 3, names, 10)
     finished = draw("--num=2", "--labels=class 7,3", out="a.png")
     assert "generating 2 images of the classes 7 (class 7), 3 (class 3):" in finished.stdout
 
 
 def test_an_animation_shows_every_step(draw):
-    """Broken: the GIF would not have a frame for the noise and one for each step, or not end with the sample."""
+    """Fails if the GIF does not have a frame for the noise and one for each step, or does not end with the sample."""
     for out in ("a.gif", "a.png"):
         draw("--num=10", "--steps=6", out=out)
     with Image.open("a.gif") as film, Image.open("a.png") as page:
@@ -168,7 +181,7 @@ finally:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory by /proc")
 def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
-    """Broken: sample.py would keep images, states or probabilities of all chunks."""
+    """Fails if sample.py keeps images, states or probabilities of all chunks."""
     peaks = []
     for number in (200, 20000):
         finished = subprocess.run([sys.executable, "-c", PEAK, os.path.join(ROOT, "sample.py"),
@@ -183,31 +196,32 @@ def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
 # --- images like another ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior, sampler", [("multinomial", "paper"), ("distinct", "exchange"), ("hidden", "reveal")])
+@pytest.mark.parametrize("prior, sampler", [("multinomial", "paper"), ("distinct", "exchange"),
+                                            ("masked", "masked")])
 def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_path):
-    """Broken: --like would not keep tokens of the image, keep more or fewer than it says, or take other labels."""
+    """Fails if --like does not keep tokens of the image, keeps more or fewer than it says, or takes other labels."""
     found = torch.load(checkpoint, weights_only=True)
-    C = 11 if prior == "hidden" else 10  # with the null code
+    C = 11 if prior == "masked" else 10  # with the mask code
     found["model_config"]["codebook_size"] = C
     found["weights"] = Denoiser(**found["model_config"]).state_dict()
     found["generation"] |= {"prior": prior, "sampler": sampler}
     save_checkpoint(found, tmp_path / "fsdd.pt")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
-    starts, classes, generate = [], [], sample.generate
+    starts, classes, refine = [], [], sample.SAMPLERS[sampler]
 
     def record(denoiser, labels, start, **settings):
         starts.append(start)
         classes.append(labels.tolist())
-        return generate(denoiser, labels, start=start, **settings)
+        return refine(denoiser, labels, start=start, **settings)
 
-    with mock.patch.object(sample, "generate", record):
+    with mock.patch.dict(sample.SAMPLERS, {sampler: record}):
         for options in ([], ["--keep", "5", "6", "--labels=class 3,class 4"]):
             successful(run_here(sample.main, "--ckpt=fsdd.pt", "--like=photo.png", *options, folder=tmp_path))
     assert [10 * [10]] * 4 + [5 * [3] + 5 * [4]] * 2 == classes
     for (x, t), kept in zip(starts, (4, 3, 1, 0, 5, 6), strict=True):
         assert (x.sum(1) == 6).all() and x.shape == (10, C)
         assert (t < 0.1 if kept == 6 else t > 0.9 if kept == 0 else 0.1 < t < 0.9)
-        assert prior != "hidden" or (x[:, -1] == 6 - kept).all()
+        assert prior != "masked" or (x[:, -1] == 6 - kept).all()
     image = (starts[-1][0]).unique(dim=0)  # all six tokens, in any order
     assert len(image) == 1 and (starts[-2][0].minimum(image).sum(1) >= 5).all()
     with Image.open(tmp_path / "samples.png") as page:
@@ -224,5 +238,5 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_
     (["--like=digits:1", "--keep=7"], ["--keep", "from 0 to 6", "7"]), (["--like=digits:1", "--out=a.gif"], [".png"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, digits, tmp_path):
-    """Broken: a mistake on the command line would end in a traceback, or be found only after the work."""
+    """Fails if a mistake on the command line ends in a traceback, or is found only after the work."""
     assert_one_sentence(run_here(sample.main, f"--ckpt={digits}/fsdd.pt", *arguments, folder=tmp_path), *words)

@@ -7,16 +7,10 @@ import torch
 from paper import table2_noise, variants
 from paper.layouts import KINDS, GridTokenizer, SequenceTokenizer
 from tests.conftest import few_digits
+from tests.scripts import read_table
 
 SMALL = dict(image_size=28, channels=1, patch_size=7, num_tokens=16, codebook_size=20, code_dim=4, width=16, heads=2,
              encoder_layers=2, decoder_layers=1)
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """90 test digits."""
-    monkeypatch.setattr("evaluate_fid.open_dataset", lambda where, split, size: few_digits(split, 90))
 
 
 def save_tokenizer(path, kind="tokenizer", **settings):
@@ -33,15 +27,9 @@ def save_tokenizer(path, kind="tokenizer", **settings):
     return model
 
 
-def table(output):
-    """The cells of a Markdown table, without its head."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]]
-            for line in output.splitlines() if line.startswith("| ")][1:]
-
-
 @pytest.mark.parametrize("C", [1, 3, 40])
 def test_overlap_is_that_of_counters(C):
-    """Broken: the shares would differ from a count by hand, or mix up the images of a batch."""
+    """Fails if the shares differ from a count by hand, or mix up the images of a batch."""
     tokens, others = torch.randint(C, (2, 50, 9))
     others[::2, :5] = tokens[::2, :5]
     as_set, as_sequence = table2_noise.overlap(tokens, others, C)
@@ -52,7 +40,7 @@ def test_overlap_is_that_of_counters(C):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_noise_has_the_power_asked_for(channels):
-    """Broken: the ratio would be that of other units, of amplitudes, or of the batch instead of each image."""
+    """Fails if the ratio is that of other units, of amplitudes, or of the batch instead of each image."""
     brightness = torch.tensor([1, 0.5, 0.1, 0.01, 1, 0]).view(6, 1, 1, 1)
     pixels = torch.rand(6, channels, 64, 64, dtype=torch.float64) * brightness
     for snr in table2_noise.SNRS:
@@ -65,25 +53,24 @@ def test_noise_has_the_power_asked_for(channels):
 
 
 @pytest.mark.slow
-def test_the_table(few, tmp_path, capsys):
-    """Broken: a row would not be that tokenizer's, or the two ways to count would be exchanged."""
-    model = save_tokenizer(tmp_path / "set.pt")
-    save_tokenizer(tmp_path / "sequence.pt", kind="sequence tokenizer", num_tokens=7)
-    save_tokenizer(tmp_path / "grid.pt", kind="grid tokenizer")
-    table2_noise.main(["--ckpt", *(f"{tmp_path}/{name}.pt" for name in ("grid", "sequence", "set")), "--device=cpu"])
-    rows = table(capsys.readouterr().out)
+def test_the_table(small_digits, capsys):
+    """Fails if a row is not that tokenizer's, or if the two ways to count are exchanged."""
+    model = save_tokenizer("set.pt")
+    save_tokenizer("sequence.pt", kind="sequence tokenizer", num_tokens=7)
+    save_tokenizer("grid.pt", kind="grid tokenizer")
+    table2_noise.main(["--ckpt", "grid.pt", "sequence.pt", "set.pt", "--device=cpu"])
+    rows = read_table(capsys.readouterr().out)
     assert [row[:2] for row in rows] == [["grid", "16"], ["sequence", "7"], ["set, as a sequence", "16"], ["set", "16"]]
     shares = [[float(share) for share in row[2:-1]] for row in rows]
-    for row in shares:
-        assert len(row) == 5 and 100 >= row[0] > row[2] > row[4] >= 0
+    assert all(len(row) == 5 and 100 >= row[0] > row[2] > row[4] >= 0 for row in shares)
     assert all(a <= b for a, b in zip(*shares[2:])) and shares[2] != shares[3]
-    images = few_digits("test", 90).images / 127.5 - 1
-    assert float(rows[3][-1]) == pytest.approx((model.decode(model.encode(images)) - images).square().mean().item(),
-                                               abs=1e-4)
+    images = few_digits("test", 400).images / 127.5 - 1
+    squared_error = (model.decode(model.encode(images)) - images).square().mean().item()
+    assert float(rows[3][-1]) == pytest.approx(squared_error, abs=1e-4)
 
 
 def test_the_digits_are_trained(monkeypatch):
-    """Broken: a layout would be trained as another one, or with other settings than the rest."""
+    """Fails if a layout is trained as another one, or with other settings than the rest."""
     asked = []
     monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options))
     for layout in table2_noise.LAYOUTS:

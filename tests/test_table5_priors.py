@@ -1,110 +1,87 @@
-"""Table 5: seven ways to model the sets, trained, tuned and measured alike."""
-import signal
+"""Table 5: ways to model the sets, trained, tuned and measured alike."""
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import generation
+import sample
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import sample_noise
 from paper import table5_priors
 from paper.inputs import open_tokenizer
-from tests.scripts import (assert_one_sentence, assert_same_checkpoint, run_here, run_ranks, send_sigterm,
-                           successful)
+from tests.scripts import assert_one_sentence, read_table, run_here
 
-SMALL = ["--width=16", "--layers=1", "--heads=2", "--batch_size=8", "--sample_steps=2", "--num_images=40",
-         "--num_search=20", "--search_steps=2", "--device=cpu"]
+SMALL = ["--num_images=40", "--num_search=20", "--search_steps=2", "--device=cpu"]
 
 
 @pytest.fixture
-def few_settings(monkeypatch):
-    """A search of two kinds of guidance and two kinds of truncation."""
-    monkeypatch.setattr(table5_priors, "GUIDANCE", ("1", "4"))
+def small(monkeypatch):
+    """Tiny models, and a search of few settings."""
+    for name, value in {"width": 16, "layers": 1, "heads": 2, "batch_size": 8}.items():
+        monkeypatch.setitem(table5_priors.SETTINGS, name, value)
+    monkeypatch.setattr(table5_priors, "SAMPLING", ({"steps": 2, "times": "even"}, {"steps": 3, "times": "middle"}))
     monkeypatch.setattr(table5_priors, "TRUNCATIONS", table5_priors.TRUNCATIONS[1:])
+    monkeypatch.setattr(table5_priors, "GUIDANCE", ("4", "1.2,7"))
+    monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((2.0, 2.0), (4.0, 1.0)))
+    monkeypatch.setitem(table5_priors.FIRST, "steps", 2)
 
 
-def table(capsys, ckpt, *options, steps=3, seeds=2):
+def rows_of(capsys, ckpt, *options, seeds=2):
     """The rows that are printed: {method: cells}."""
-    table5_priors.main([f"--ckpt={ckpt}", *SMALL, f"--steps={steps}", f"--seeds={seeds}", *options])
-    return rows_of(capsys.readouterr().out)
-
-
-def rows_of(output):
-    rows = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")][1:]
-    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    table5_priors.main([f"--ckpt={ckpt}", *SMALL, "--steps=3", f"--seeds={seeds}", *options])
+    return {row[0]: row[1:] for row in read_table(capsys.readouterr().out)}
 
 
 @pytest.mark.slow
-def test_the_table(digits, cache, few_settings, capsys, monkeypatch):
-    """Broken: a method would be left out, be given other models or searches than the rest, or break the sum
-    unnoticed."""
-    monkeypatch.setattr(table5_priors, "LEARNING_RATES", ((1.0, 1.0), (2.0, 1.0)))
-    rows = table(capsys, f"{digits}/tokenizer.pt")
+def test_the_table(digits, cache, small, capsys, monkeypatch):
+    """Fails if a method is left out, is given other models or searches than the rest, or has a wrong sum unnoticed."""
+    rows = rows_of(capsys, f"{digits}/tokenizer.pt")
     assert list(rows) == list(table5_priors.METHODS)
-    for method, (*properties, paper, fid, classified, bits, broken, by, parameters, setting) in rows.items():
+    for method, (*properties, paper, fid, classified, wrong, error, parameters, rates, times, setting) in rows.items():
         assert "±" in fid and float(fid.split("±")[0]) > 0 and parameters.endswith(" M")
-        assert setting.startswith(("x 1; ", "x 2 and 1; "))
-        assert (bits != "") == (method.startswith("AR-") or method in ("SetAR", "FSDD (hidden)"))
+        assert rates in ("x 2", "x 4 and 1") and setting.split("; ")[2] in table5_priors.GUIDANCE
+        assert (times == "") == table5_priors.is_autoregressive(method)
         keeps = method.startswith("AR-") or properties[2] == "x"  # M tokens one by one, or a sum that the model knows
-        assert (broken == "0.0%") == keeps and bool(by) != keeps
+        assert (wrong == "0.0%") == keeps and bool(error) != keeps
         # two learning rates, the best for longer, and with another seed
-        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed0-*.pt"))) == 3
-        assert len(list(cache.glob(f"{method.replace(' ', '')}-lr*-seed1-*.pt"))) == 1
+        name = method.replace(" ", "")
+        assert len(list(cache.glob(f"{name}-lr*-seed0-*.pt"))) == (1 if method == "FSDD (paper)" else 3)
+        assert len(list(cache.glob(f"{name}-lr*-seed1-*.pt"))) == 1
     monkeypatch.setattr(table5_priors, "train", None)  # nothing is trained or measured again
-    monkeypatch.setattr(table5_priors.evaluate_fid, "frechet_distance", None)
-    assert table(capsys, f"{digits}/tokenizer.pt") == rows
+    monkeypatch.setattr(table5_priors, "measure_samples", None)
+    assert rows_of(capsys, f"{digits}/tokenizer.pt") == rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["AR-random", "Continuous Diffusion"])
-def test_an_interrupted_run_resumes(method, digits, cache, capsys, monkeypatch):
-    """Broken: hours of training would be lost, or continue in another way than without the interruption."""
-    options = [f"--methods={method}", "--search_lr=no", "--save_every=2"]
-    whole = table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1)
-    path, = cache.glob("*-seed0-*.pt")
-    path.rename("unbroken.pt")
-    for file in cache.glob("*-seed0-*"):
-        file.unlink()
-    save = table5_priors.save_training
-
-    def save_and_stop(*args, **state):
-        save(*args, **state)
-        send_sigterm()
-
-    with monkeypatch.context() as interrupted, pytest.raises(SystemExit) as stopped:
-        interrupted.setattr(table5_priors, "save_training", save_and_stop)
-        table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1)
-    assert stopped.value.code == 128 + signal.SIGTERM and torch.load(path, weights_only=True)["step"] < 4
-    assert table(capsys, f"{digits}/tokenizer.pt", *options, steps=4, seeds=1) == whole
-    assert_same_checkpoint(path, "unbroken.pt")
+def test_what_is_measured_depends_on_all_its_settings(digits, cache, small, capsys):
+    """Fails if a distance measured with one setting is shown for another, or that of the search for the table's."""
+    found = [rows_of(capsys, f"{digits}/tokenizer.pt", "--methods=masked tokens", *more, seeds=1)["masked tokens"][4]
+             for more in ([], ["--num_images=20"], ["--steps=4"])]  # 20: as many as the search
+    assert len(set(found)) == 3
 
 
 def test_counts_of_any_sum_are_decoded(digits):
-    """Broken: samples that break the sum would be left out, truncated, or change rows."""
+    """Fails if samples of a wrong sum are left out, truncated, or change rows."""
     tokenizer = open_tokenizer(f"{digits}/tokenizer.pt", None, torch.device("cpu"))[0]
     counts = torch.cat([sample_noise(3, 64, M, "multinomial") for M in (5, 6, 0, 19, 6)])[torch.randperm(15)]
-    one_by_one = [generation.decode(tokenizer, counts_to_tokens(row[None])) for row in counts]
+    one_by_one = [sample.decode(tokenizer, counts_to_tokens(row[None])) for row in counts]
     difference = table5_priors.decode(tokenizer, counts).int() - torch.cat(one_by_one).int()
     assert difference.abs().max() <= 1  # rounding
 
 
 def test_batches():
-    """Broken: AR-order1 and 2 would learn more than one order, or AR-random only one; a method would learn other images
-    or labels than the rest, or other ones in a world of several ranks."""
+    """Fails if AR-order1 and 2 learn more than one order, or AR-random only one, or a method learns other images or
+    labels than the rest."""
     tokens = torch.stack([torch.randperm(64)[:6] for _ in range(100)])
-    cfg = SimpleNamespace(batch_size=20, seed=3, label_drop=0.1, prior="multinomial", training_times="uniform")
+    cfg = SimpleNamespace(batch_size=20, seed=3, label_drop=0.1, noise="multinomial", training_times="uniform")
     task = SimpleNamespace(tokens=tokens.numpy().astype(np.uint16)[None], M=6, C=64, device=torch.device("cpu"),
-                           size={"num_classes": 10}, first_axis=torch.rand(64),
-                           train_set=SimpleNamespace(labels=torch.randint(10, (100,))))
-    orders, rows = {}, slice(0, 20)
-    expected = table5_priors.draw_batch("FSDD", task, rows, 5, cfg)
+                           class_names=list("0123456789"), labels=torch.randint(10, (100,)),
+                           first_axis=torch.rand(64))
+    orders, expected = {}, table5_priors.draw_batch("FSDD", task, 5, cfg)
     for method in ("AR-order1", "AR-order2", "AR-random", "AR-sorted"):
-        batch = table5_priors.draw_batch(method, task, rows, 5, cfg)
+        batch = table5_priors.draw_batch(method, task, 5, cfg)
         assert torch.equal(tokens_to_counts(batch.x0, 64), expected.x0) and torch.equal(batch.labels, expected.labels)
-        second_half = table5_priors.draw_batch(method, task, slice(10, 20), 5, cfg)
-        assert torch.equal(second_half.x0, batch.x0[10:])
         if method == "AR-sorted":
             assert (task.first_axis[batch.x0].diff(dim=1) >= 0).all()
             continue
@@ -114,37 +91,27 @@ def test_batches():
     assert orders["AR-order1"] != orders["AR-order2"]
 
 
-def test_mistakes_get_one_sentence(digits, cache, tmp_path, monkeypatch):
-    """Broken: a mistake would end in a traceback, or be found after hours."""
-    main, ckpt = table5_priors.main, f"--ckpt={digits}/tokenizer.pt"
-    monkeypatch.setattr(table5_priors, "encode_training_set", None)  # of ImageNet it takes an hour
-    for arguments, words in (([], ["no checkpoint tokenizer.pt", "train_tokenizer.py"]),
-                             ([ckpt, "--methods=FSDD,VAE"], ["--methods", "VAE", "SetAR"]),
-                             ([ckpt, "--out=a.jpg"], ["--out", "a.jpg"]), ([ckpt, "--seeds=0"], ["--seeds"]),
-                             ([ckpt, "--ref=none.npz"], ["there is no none.npz"])):
-        assert_one_sentence(run_here(main, *SMALL, *arguments, folder=tmp_path), *words)
+@pytest.mark.parametrize("method", table5_priors.METHODS)
+def test_training_lowers_the_loss(method, small, monkeypatch):
+    """Fails if a method's batch, model and loss do not belong together, or the loop does not train."""
+    task = SimpleNamespace(tokens=np.arange(6, dtype=np.uint16)[None, None].repeat(50, 1), M=6, C=20,
+                           device=torch.device("cpu"), class_names=list("0123456789"),
+                           labels=torch.zeros(50, dtype=torch.int64), first_axis=torch.arange(20.0))
+    settings = table5_priors.SETTINGS | {"steps": 30, "warmup": 1, "ema": 0.5, "seed": 0, "bf16": "off"}
+    cfg = SimpleNamespace(**settings | {"noise": "masked" if method == "masked tokens" else "multinomial"})
+    model, batch = table5_priors.build(method, task), table5_priors.draw_batch(method, task, 40, cfg)
+
+    def loss(model):
+        torch.manual_seed(1)  # the same noise before and after
+        return table5_priors.METHODS[method][-1](model, batch).item()
+
+    before = loss(model)
+    assert loss(table5_priors.train(method, model, task, cfg)) < 0.9 * before
 
 
-@pytest.mark.slow
-def test_what_is_measured_depends_on_all_its_settings(digits, cache, few_settings, capsys):
-    """Broken: a distance measured with one setting would be shown for another; or that of the search for the
-    table's."""
-    options = ["--methods=FSDD", "--search_lr=no"]
-    found = [table(capsys, f"{digits}/tokenizer.pt", *options, *more, seeds=1)["FSDD"][4]
-             for more in ([], ["--num_images=20"], ["--sample_steps=3"], ["--batch=30"])]  # 20: as many as the search
-    assert len(set(found)) == 4
-
-
-@pytest.mark.slow
-def test_the_same_table_from_two_ranks(digits, cache, few_settings, capsys, tmp_path, monkeypatch):
-    """Broken: under torchrun a rank would train or measure something else, or wait for another forever."""
-    script = tmp_path / "table5.py"
-    script.write_text("from paper import table5_priors\nfrom support.training import run\nrun(table5_priors.main)\n")
-    options = [f"--ckpt={digits}/tokenizer.pt", "--methods=AR-random,Continuous Diffusion", "--search_lr=no",
-               "--bf16=off", "--batch=15"]
-    with monkeypatch.context() as other_folder:
-        other_folder.setattr(table5_priors.variants, "FOLDER", "cache2")
-        finished = successful(run_ranks(script, *SMALL, "--steps=3", "--seeds=1", *options, folder=tmp_path,
-                                        world_size=2))
-    rows = rows_of(finished.stdout)
-    assert len(rows) == 2 and rows == table(capsys, f"{digits}/tokenizer.pt", *options[1:], seeds=1)
+def test_mistakes_get_one_sentence(digits, tmp_path):
+    """Fails if a mistake ends in a traceback, or is found after hours."""
+    for arguments, words in ((["--methods=FSDD,VAE"], ["--methods", "VAE", "SetAR"]),
+                             (["--out=a.jpg"], ["--out", "a.jpg"]), (["--seeds=0"], ["--seeds"])):
+        finished = run_here(table5_priors.main, *SMALL, f"--ckpt={digits}/tokenizer.pt", *arguments, folder=tmp_path)
+        assert_one_sentence(finished, *words)

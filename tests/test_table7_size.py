@@ -3,49 +3,21 @@ import pytest
 import torch
 
 from paper import table7_size, variants
-from support.files import load_checkpoint, save_checkpoint
-from tests.scripts import assert_one_sentence, run_here
-from tests.test_sample import save_random_checkpoint
-from tests.test_variants import DENOISER, SET, TOKENIZER
-
-
-def table(capsys, *options):
-    table7_size.main([*options, "--device=cpu"])
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert rows[0][-1].strip() == "digits FID"
-    return [[cell.strip() for cell in row] for row in rows[1:]]
+from tests.scripts import read_table
+from tests.test_variants import DENOISER
 
 
 @pytest.mark.slow
-def test_the_digits_two_sizes(cache, capsys, monkeypatch):
-    """Broken: the smaller denoiser would differ in more than its size, or stand in the other's row."""
-    save_checkpoint(load_checkpoint(variants.tokenizer(**SET, **TOKENIZER), "", "tokenizer"), "tokenizer.pt")
-    own = load_checkpoint(variants.fsdd("tokenizer.pt", **DENOISER, lr=1e-3), "", "fsdd")
-    save_checkpoint(own, "fsdd.pt")
-    monkeypatch.setattr(variants, "fid", lambda path, *args, num, **_: ("digits FID", num + (path == "fsdd.pt")))
-    rows = table(capsys, "--num=30")
-    smaller = torch.load(next(cache.glob("fsdd-*-width8-*.pt")), weights_only=True)
-    millions = [sum(weight.numel() for weight in checkpoint["weights"].values()) / 1e6 for checkpoint in (smaller, own)]
-    assert rows == [["4", "16", "1", "8", f"{millions[0]:.2f} M", "30.0"],
-                    ["4", "16", "1", "16", f"{millions[1]:.2f} M", "31.0"]]
-    differ = {name for name in own["config"] if own["config"][name] != smaller["config"][name]}
-    assert differ - variants.NOT_THE_MODEL == {"width", "heads"} and smaller["config"]["heads"] == 1
-
-
-@pytest.mark.slow
-def test_checkpoints_that_are_given(cache, digits, capsys):
-    """Broken: with --ckpt something would be trained, or a row be missing."""
-    rows = table(capsys, "--ckpt", f"{digits}/fsdd.pt", f"{digits}/fsdd.pt", "--num=30")
-    assert len(rows) == 2 and rows[0] == rows[1] and not cache.exists()
-
-
-def test_mistakes_get_one_sentence(digits):
-    """Broken: a mistake would end in a traceback, or denoisers of two tokenizers be compared."""
-    save_random_checkpoint("fsdd.pt")
-    assert_one_sentence(run_here(table7_size.main, folder="."), "no checkpoint tokenizer.pt", "train_tokenizer.py")
-    tokenizer, fsdd = (torch.load(digits / name, weights_only=True) for name in ("tokenizer.pt", "fsdd.pt"))
-    save_checkpoint(tokenizer, "tokenizer.pt")
-    assert_one_sentence(run_here(table7_size.main, folder="."), "fsdd.pt was not trained on the digits", "--ckpt")
-    fsdd["tokenizer"]["weights"]["quantizer.codebook"] += 1
-    save_checkpoint(fsdd, "fsdd.pt")
-    assert_one_sentence(run_here(table7_size.main, folder="."), "another tokenizer than tokenizer.pt", "train_fsdd.py")
+def test_the_table(cache, digits, capsys, monkeypatch):
+    """Fails if the two denoisers differ in more than their size, or stand in each other's row."""
+    train = variants.fsdd
+    small = {name: DENOISER[name] for name in ("layers", "batch_size", "steps")}
+    monkeypatch.setattr(variants, "fsdd", lambda path, **options: train(path, **options | small))
+    table7_size.main([f"--ckpt={digits}/tokenizer.pt", "--num=30", "--device=cpu"])
+    rows = read_table(capsys.readouterr().out)
+    found = [torch.load(next(cache.glob(f"fsdd-*-width{width}-*.pt")), weights_only=True) for width in (48, 96)]
+    for row, width, checkpoint in zip(rows, (48, 96), found, strict=True):
+        millions = sum(weight.numel() for weight in checkpoint["weights"].values()) / 1e6
+        assert row[:5] == ["6", "64", "1", str(width), f"{millions:.2f} M"] and float(row[5]) > 0
+    differ = {name for name, value in found[0]["config"].items() if value != found[1]["config"][name]}
+    assert differ - variants.NOT_THE_MODEL == {"width", "heads"}

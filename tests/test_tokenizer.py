@@ -28,7 +28,7 @@ def decoder_inputs(model):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shapes_and_ranges(channels):
-    """Broken: the public shapes; one class serves grey and colour images."""
+    """Fails if a public shape or range is wrong. One class serves grey and colour images."""
     model, images = small_tokenizer(channels), torch.rand(7, channels, 8, 8) * 2 - 1
     tokens = model.encode(images)
     assert tokens.shape == (7, 6) and tokens.dtype == torch.int64 and 0 <= tokens.min() and tokens.max() < 10
@@ -40,7 +40,7 @@ def test_shapes_and_ranges(channels):
 
 
 def test_decoding_does_not_depend_on_the_order_of_tokens():
-    """Broken: the tokens would be a sequence and not a set (Table 1): original, reversed, shuffled, ascending,
+    """Fails if the tokens are a sequence and not a set (Table 1): original, reversed, shuffled, ascending,
     descending."""
     model = small_tokenizer(num_tokens=40)
     tokens = torch.randint(10, (9, 40))
@@ -53,7 +53,7 @@ def test_decoding_does_not_depend_on_the_order_of_tokens():
 
 
 def test_training_shuffles_the_tokens():
-    """Broken: the decoder would receive tokens in the encoder's order in training; or the shuffle would lose or mix up
+    """Fails if the decoder receives tokens in the encoder's order in training, or if the shuffle loses or mixes up
     tokens."""
     model, images = small_tokenizer(), torch.rand(5, 1, 8, 8)
     received = decoder_inputs(model)
@@ -68,8 +68,8 @@ def test_training_shuffles_the_tokens():
 
 
 def test_unquantized_images_skip_the_quantizer():
-    """Broken: the decoder would not learn from exact latents, other images than those chosen would skip the quantizer,
-    or tokens and losses would depend on it."""
+    """Fails if the decoder does not learn from exact latents, other images than those chosen skip the quantizer, or
+    tokens and losses depend on it."""
     model, images = small_tokenizer(), torch.rand(3, 1, 8, 8) * 2 - 1
     received = decoder_inputs(model)
     plain, *rest = model(images)
@@ -81,8 +81,8 @@ def test_unquantized_images_skip_the_quantizer():
 
 
 def test_repeated_tokens_count():
-    """Broken: {a, a, b} and {a, b, b} would decode alike, and counts above one would carry no information; or sets of
-    another size, which other generative models make, could not be decoded."""
+    """Fails if {a, a, b} and {a, b, b} decode alike, so that counts above one carry no information, or if sets of
+    another size, which other generative models make, can't be decoded."""
     for number in (3, 6, 20):
         tokens = torch.ones(2, number, dtype=torch.int64)
         tokens[0, -1], tokens[1, 1:] = 2, 2
@@ -90,16 +90,8 @@ def test_repeated_tokens_count():
         assert (one - two).abs().max() > 1e-2
 
 
-def test_encoding_an_image_ignores_its_neighbours():
-    """Broken: an image's tokens would depend on the rest of the batch."""
-    model, images = small_tokenizer(), torch.rand(6, 1, 8, 8) * 2 - 1
-    alone = torch.cat([model.encode(image[None]) for image in images])
-    assert torch.equal(model.encode(images), alone)
-    assert len(alone.unique(dim=0)) > 1
-
-
 def test_the_token_is_the_nearest_code():
-    """Broken: the token would not be the nearest code on the unit sphere."""
+    """Fails if the token is not the nearest code on the unit sphere."""
     quantizer = Quantizer(50, 12, 0.25)
     torch.nn.init.normal_(quantizer.codebook, std=3)  # lengths must not matter
     latents = F.normalize(torch.randn(8, 9, 12), dim=2)
@@ -111,7 +103,7 @@ def test_the_token_is_the_nearest_code():
 
 
 def test_straight_through_gradient():
-    """Broken: the encoder would not receive the decoder's gradient as it is, or the codebook would receive some."""
+    """Fails if the encoder does not receive the decoder's gradient as it is, or if the codebook receives some."""
     quantizer = Quantizer(50, 12, 0.25)
     latents = F.normalize(torch.randn(8, 9, 12), dim=2).requires_grad_()
     q, _, _ = quantizer(latents)
@@ -122,7 +114,8 @@ def test_straight_through_gradient():
 
 
 def test_quantizer_loss():
-    """Broken: codes must move to their latents with weight 1, latents to their codes with the commitment's weight."""
+    """Fails if codes do not move to their latents with weight 1, or latents to their codes with the commitment's
+    weight."""
     quantizer = Quantizer(50, 12, 0.25)
     latents = F.normalize(torch.randn(8, 9, 12), dim=2).requires_grad_()
     _, tokens, loss = quantizer(latents)
@@ -133,20 +126,11 @@ def test_quantizer_loss():
     assert quantizer.codebook.grad[tokens.unique()].abs().sum() > 0
 
 
-def test_every_weight_is_trained():
-    """Broken: some weight would never receive a gradient."""
-    model = small_tokenizer()
-    reconstructions, _, _, loss = model(torch.rand(6, 1, 8, 8) * 2 - 1)
-    (reconstructions.square().mean() + loss).backward()
-    assert [name for name, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())] == []
-
-
-@pytest.mark.parametrize("fused", ["auto", "on", "off"])
 @pytest.mark.parametrize("length", [5, 300])
-def test_attention_is_pytorchs(length, fused):
-    """Broken: the plain formula or the fused kernel would compute another attention than PyTorch's module."""
+def test_attention_is_pytorchs(length):
+    """Fails if the plain formula, for few keys, or the fused kernel, for many, computes another attention than
+    PyTorch's module."""
     ours, theirs = Attention(24, 3), torch.nn.MultiheadAttention(24, 3, batch_first=True)
-    ours.fused = fused
     theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
                             "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
     x = torch.randn(2, length, 24)
@@ -161,13 +145,13 @@ def test_attention_is_pytorchs(length, fused):
     (lambda: small_tokenizer(vqgan_width=32), "patches of 16 pixels in 3 channels, not of 4 in 1"),
 ])
 def test_bad_input_is_refused(wrong, words):
-    """Broken: bad input would fail somewhere inside, or not at all."""
+    """Fails if bad input raises no error, or another one."""
     with pytest.raises(ValueError, match=words):
         wrong()
 
 
 def test_the_vqgan_decodes_the_proxy_map():
-    """Broken: the pixel phase would not start from the map of codes that the proxy phase learned."""
+    """Fails if the pixel phase does not start from the map of codes that the proxy phase learned."""
     model = SetTokenizer(32, 3, 16, 6, 12, 4, 32, 2, 1, 1, vqgan_width=32, vqgan_dim=8)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     code_map, tokens = model(images, proxy=True)[:2]

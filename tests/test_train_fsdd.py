@@ -8,8 +8,7 @@ import torch
 
 import train_fsdd
 import train_tokenizer
-from beyond import hide_tokens
-from fsdd import Denoiser, forward_process
+from fsdd import Denoiser
 from support.command_line import parse
 from support.files import save_checkpoint
 from tests.conftest import few_digits
@@ -19,7 +18,7 @@ from tests.test_train_tokenizer import TINY as TINY_TOKENIZER
 from tokenizer import SetTokenizer
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--layers=1", "--batch_size=7", "--device_batch=3", "--steps=8",
-        "--warmup=3", "--sample_steps=2", "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off",
+        "--warmup=3", "--log_every=1", "--save_every=3", "--picture_every=0", "--bf16=off",
         "--device=cpu"]
 SIZES = dict(channels=1, image_size=28, num_tokens=4, codebook_size=16, code_dim=2, patch_size=7, width=16, heads=2,
              encoder_layers=1, decoder_layers=1)
@@ -40,24 +39,25 @@ def stage1(tmp_path_factory):
 
 @pytest.mark.parametrize("times", ["uniform", "flips"])
 def test_a_batch_is_drawn_as_the_settings_say(times):
-    """Broken: training would see other times, no mirrored images, too many or too few labels, or the same noise in
-    every step."""
+    """Fails if training sees other times, no mirrored images, too many or too few labels, or the same noise in every
+    step."""
     B, N, M, C = 50, 90, 4, 16
     tokens, labels = np.random.default_rng(0).integers(C, size=(2, N, M)).astype(np.uint16), torch.arange(N) % 10
-    model = Denoiser(C, M, 10, width=8, layers=1, heads=1)
-    cfg = SimpleNamespace(batch_size=B, seed=3, label_drop=0.3, prior="multinomial", training_times=times)
-    whole, other = (train_fsdd.draw_batch(tokens, labels, model, slice(0, B), step, cfg) for step in (7, 8))
-    assert (whole.x0.sum(1) == M).all() and (whole.x1.sum(1) == M).all() and whole.x0.shape == (B, C)
+    sizes = {"codebook_size": C, "num_tokens": M, "num_classes": 10}
+    cfg = SimpleNamespace(batch_size=B, seed=3, label_drop=0.3, noise="multinomial", training_times=times)
+    whole, other = (train_fsdd.draw_batch(tokens, labels, sizes, slice(0, B), step, "cpu", cfg) for step in (7, 8))
+    assert (whole.x0.sum(1) == M).all() and (whole.x_t.sum(1) == M).all() and whole.x0.shape == (B, C)
+    assert not torch.equal(whole.x0, whole.x_t)
     assert 0 < whole.t.min() and whole.t.max() <= 1 and (whole.t > 0.07).all() == (times == "flips")
     assert 5 < (whole.labels == 10).sum() < 25  # dropped
     versions = [np.bincount(sets, minlength=C).tolist() for sets in tokens.reshape(-1, M)]
     found = {versions.index(x0) // N for x0 in whole.x0.tolist()}
     assert found == {0, 1}  # images and mirrored images
-    assert not torch.equal(whole.uniform, other.uniform) and not torch.equal(whole.x1, other.x1)
+    assert not torch.equal(whole.u_codes, other.u_codes) and not torch.equal(whole.t, other.t)
 
 
 def test_a_stopped_training_resumes_to_the_same_numbers(stage1, few_to_train_on, tmp_path, monkeypatch):
-    """Broken: --resume would not give the numbers of an unbroken run, or a signal would lose the steps since the last
+    """Fails if --resume does not give the numbers of an unbroken run, or if a signal loses the steps since the last
     checkpoint. (Real kills: tests/test_kills.py)"""
     successful(run_here(train_fsdd.main, *TINY, stage1, folder=tmp_path))
     stop_and_resume(monkeypatch, train_fsdd, [*TINY, stage1], tmp_path / "stopped.pt",
@@ -66,26 +66,24 @@ def test_a_stopped_training_resumes_to_the_same_numbers(stage1, few_to_train_on,
 
 
 def test_any_number_of_ranks_trains_alike(stage1, few_to_train_on, tmp_path):
-    """Broken: the batch, its noise or the mean of the gradients would depend on the number of ranks, or of
-    micro-batches: one rank takes three, three ranks take one each."""
+    """Fails if the batch, its noise or the mean of the gradients depend on the number of ranks, or of micro-batches:
+    one rank takes three, three ranks take one each."""
     assert_ranks_train_alike("train_fsdd.py", [*TINY, stage1, "--steps=4", "--optimizer=adamw", "--clip=0"], tmp_path)
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ([], ("sparse_loss", {"process": hide_tokens, "num_codes": 8})),
-    (["--loss_codes=5", "--prior=distinct", "--sampler=exchange"],
-     ("sparse_loss", {"process": forward_process, "num_codes": 20})),
-    (["--denoiser=dense"], ("fsdd_loss", {"process": hide_tokens}))])
+    ([], ("sparse_loss", 8)), (["--loss_codes=5", "--noise=distinct"], ("sparse_loss", 20)),
+    (["--denoiser=dense", "--noise=masked"], ("fsdd_loss",))])
 def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on, tmp_path, monkeypatch):
-    """Broken: training would compute the loss from more or fewer codes than --loss_codes says, or a dense denoiser's
-    from some only."""
+    """Fails if training computes the loss from more or fewer codes than --loss_codes says, or a dense denoiser's from
+    some only."""
     calls = []
 
     def record(name, loss):
-        def wrapped(denoiser, batch, process, **options):
+        def wrapped(denoiser, batch, *num_codes):
             if torch.is_grad_enabled():  # not in the evaluation at the end
-                calls.append((name, {"process": process} | options))
-            return loss(denoiser, batch, process=process, **options)
+                calls.append((name, *num_codes))
+            return loss(denoiser, batch, *num_codes)
         monkeypatch.setattr(train_fsdd, name, wrapped)
 
     record("sparse_loss", train_fsdd.sparse_loss)
@@ -95,7 +93,7 @@ def test_each_denoiser_has_its_loss(arguments, expected, stage1, few_to_train_on
 
 
 def test_the_code_embedding_starts_as_the_setting_says():
-    """Broken: --code_start would not be what training starts from."""
+    """Fails if --code_start is not what training starts from."""
     sizes = dict(codebook_size=16, num_tokens=4, num_classes=10, width=64, layers=1, heads=1)
     cfg = SimpleNamespace(seed=0, denoiser="sparse", code_start="zeros")
     tokenizer = SetTokenizer(**SIZES)
@@ -106,15 +104,16 @@ def test_the_code_embedding_starts_as_the_setting_says():
 
 
 def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp_path):
-    """Broken: fsdd.pt alone would not make images."""
-    options = ["--steps=2", "--guidance=1,2,3", "--sample_steps=5", "--ema=0"]
+    """Fails if fsdd.pt alone does not make images."""
+    options = ["--steps=2", "--noise=masked", "--picture_every=2", "--ema=0"]
     finished = successful(run_here(train_fsdd.main, *TINY, stage1, *options, folder=tmp_path))
     assert "bits an image" in finished.stdout and "on the sets of 300 test images" in finished.stdout.splitlines()[-1]
     assert (tmp_path / "fsdd.png").stat().st_size > 1000
     checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
-    assert checkpoint["generation"] == {"prior": "hidden", "sampler": "reveal", "steps": 5, "guidance": "1,2,3",
-                                        "top_p": 1.0, "top_k": 0}
+    assert checkpoint["generation"] == {"prior": "masked", "sampler": "masked", "steps": 16, "times": "even",
+                                        "guidance": "2.5", "top_p": 1.0, "top_k": 0}
     assert checkpoint["tokenizer"]["model_config"]["num_tokens"] == checkpoint["model_config"]["num_tokens"] == 4
+    assert checkpoint["model_config"]["codebook_size"] == 1 + checkpoint["tokenizer"]["model_config"]["codebook_size"]
     assert checkpoint["training"]["n_averaged"] == 2  # the moving average, here the last step's weights
     assert all(torch.equal(w, checkpoint["training"]["model"][name]) for name, w in checkpoint["weights"].items())
     assert checkpoint["class_names"] == list("0123456789") and checkpoint["denoiser"] == "sparse"
@@ -126,11 +125,11 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
 @pytest.mark.parametrize("arguments, words", [
     (["--tokenizer=none.pt"], ["no checkpoint none.pt", "python train_tokenizer.py"]),
     (["--tokenizer=wrong.pt"], ["wrong.pt is not a tokenizer checkpoint"]),
-    (["--guidance=1;2"], ["guidance"]), (["--tokens=no/t.npy"], ["no folder no"]),
+    (["--noise=white"], ["--noise", "masked"]), (["--tokens=no/t.npy"], ["no folder no"]),
     (["--heads=3"], ["width 16", "heads 3"]), (["--batch_size=70000"], ["batch_size 70000"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
-    """Broken: a mistake on the command line would end in a traceback."""
+    """Fails if a mistake on the command line ends in a traceback."""
     save_checkpoint({"something": 1}, tmp_path / "wrong.pt")
     assert_one_sentence(run_here(train_fsdd.main, *TINY, stage1, *arguments, folder=tmp_path), *words)
     assert os.listdir(tmp_path) == ["wrong.pt"]
@@ -139,13 +138,13 @@ def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
 @pytest.mark.parametrize("sizes, arguments, words", [
     ({}, [], "no folder nowhere"),  # what is checked next
     ({"codebook_size": 2 ** 16 + 1}, [], "up to 65535, the tokenizer has 65537"),
-    ({"codebook_size": 3}, ["--prior=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
+    ({"codebook_size": 3}, ["--noise=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
     ({}, ["--data=digits", "--flip=true"], "the digits are not mirrored"),
     ({"channels": 3}, ["--data=digits"], "images of digits have 1 channels, those of tokenizer.pt 3"),
 ])
 def test_settings_are_checked_before_images_are_read(sizes, arguments, words):
-    """Broken: codes beyond 65535 would wrap around in the token file, or settings that do not fit would be found after
-    an hour of encoding."""
+    """Fails if codes beyond 65535 wrap around in the token file, or if settings that do not fit are found after an hour
+    of encoding."""
     cfg, _ = parse(train_fsdd.HYPERPARAMETERS, "", None, ["--recipe=digits", "--data=nowhere", *arguments])
     stage1 = {"model_config": SIZES | sizes, "weights": SetTokenizer(**SIZES | sizes).state_dict()}
     with pytest.raises(ValueError, match=words):
@@ -153,14 +152,14 @@ def test_settings_are_checked_before_images_are_read(sizes, arguments, words):
 
 
 def test_unused_rows_need_more_codes_than_tokens():
-    """Broken: with unused_rows and few codes, large counts would have no embedding."""
+    """Fails if large counts have no embedding with unused_rows and few codes."""
     with pytest.raises(ValueError, match="unused_rows needs num_tokens <= codebook_size, got 4 > 3"):
         Denoiser(3, 4, 10, width=8, layers=1, heads=1, unused_rows=True)
 
 
 @pytest.mark.parametrize("name, millions", [("S", 36.0), ("B", 136.7)])
 def test_models_by_name_are_the_papers(name, millions):
-    """Broken: --model S or B would not be the paper's denoiser."""
+    """Fails if --model S or B is not the paper's denoiser."""
     width, layers, heads = train_fsdd.MODELS[name]
     with torch.device("meta"):
         model = Denoiser(4096, 128, 1000, width, layers, heads, unused_rows=True)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from support import training
 from support.optimizers import set_lr
-from support.training import (Signals, StoppedBySignal, check_finite, check_training, keep_previous, open_log, run,
+from support.training import (Signals, StoppedBySignal, check_training, diverged, keep_previous, open_log, run,
                               save_training)
 from tests.scripts import ROOT, on_ranks
 
@@ -111,7 +111,7 @@ def test_numbers_that_are_not_finite_end_the_training():
     ema, optimizer = AveragedModel(model), torch.optim.AdamW(model.parameters())
     words = "the training has diverged, .*there is no checkpoint"
     with pytest.raises(SystemExit, match=f"the gradient of step 8 is not finite: {words}"):
-        check_finite(torch.tensor(math.inf), 7, cfg)
+        diverged("the gradient of step 8 is not finite", cfg)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     save_training({}, 1, cfg, model, ema, [optimizer])
