@@ -17,8 +17,8 @@ import torch
 from beyond import flip_times
 from data import open_dataset
 from dual_transform import counts_to_tokens, tokens_to_counts
-from fsdd import greedy_adjust, refine, uniform_times
-from generation import PROCESS, default_checkpoint, load, refine_arguments
+from fsdd import greedy_adjust, sampling_times
+from sample import NOISES, default_checkpoint, load, make_sampler
 from support.command_line import Parser, checked
 from support.seeds import generator
 from support.training import run
@@ -58,7 +58,7 @@ class Calls:
         self.denoiser, self.tokenizer, checkpoint = load(ckpt, torch.device(device))
         self.settings, self.device, tokenizer = checkpoint["generation"], device, self.tokenizer
         self.prior = self.settings["prior"]
-        self.noise, self.process = PROCESS[self.prior]
+        self.noise = NOISES[self.prior]
         self.M, self.C, self.codes = tokenizer.num_tokens, tokenizer.codebook_size, self.denoiser.codebook_size
         self.masked = self.codes > self.C  # the denoiser has one more code than the tokenizer, the mask code
         data = checkpoint.get("config", {}).get("data", "")
@@ -97,11 +97,12 @@ class Calls:
         tokens = torch.tensor(request["tokens"], device=self.device).long()  # (n,)
         n, M, random = len(tokens), self.M, generator(self.device, "adjust", 0)
         kept = tokens[torch.rand(16, n, generator=random, device=self.device).argsort(1)[:, :M]]  # (16, n or M)
-        noise = self.noise(16, self.codes, M - kept.shape[1], self.prior, random, self.device)  # (16, codes)
+        noise = self.noise.sample_noise(16, self.codes, M - kept.shape[1], self.prior, random, self.device)
         share = torch.full((16,), abs(M - n) / max(M, n), device=self.device)
         t = share if self.masked else flip_times(share)
         labels = torch.full((16,), self.denoiser.num_classes, device=self.device)
-        p = self.denoiser(tokens_to_counts(kept, self.codes) + noise, t, labels).softmax(2)  # (16, codes, M + 1)
+        state = tokens_to_counts(kept, self.codes) + noise  # (16, codes), every row sums to M
+        p = self.denoiser(state, t, labels).softmax(2)  # (16, codes, M + 1)
         log_p = p.mean(0, keepdim=True)[:, :self.C].log()
         x = tokens_to_counts(tokens[None], self.C)
         x = greedy_adjust(x, lambda k: log_p.gather(2, k[:, :, None])[:, :, 0], M)
@@ -113,19 +114,19 @@ class Calls:
         Generation starts at time t between the tokens (0), of which there must be M then, and noise (1).
         """
         steps, t = int(request["steps"]), float(request["t"])
-        settings = refine_arguments(self.settings | {"steps": steps, "guidance": request["guidance"]})
+        refine = make_sampler(self.settings | {"steps": steps, "guidance": request["guidance"]})
         random = generator(self.device, "play", int(request["seed"]))
-        x = self.noise(1, self.codes, self.M, self.prior, random, self.device)  # X_1
+        x = self.noise.sample_noise(1, self.codes, self.M, self.prior, random, self.device)  # X_1
         if t < 1:
             tokens = torch.tensor([request["tokens"]], device=self.device)
             if tokens.shape[1] != self.M:
                 raise ValueError(f"to start from the set, it must have {self.M} tokens, not {tokens.shape[1]}")
             x0 = tokens_to_counts(tokens, self.codes)
             uniform = torch.rand(x.shape, generator=random, device=self.device)
-            x = self.process(x0, x, torch.tensor([t], device=self.device), uniform)  # X_t
-        times = [t] + [s for s in settings.get("times", uniform_times)(steps) if s < t]
+            x = self.noise.forward_process(x0, x, torch.tensor([t], device=self.device), uniform)  # X_t
+        times = [t] + [s for s in sampling_times(steps, self.settings["times"]) if s < t]
         labels = torch.tensor([int(request["label"])], device=self.device)
-        for t, x in zip(times, refine(self.denoiser, labels, **settings, generator=random, start=(x, t))):
+        for t, x in zip(times, refine(self.denoiser, labels, generator=random, start=(x, t))):
             image = self.tokenizer.decode(counts_to_tokens(x[:, :self.C]))
             yield {"t": t, "states": len(times), "counts": x[0].tolist(), "image": pack(image)}
 

@@ -16,21 +16,21 @@ import pytest
 import torch
 
 import play
-from fsdd import Denoiser
+from fsdd import Denoiser, sampling_times
 from support.files import save_checkpoint
 from tests.scripts import ROOT
 
 M, C = 6, 64  # of the checkpoint
 
 
-@pytest.fixture(scope="module", params=["multinomial", "hidden"])
+@pytest.fixture(scope="module", params=["multinomial", "masked"])
 def server(request, digits, tmp_path_factory):
     """A running server for a tiny model of the digits with random weights, for each kind of noise."""
     found = torch.load(digits / "fsdd.pt", weights_only=True)
-    if request.param == "hidden":  # with the mask code
+    if request.param == "masked":  # with the mask code
         found["model_config"]["codebook_size"] = C + 1
         found["weights"] = Denoiser(**found["model_config"]).state_dict()
-        found["generation"] |= {"prior": "hidden", "sampler": "reveal"}
+        found["generation"] |= {"prior": "masked", "sampler": "masked", "times": "even"}
     found["class_names"][0] = "</script>"
     path = tmp_path_factory.mktemp("play") / "fsdd.pt"
     save_checkpoint(found, path)
@@ -93,8 +93,9 @@ def test_generation_goes_from_noise_or_a_set_to_an_image(server):
     """Fails if a state's sum is not M, its image is another set's, the seed or class is ignored, or generation does not
     start at t."""
     request = dict(label=3, steps=4, guidance="2", seed=1, tokens=[1, 1, 2, 3, 60, 63])
+    times = server.calls.settings["times"]
     states = ask(server, "generate", t=1, **request)
-    assert [state["t"] for state in states] == [1, 0.75, 0.5, 0.25, 0] and states[0]["states"] == 5
+    assert [state["t"] for state in states] == sampling_times(4, times) and states[0]["states"] == 5
     for state in states:
         assert sum(state["counts"]) == M
         [answer] = ask(server, "decode", sets=[np.repeat(np.arange(C), state["counts"][:C]).tolist()])
@@ -103,7 +104,8 @@ def test_generation_goes_from_noise_or_a_set_to_an_image(server):
     x0 = np.bincount(request["tokens"], minlength=len(states[0]["counts"])).tolist()
     assert [state["counts"] for state in ask(server, "generate", t=0, **request)] == [x0]
     later = ask(server, "generate", t=0.3, **request)
-    assert [state["t"] for state in later] == [0.3, 0.25, 0] and np.minimum(later[0]["counts"], x0).sum() > 0
+    assert [state["t"] for state in later] == [0.3] + [s for s in sampling_times(4, times) if s < 0.3]
+    assert np.minimum(later[0]["counts"], x0).sum() > 0
 
 
 def test_states_come_one_by_one(server, monkeypatch):
@@ -115,7 +117,7 @@ def test_states_come_one_by_one(server, monkeypatch):
         assert go_on.wait(60)
         yield start[0]
 
-    monkeypatch.setattr(play, "refine", refine)
+    monkeypatch.setattr(play, "make_sampler", lambda settings: refine)
     request = dict(label=0, steps=1, guidance="1", seed=0, t=1)
     with send(server, "/generate", json.dumps(request).encode()) as response:
         assert json.loads(response.readline())["t"] == 1
