@@ -17,12 +17,12 @@ from tokenizer import SetTokenizer
 # Settings of fsdd.refine(), for the pictures during training and as options of all scripts that generate. To add one,
 # add a parameter to refine() and a row here; to add a sampler, an entry of SAMPLERS and its name in the first row.
 GENERATION = [
-    # name               digits          imagenet256      allowed               meaning
-    ("sampler",          "reveal",       "paper",         "paper | exchange | reveal", "Eq. 9-10, or beyond.py's"),
-    ("sample_steps",     16,             25,              "[1, inf)",           "steps from noise to data"),
-    ("guidance",         "2.5",          "4,50,55",       "",                   "one weight, thirds A,B,C, ramp A:B"),
-    ("top_p",            1.0,            0.8,             "(0, 1]",             "keep the most probable counts"),
-    ("top_k",            0,              0,               "[0, inf)",           "keep so many counts, 0 = all"),
+    # name               digits    emoji    imagenet256   allowed                meaning
+    ("sampler",          "reveal", "paper", "paper",      "paper | exchange | reveal", "Eq. 9-10, or beyond.py's"),
+    ("sample_steps",     16,       50,      25,           "[1, inf)",            "steps from noise to data"),
+    ("guidance",         "2.5",    "4,8,8", "4,50,55",    "",                    "one weight, thirds A,B,C, ramp A:B"),
+    ("top_p",            1.0,      1.0,     0.8,          "(0, 1]",              "keep the most probable counts"),
+    ("top_k",            0,        2,       0,            "[0, inf)",            "keep so many counts, 0 = all"),
 ]
 SAMPLERS = {  # the arguments of refine() that make it use a sampler
     "paper": {"step": paper_step, "times": uniform_times},
@@ -39,7 +39,7 @@ DENOISERS = {"dense": Denoiser, "sparse": SparseDenoiser}
 
 def add_generation_options(parser):
     """The options that generated images depend on, for every script that generates."""
-    for name, value, _, allowed, meaning in GENERATION:
+    for name, value, *_, allowed, meaning in GENERATION:
         parser.add_argument("--" + name.removeprefix("sample_"), type=checked(type(value), allowed),
                             help=f"{meaning} (the checkpoint's)")
     parser.add_argument("--batch", type=checked(int, "[1, inf)"), default=100,

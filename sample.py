@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from beyond import flip_times
-from data import open_dataset
+from data import EMBEDDED, open_dataset
 from data.evaluation_inputs import save_npz
 from data.image_folder import read_image
 from dual_transform import counts_to_tokens, tokens_to_counts
@@ -95,7 +95,7 @@ def draw_like(denoiser, tokenizer, labels, settings, args):
     for each number in args.keep of tokens that are kept; the other tokens are drawn. With the paper's noise, generation
     starts from the kept tokens and may change them.
 
-    labels (n,): the classes of the 10 images in a row; None: the digit's own, or for a file the null class.
+    labels (n,): the classes of the 10 images in a row; None: the test image's own, or for a file the null class.
     """
     device, prior, M = denoiser.code_embedding.device, settings["prior"], tokenizer.num_tokens
     image, own = open_like(args.like, tokenizer)  # (1, ch, H, W) uint8
@@ -123,15 +123,16 @@ def draw_like(denoiser, tokenizer, labels, settings, args):
 
 
 def open_like(name, tokenizer):
-    """An image file, or a test digit such as digits:17 -> (1, ch, H, W) uint8, and the digit's label or None."""
+    """An image file, or a test image such as digits:17 or emoji:17 -> (1, ch, H, W) uint8, and its label or None."""
     size, channels = tokenizer.image_size, tokenizer.channels
-    if not name.startswith("digits:"):
+    data, _, number = name.partition(":")
+    if data not in EMBEDDED:
         return torch.from_numpy(read_image(name, size, channels)).permute(2, 0, 1)[None], None
-    digits, number = open_dataset("digits", "test", size), name.removeprefix("digits:")
-    if channels != 1 or not number.isdigit() or int(number) >= len(digits):
-        raise ValueError("--like must be an image file, or for a model of digits digits:0 to "
-                         f"digits:{len(digits) - 1}, got {name}")
-    return digits.images[int(number)][None], digits.labels[int(number)].item()
+    dataset = open_dataset(data, "test", size)
+    if channels != dataset.channels or not number.isdigit() or int(number) >= len(dataset):
+        raise ValueError(f"--like must be an image file, or for a model of {data} {data}:0 to "
+                         f"{data}:{len(dataset) - 1}, got {name}")
+    return dataset.images[int(number)][None], dataset.labels[int(number)].item()
 
 
 def parse(argv):
@@ -139,8 +140,8 @@ def parse(argv):
     parser.add_argument("--ckpt", default=default_checkpoint(), help="checkpoint of train_fsdd.py (%(default)s)")
     parser.add_argument("--out", default="samples.png", help=".png: a labelled grid, .npz: ADM's sample batch, arr_0 "
                         "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
-    parser.add_argument("--like", help="an image file, or a test digit such as digits:17: draw images that share "
-                        "tokens with it, a row for each number of tokens that are kept")
+    parser.add_argument("--like", help="an image file, or a test image such as digits:17 or emoji:17: draw images "
+                        "that share tokens with it, a row for each number of tokens that are kept")
     parser.add_argument("--keep", type=checked(int, "[0, inf)"), nargs="+",
                         help="for --like: how many tokens to keep (3/4, 1/2, 1/4 and none)")
     parser.add_argument("--labels", help="class numbers or names, such as 3 or 0,1,cat (all; for pictures at most ten)")

@@ -37,46 +37,47 @@ from support.training import (Signals, check_finite, check_training, keep_previo
 
 MODELS = {  # width, layers, heads of the denoiser
     "digits": (96, 2, 3),
+    "emoji": (96, 3, 3),
     "S": (384, 12, 6),   # 36.0 million parameters with the paper's C = 4096, M = 128
     "B": (768, 12, 12),  # 136.7 million
 }
 HYPERPARAMETERS = [
-    # name               digits          imagenet256      allowed               meaning
-    ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "",                   "checkpoint of stage 1"),
-    ("data",             "digits",       "data/imagenet", "",                   "digits, or a folder (train/, val/)"),
-    ("flip",             False,          True,            "",                   "learn from mirrored images too"),
+    # name               digits    emoji    imagenet256    allowed             meaning
+    ("tokenizer",        "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "",   "checkpoint of stage 1"),
+    ("data",             "digits", "emoji", "data/imagenet", "",               "digits, emoji, or a folder"),
+    ("flip",             False,    False,   True,          "",                 "learn from mirrored images too"),
     # denoiser
-    ("model",            "digits",       "S",             "digits | S | B",     "size of the denoiser, see MODELS"),
-    ("width",            0,              0,               "[0, inf)",           "its width, 0 = the model's"),
-    ("layers",           0,              0,               "[0, inf)",           "its blocks, 0 = the model's"),
-    ("heads",            0,              0,               "[0, inf)",           "its attention heads, 0 = the model's"),
-    ("unused_rows",      False,          True,            "",                   "C + 1 rows in the count embedding"),
-    ("gelu",             "exact",        "tanh",          "exact | tanh",       "tanh (DiT), exact: faster on CPUs"),
-    ("label_drop",       0.1,            0.1,             "[0, 1]",             "share of labels that are dropped"),
+    ("model",            "digits", "emoji", "S",           "digits | emoji | S | B", "size of the denoiser (MODELS)"),
+    ("width",            0,        0,       0,             "[0, inf)",         "its width, 0 = the model's"),
+    ("layers",           0,        0,       0,             "[0, inf)",         "its blocks, 0 = the model's"),
+    ("heads",            0,        0,       0,             "[0, inf)",         "its attention heads, 0 = the model's"),
+    ("unused_rows",      False,    False,   True,          "",                 "C + 1 rows in the count embedding"),
+    ("gelu",             "exact",  "exact", "tanh",        "exact | tanh",     "tanh (DiT), exact: faster on CPUs"),
+    ("label_drop",       0.1,      0.1,     0.1,           "[0, 1]",           "share of labels that are dropped"),
     # beyond the paper, see beyond.py; the column imagenet256 is the paper's
-    ("prior",            "hidden",       "multinomial",   "multinomial | distinct | hidden", "noise (generation.py)"),
-    ("training_times",   "uniform",      "uniform",       "uniform | flips",    "t (flips: the paper's noise)"),
-    ("code_start",       "codebook",     "zeros",         "zeros | codebook",   "start of the code embedding"),
-    ("denoiser",         "sparse",       "dense",         "dense | sparse",     "codes attend to codes, or tokens"),
-    ("loss_codes",       2,              3,               "[2, inf)",           "sparse: times M codes in the loss"),
+    ("prior",            "hidden", "multinomial", "multinomial", "multinomial | distinct | hidden", "the noise"),
+    ("training_times",   "uniform", "flips", "uniform",    "uniform | flips",  "t (flips: the paper's noise)"),
+    ("code_start",       "codebook", "codebook", "zeros",  "zeros | codebook", "start of the code embedding"),
+    ("denoiser",         "sparse", "sparse", "dense",      "dense | sparse",   "codes attend to codes, or tokens"),
+    ("loss_codes",       2,        3,       3,             "[2, inf)",         "sparse: times M codes in the loss"),
     # optimization
-    ("steps",            4000,           1000000,         "[1, inf)",           "optimizer steps"),
-    ("batch_size",       64,             256,             "[1, inf)",           "images per step, over all processes"),
-    ("device_batch",     64,             32,              "[1, inf)",           "images that a process takes at once"),
-    ("optimizer",        "muon",         "adamw",         "adamw | muon",       "muon: for the blocks' matrices"),
-    ("lr",               8e-3,           1e-4,            "(0, inf)",           "peak learning rate of adamw"),
-    ("muon_lr",          5e-3,           1e-3,            "(0, inf)",           "peak learning rate of muon"),
-    ("lr_end",           0.01,           1.0,             "[0, 1]",             "final learning rate / peak (cosine)"),
-    ("warmup",           50,             0,               "[0, inf)",           "steps of linear warm-up"),
-    ("beta2",            0.99,           0.999,           "[0, 1)",             "second beta of adamw"),
-    ("weight_decay",     0.01,           0.01,            "[0, inf)",           "on all weights (the release)"),
-    ("clip",             1.0,            0.0,             "[0, inf)",           "largest gradient norm, 0 = any"),
-    ("ema",              0.99,           0.9999,          "[0, 1)",             "decay of the weights' average"),
+    ("steps",            4000,     4000,    1000000,       "[1, inf)",         "optimizer steps"),
+    ("batch_size",       64,       64,      256,           "[1, inf)",         "images per step, over all processes"),
+    ("device_batch",     64,       64,      32,            "[1, inf)",         "images that a process takes at once"),
+    ("optimizer",        "muon",   "muon",  "adamw",       "adamw | muon",     "muon: for the blocks' matrices"),
+    ("lr",               8e-3,     8e-3,    1e-4,          "(0, inf)",         "peak learning rate of adamw"),
+    ("muon_lr",          5e-3,     5e-3,    1e-3,          "(0, inf)",         "peak learning rate of muon"),
+    ("lr_end",           0.01,     0.01,    1.0,           "[0, 1]",           "final learning rate / peak (cosine)"),
+    ("warmup",           50,       50,      0,             "[0, inf)",         "steps of linear warm-up"),
+    ("beta2",            0.99,     0.99,    0.999,         "[0, 1)",           "second beta of adamw"),
+    ("weight_decay",     0.01,     0.01,    0.01,          "[0, inf)",         "on all weights (the release)"),
+    ("clip",             1.0,      1.0,     0.0,           "[0, inf)",         "largest gradient norm, 0 = any"),
+    ("ema",              0.99,     0.99,    0.9999,        "[0, 1)",           "decay of the weights' average"),
     # samples, in the pictures and by default in sample.py
     *GENERATION,
     # what is written
-    ("out",              "fsdd.pt",      "fsdd.pt",       "",                   "the checkpoint"),
-    ("tokens",           "tokens.npy",   "tokens.npy",    "",                   "the encoded training set"),
+    ("out",              "fsdd.pt", "fsdd.pt", "fsdd.pt",  "",                 "the checkpoint"),
+    ("tokens",           "tokens.npy", "tokens.npy", "tokens.npy", "",         "the encoded training set"),
     *HARDWARE,
 ]
 COLUMNS = ["step", "loss", "lr"]  # of the log
@@ -121,8 +122,6 @@ def prepare(stage1, device, cfg):
     codebook_size = C + 1 if cfg.prior == "hidden" else C  # with the null code
     noise, _ = PROCESS[cfg.prior]
     noise(1, codebook_size, M, cfg.prior)  # raises ValueError for M > C if the prior does not allow it
-    if cfg.flip and cfg.data == "digits":
-        raise ValueError("the digits are not mirrored, got --flip true")
     generation = {"prior": cfg.prior} | {name.removeprefix("sample_"): getattr(cfg, name) for name, *_ in GENERATION}
     refine_arguments(generation)  # raises ValueError if the sampler does not fit the prior
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)

@@ -20,8 +20,7 @@ import train_tokenizer  # noqa: E402
 from data import open_dataset  # noqa: E402
 from dual_transform import tokens_to_counts  # noqa: E402
 from fsdd import refine  # noqa: E402
-from published import digits_classifier  # noqa: E402
-from published.digits_classifier import share_classified_as  # noqa: E402
+from published.classifier import open_classifier, share_classified_as  # noqa: E402
 from support.hardware import autocast, fast_bf16  # noqa: E402
 from support.pictures import to_uint8  # noqa: E402
 from support.seeds import generator  # noqa: E402
@@ -98,9 +97,9 @@ def check_samples(net, tokenizer, tokens, test):
 
 def check_classifier():
     """The classifier that evaluate_fid.py trains, anew."""
-    if os.path.exists(digits_classifier.FILE):
-        os.remove(digits_classifier.FILE)
-    net = digits_classifier.open_classifier(digits_classifier.FILE, torch.device("cpu"), 0)
+    if os.path.exists("digits_classifier.pt"):
+        os.remove("digits_classifier.pt")
+    net = open_classifier("digits", "digits_classifier.pt", torch.device("cpu"), 0)
     accuracy = net.accuracy.item()
     check("classifier on real test digits", f"{accuracy:.2%}", accuracy >= 0.99, ">= 99 %")
     return net

@@ -98,7 +98,7 @@ def open_datasets(cfg, image_size, **training):
         if len(set(all_gather(dataset.fingerprint()))) > 1:
             raise ValueError(f"the images in {dataset.root} are not the same on all machines; "
                              "each needs the same files")
-        if cfg.data != "digits" and is_main():
+        if is_main():
             print(f"{dataset.root}: {len(dataset)} images in {len(dataset.class_names)} classes", flush=True)
             if note := dataset.not_applied():
                 print(f"{dataset.root}: {note}", flush=True)

@@ -126,7 +126,7 @@ def denoiser_cost(name, num_codes=0):
 
 def settings(table, **changes):
     """The column imagenet256 of a script's table, with changes."""
-    return SimpleNamespace(**{row[0]: row[2] for row in table} | {"bf16": "on", "compile": False} | changes)
+    return SimpleNamespace(**{row[0]: row[-3] for row in table} | {"bf16": "on", "compile": False} | changes)
 
 
 def drop_data(*networks):

@@ -31,7 +31,6 @@ import train_fsdd
 import train_tokenizer
 from beyond import exchange, hide_tokens
 from data import open_dataset
-from data.digits import Digits
 from data.loader import read_ahead
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import GUIDANCE, STEPS, forward_process, generate, greedy_adjust, refine, sample_noise
@@ -39,7 +38,7 @@ from generation import DENOISERS, refine_arguments
 from paper.cost import (BATCH, GPUS, LOSS_CODES, STAGE1_IMAGES, STAGE2_IMAGES, denoiser_cost, settings,
                         tokenizer_cost)
 from paper.inputs import read_options
-from published import digits_classifier
+from published.classifier import classifier_of
 from published.convnext import ConvNeXt
 from published.losses import load_networks
 from published.maskgit_vqgan import VQGAN
@@ -247,8 +246,8 @@ def train_digits(folder, device, toy):
     tokenizer, fsdd = f"{folder}/tokenizer.pt", f"{folder}/fsdd.pt"
     sets = [f"--tokenizer={tokenizer}", f"--tokens={folder}/tokens.npy"]
     if toy:  # an untrained classifier
-        weights = digits_classifier.DigitsClassifier().state_dict()
-        save_checkpoint({"kind": "digits classifier", "weights": weights}, f"{folder}/{digits_classifier.FILE}")
+        weights = classifier_of(open_dataset("digits", "test", None), "digits").state_dict()
+        save_checkpoint({"kind": "digits classifier", "weights": weights}, f"{folder}/digits_classifier.pt")
     for script, out, options, tiny in ((train_tokenizer, tokenizer, [], TINY1), (train_fsdd, fsdd, sets, TINY2)):
         began = time.time()
         options = [*options, *tiny, "--steps=4"] if toy else options
@@ -318,7 +317,7 @@ def stage1(proxy, folder, device, toy):
     torch.save(convnext.state_dict(), cfg.convnext)
     vqgan, pixel_losses = load_networks(cfg, None, device)
     model, _ = train_tokenizer.make_model(cfg, None, 3, vqgan, device)
-    images = Digits("test")  # a dataset in memory, of which only the labels stay
+    images = open_dataset("digits", "test", None)  # a dataset in memory, of which only the labels stay
     images.images = torch.randint(256, (4 * BATCH, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
     networks = (vqgan, None) if proxy else (None, pixel_losses)
     return partial(train_tokenizer.train_phase, model, *networks, images, None, None, {}, cfg, lambda row: None)

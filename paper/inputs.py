@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate_fid
-from data.digits import Digits
+from data import open_dataset
 from data.image_folder import SUFFIXES, find_images, read_image
 from data.loader import read_ahead
 from paper.layouts import KINDS
@@ -89,7 +89,7 @@ def read_images(paths, num, tokenizer):
     if list(paths) == ["digits"]:
         if (size, channels) != (28, 1):
             stop(f"the digits are 28 pixels wide and grey, the tokenizer's images {size} with {channels} channels")
-        return Digits("test").images[:num]
+        return open_dataset("digits", "test", None).images[:num]
     files = [file for path in paths for file in find_files(path)]
     return torch.from_numpy(np.stack([read_image(file, size, channels) for file in files[:num]])).permute(0, 3, 1, 2)
 

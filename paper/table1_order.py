@@ -18,7 +18,7 @@ from data.loader import read_ahead
 from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, NUM, SEED, WORKERS, open_tokenizer, read_options
 from paper.reconstruct import COLUMNS, five_orders
-from published.digits_classifier import DigitsClassifier
+from published.classifier import Classifier
 from support.command_line import stop
 from support.distributed import all_gather, all_reduce
 from support.hardware import init_distributed
@@ -50,7 +50,7 @@ def main(argv=None):
         fids = [evaluate_fid.frechet_distance(*order, *images) for order in orders]
     except ValueError as problem:
         stop(str(problem))
-    fid = "digits FID" if isinstance(net, DigitsClassifier) else "rFID"
+    fid = f"{net.data} FID" if isinstance(net, Classifier) else "rFID"
     print("| order | " + " | ".join(COLUMNS[1:]) + " |\n|" + "---|" * 6)
     print(f"| {fid} | " + " | ".join(f"{value:.4f}" for value in fids) + " |")
     print("| largest change of a pixel, of 255 | " + " | ".join(map(str, changes)) + " |")

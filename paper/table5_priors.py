@@ -31,6 +31,7 @@ import evaluate_fid
 import generation
 import train_fsdd
 from beyond import hide_tokens
+from data import EMBEDDED
 from data.evaluation_inputs import Images, open_images
 from data.loader import batch_indices, read_slices
 from data.token_sets import encode_training_set
@@ -72,19 +73,19 @@ FIXED = {"training_times": "uniform", "sampler": "paper", "denoiser": "dense", "
 TRAINING = [(name, CHANGED.get(name, digits), *rest) for name, digits, *rest in train_fsdd.HYPERPARAMETERS
             if name not in ("tokenizer", "tokens", "out", "picture_every", *FIXED)]
 HYPERPARAMETERS = [
-    # name               digits          imagenet256     allowed     meaning
-    ("ckpt",             "tokenizer.pt", "tokenizer.pt", "",         "checkpoint of train_tokenizer.py"),
-    ("methods",          ",".join(METHODS), ",".join(METHODS), "",   "which, separated by commas"),
-    ("seeds",            3,              1,              "[1, inf)", "trainings of every method with its best setting"),
-    ("search_lr",        True,           False,          "",         "search the learning rate; else it is --lr"),
-    ("search_steps",     470,            1000000,        "[1, inf)", "steps of trainings that search learning rates"),
-    ("num_search",       500,            10000,          "[2, inf)", "samples that measure a setting in the search"),
-    ("num_images",       1000,           50000,          "[2, inf)", "samples of the table"),
-    ("batch",            250,            100,            "[1, inf)", "samples at once"),
-    ("ref",              "",             "VIRTUAL_imagenet256_labeled.npz", "", "reference, see evaluate_fid.py"),
-    ("inception",        "",             "",             "",         "Inception's weights (downloaded)"),
+    # name               digits    emoji    imagenet256     allowed     meaning
+    ("ckpt",             *["tokenizer.pt"] * 3,             "",         "checkpoint of train_tokenizer.py"),
+    ("methods",          *[",".join(METHODS)] * 3,          "",         "which, separated by commas"),
+    ("seeds",            3,        3,       1,              "[1, inf)", "trainings of every method with its best setting"),
+    ("search_lr",        True,     True,    False,          "",         "search the learning rate; else it is --lr"),
+    ("search_steps",     470,      470,     1000000,        "[1, inf)", "steps of trainings that search learning rates"),
+    ("num_search",       500,      500,     10000,          "[2, inf)", "samples that measure a setting in the search"),
+    ("num_images",       1000,     1000,    50000,          "[2, inf)", "samples of the table"),
+    ("batch",            250,      250,     100,            "[1, inf)", "samples at once"),
+    ("ref",              "",       "",      "VIRTUAL_imagenet256_labeled.npz", "", "reference, see evaluate_fid.py"),
+    ("inception",        "",       "",      "",             "",         "Inception's weights (downloaded)"),
     *TRAINING,
-    ("out",              "table5.png",   "table5.png",   "",         "a picture, samples of each method"),
+    ("out",              *["table5.png"] * 3,               "",         "a picture, samples of each method"),
 ]
 
 
@@ -131,9 +132,9 @@ def prepare(stage1, device, cfg):
 
 def reference(task, cfg):
     """(mu, sigma) of the images that samples are compared with, known to rank 0."""
-    if not cfg.ref and cfg.data != "digits":
+    if not cfg.ref and cfg.data not in EMBEDDED:
         raise ValueError(f"--ref must say what samples are compared with; {evaluate_fid.NEEDS}")
-    images = open_images(cfg.ref, None) if cfg.ref else evaluate_fid.training_digits()
+    images = open_images(cfg.ref, None) if cfg.ref else evaluate_fid.training_images(cfg.data)
     if images.statistics:
         evaluate_fid.check_features(images, None, task.net)
         return images.statistics
@@ -381,7 +382,7 @@ def in_order(method, tokens, random, task, B=None, rows=slice(None)):
 
 def print_table(found, cfg):
     """The table in Markdown."""
-    fid = "gFID" if cfg.data != "digits" or cfg.inception else "digits FID"
+    fid = "gFID" if cfg.data not in EMBEDDED or cfg.inception else "digits FID"
     print(f"| method | set | discrete | fixed sum | gFID, paper | {fid} | classified as their label | bits an image "
           "| break the sum | by, tokens | parameters | learning rates; guidance; top-p; top-k |\n|" + "---|" * 12)
     for method, row in found.items():

@@ -11,7 +11,7 @@ import time
 from PIL import Image, ImageDraw
 
 import generation
-from evaluate_fid import NUM_DIGITS
+from evaluate_fid import NUM_EMBEDDED
 from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, NUM, REF, read_options
 from support.files import load_checkpoint
@@ -27,7 +27,7 @@ COLOURS = {"reveal": "#3a6fd0", "exchange": "#2e9d57", "paper": "#d0473a"}
 WIDTH, HEIGHT, MARGIN = 560, 300, 48  # of the figure, pixels
 OPTIONS = [
     ("--ckpt", generation.default_checkpoint(), "", "checkpoint of train_fsdd.py"),
-    (NUM, None, "[2, inf)", f"images to generate (digits: {NUM_DIGITS})"),
+    (NUM, None, "[2, inf)", f"images to generate (digits: {NUM_EMBEDDED})"),
     ("--out", "steps.png", "", "the figure"),
     DATA, REF, INCEPTION, DEVICE,
 ]

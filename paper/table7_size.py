@@ -11,7 +11,7 @@ import time
 import torch
 
 import train_fsdd
-from evaluate_fid import NUM_DIGITS
+from evaluate_fid import NUM_EMBEDDED
 from fsdd import Denoiser
 from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, NUM, REF, read_options
@@ -24,7 +24,7 @@ CKPT, TOKENIZER = "fsdd.pt", "tokenizer.pt"  # of the digits
 SMALLER = 2  # width and heads of the other denoiser are divided by this, all else is the same
 OPTIONS = [
     ("--ckpt", (), "", f"checkpoints of train_fsdd.py ({CKPT} of the digits, and a smaller one)"),
-    (NUM, None, "[2, inf)", f"images to generate (digits: {NUM_DIGITS})"),
+    (NUM, None, "[2, inf)", f"images to generate (digits: {NUM_EMBEDDED})"),
     ("--steps", None, "[1, inf)", "sampling steps (the checkpoint's)"),
     DATA, REF, INCEPTION, DEVICE,
 ]

@@ -10,7 +10,6 @@ import os
 import evaluate_fid
 import train_fsdd
 import train_tokenizer
-from published import digits_classifier
 from support.command_line import parse, stop
 from support.distributed import all_gather, is_main, rank_and_world_size
 from support.files import load_checkpoint, read_json, write_json
@@ -18,7 +17,7 @@ from support.hardware import set_tf32
 from tokenizer import SetTokenizer
 
 FOLDER = "paper/cache"
-CLASSIFIER = digits_classifier.FILE  # one for all tables, in the folder of tokenizer.pt and fsdd.pt
+CLASSIFIER = "digits_classifier.pt"  # one for all tables, in the folder of tokenizer.pt and fsdd.pt
 NOT_THE_MODEL = {"recipe", "resume", "device", "workers", "out", "tokenizer", "tokens", "log_every",
                  "save_every", "picture_every"}  # settings that a trained model does not depend on
 

@@ -21,8 +21,9 @@ import evaluate_fid
 import sample
 from data.evaluation_inputs import Images
 from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
-from published import digits_classifier, inception
-from published.digits_classifier import DigitsClassifier, load_classifier
+from generation import generation_settings, load
+from published import classifier, inception
+from published.classifier import classifier_of, load_classifier
 from published.inception import resize
 from support.files import save_checkpoint
 from support.pictures import to_uint8
@@ -117,7 +118,7 @@ def evaluate(*arguments, folder):
 @torch.no_grad()
 def classify(digits, images):
     """Features (N, 128) and classes (N,) by the classifier of the fixture digits."""
-    net = DigitsClassifier()
+    net = classifier_of(few_digits("test", 1), "digits")
     assert load_classifier(net, digits / "digits_classifier.pt")
     features, logits = net(images)
     return features, logits.argmax(1)
@@ -136,11 +137,14 @@ def test_generated_digits(digits, small_digits, tmp_path, capsys):
     found = evaluate(*options, folder=tmp_path)
     assert "digits_fid: " in capsys.readouterr().out
     assert not {"fid", "precision", "recall", "inception_score"} & found.keys()
-    sample.main([*options, f"--out={tmp_path}/s.npz", "--device=cpu"])
-    with np.load(tmp_path / "s.npz") as file:
-        images, labels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(file["arr_1"])
+    train_set = few_digits("train", 600)
+    labels = train_set.labels.sort().values[::5]  # the classes in the shares that they have in the training set
+    args = evaluate_fid.parse(options)
+    denoiser, tokenizer, checkpoint = load(args.ckpt, torch.device("cpu"))
+    settings = generation_settings(checkpoint["generation"], args)
+    images = torch.cat([found[-1] for found in sample.generate_images(denoiser, tokenizer, labels, settings, args)])
     ours, classes = classify(digits, images)
-    theirs, _ = classify(digits, few_digits("train", 600).images)
+    theirs, _ = classify(digits, train_set.images)
     assert found["digits_fid"] == distance(ours, theirs) and found["reference"] == "the training digits"
     assert found["classified_as_label"] == pytest.approx((classes == labels).double().mean().item())
 
@@ -232,7 +236,7 @@ def test_a_checkpoint_as_the_reference(digits, small_digits, tmp_path, monkeypat
 def test_the_classifier_is_kept(small_digits, tmp_path, monkeypatch, capsys):
     """Broken: it would be trained in every run, a damaged file would end in a traceback, or its weights depend on
     chance."""
-    monkeypatch.setattr(digits_classifier, "EPOCHS", 1)
+    monkeypatch.setattr(classifier, "STEPS", 3)
     np.savez("few.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8))
     names = []  # with a hash of the weights
     for trained in (True, False, True):

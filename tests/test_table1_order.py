@@ -5,7 +5,7 @@ from PIL import Image
 
 from paper import table1_order
 from paper.inputs import open_tokenizer, read_options
-from published.digits_classifier import DigitsClassifier
+from published.classifier import Classifier
 from support.seeds import generator
 from tests.test_evaluate_fid import evaluate
 
@@ -65,7 +65,7 @@ def test_every_image_is_measured_by_one_rank(digits, small_digits, tmp_path, mon
     arguments = [f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/f.png", "--num=70"]
     args = read_options(table1_order.OPTIONS, "", "", arguments)
     tokenizer, dataset, _ = open_tokenizer(args.ckpt, None, CPU)
-    net = DigitsClassifier()
+    net = Classifier("digits", 1, 28, 10)
     net.load_state_dict(torch.load(digits / "digits_classifier.pt", weights_only=True)["weights"])
 
     def sums(rank, world_size):

@@ -10,12 +10,14 @@ from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
 from support.distributed import shard
 from support.seeds import generator
+from tests.conftest import pictures
 from tests.scripts import (assert_one_sentence, assert_ranks_train_alike, assert_same_training, crash, on_ranks,
                            run_here, send_sigterm, stop_and_resume, successful)
 from tests.test_convnext import random_convnext
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
         "--codebook_size=16", "--batch_size=7", "--device_batch=3", "--steps=8", "--warmup=3", "--reset_after=2",
+        "--shift=1",
         "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off", "--device=cpu"]
 
 
@@ -25,6 +27,20 @@ def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_pat
     successful(run_here(train_tokenizer.main, *TINY, folder=tmp_path))
     stop_and_resume(monkeypatch, train_tokenizer, TINY, tmp_path / "stopped.pt", [(5, send_sigterm, 5), (8, crash, 6)])
     assert_same_training(tmp_path / "tokenizer.pt", tmp_path / "stopped.pt")
+
+
+def test_shifted_and_recoloured_images():
+    """Fails if an image is not moved as a whole, leaves a gap at the edge, or a share of 0 recolours it."""
+    images = pictures(50, 8) / 255
+    uniform = torch.rand(50, 4)
+    moved = train_tokenizer.shifted(images, uniform[:, :2], 2)
+    for image, found, (down, right) in zip(images, moved, (uniform[:, :2] * 5).long()):  # 2 is the image itself
+        padded = torch.nn.functional.pad(image[None], (2, 2, 2, 2), mode="replicate")[0]
+        assert torch.equal(found, padded[:, down:down + 8, right:right + 8])
+    assert torch.equal(train_tokenizer.recoloured(images, uniform, 0.0), images)
+    swapped = train_tokenizer.recoloured(images, uniform, 1.0)
+    assert torch.equal(swapped.sort(1).values, images.sort(1).values)
+    assert 25 < (swapped != images).flatten(1).any(1).sum() < 50  # one order in six is the image's own
 
 
 def test_any_number_of_ranks_trains_alike(few_to_train_on, tmp_path):
@@ -102,7 +118,7 @@ def test_uniformity_falls_as_latents_spread():
 @pytest.mark.parametrize("arguments, words", [
     (["--width=15"], ["width 15 is not a multiple of heads 2"]),
     (["--patch_size=5"], ["image_size 28", "patch_size 5"]),
-    (["--image_size=32", "--patch_size=8"], ["28 pixels"]), (["--flip=true"], ["mirrored"]),
+    (["--image_size=32", "--patch_size=8"], ["28 pixels"]),
     (["--data=nowhere"], ["nowhere/train"]), (["--resume"], ["tokenizer.pt can't be read"]),
     (["--batch_size=70000"], ["batch_size 70000"]), (["--proxy_steps=2"], ["--vqgan"]),
 ])
