@@ -1,7 +1,7 @@
 """Stage 1: train the set tokenizer (Sec. 3.1, 4.1). Images -> tokenizer.pt
 
     python train_tokenizer.py                          the embedded digits
-    python train_tokenizer.py --recipe emoji           the embedded emoji; with --data FOLDER, small pictures of one's own
+    python train_tokenizer.py --recipe emoji           the embedded emoji, or small pictures (--data FOLDER)
     torchrun --nproc_per_node=8 train_tokenizer.py     eight processes, the same training
     python train_tokenizer.py --resume                 resume a run that was interrupted
 
@@ -11,7 +11,7 @@ Two phases, as in TiTok (arXiv 2406.07550), one after the other:
     pixels        encoder and codebook are frozen; the decoders learn the pixels: squared error, perceptual and
                   adversarial loss
 
-With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: digits and emoji.
+With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: digits, emoji.
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
 (test images above their reconstructions). On the digits: about 8 minutes on two CPU cores without
@@ -43,9 +43,9 @@ HYPERPARAMETERS = [
     ("data",             "digits", "emoji", "data/imagenet", "",            "digits, emoji, or a folder"),
     ("image_size",       28,       32,      256,            "[1, inf)",     "side of an image, pixels"),
     # the set
-    ("num_tokens",       32,       64,      128,            "[1, inf)",     "M, tokens in a set"),
-    ("codebook_size",    256,      1024,    4096,           "[1, inf)",     "C, codes in the codebook"),
-    ("code_dim",         3,        6,       12,             "[1, inf)",     "dimensions of a code"),
+    ("num_tokens",       32,       96,      128,            "[1, inf)",     "M, tokens in a set"),
+    ("codebook_size",    256,      2048,    4096,           "[1, inf)",     "C, codes in the codebook"),
+    ("code_dim",         3,        4,       12,             "[1, inf)",     "dimensions of a code"),
     # the two transformers
     ("patch_size",       7,        8,       16,             "[1, inf)",     "side of a patch, pixels"),
     ("width",            128,      128,     768,            "[1, inf)",     "width of encoder and decoder"),
@@ -74,7 +74,7 @@ HYPERPARAMETERS = [
     ("reset_after",      20,       20,      0,              "[0, inf)",     "steps until an unused code is reset"),
     ("reset_until",      0.8,      0.8,     0.8,            "[0, 1]",       "share of the training with such resets"),
     # optimization
-    ("steps",            3200,     3200,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
+    ("steps",            3200,     4000,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
     ("batch_size",       32,       32,      256,            "[1, inf)",     "images per step, over all processes"),
     ("device_batch",     32,       32,      32,             "[1, inf)",     "images that a process takes at once"),
     ("optimizer",        "muon",   "muon",  "adamw",        "adamw | muon", "muon: for the blocks' matrices"),
@@ -88,7 +88,6 @@ HYPERPARAMETERS = [
     ("ema",              0.99,     0.99,    0.999,          "[0, 1)",       "decay of the weights' moving average"),
     # images
     ("flip",             False,    True,    True,           "",             "mirror images at random"),
-    ("shift",            0,        2,       0,              "[0, inf)",     "move images by up to so many pixels"),
     ("recolour",         0.0,      0.5,     0.0,            "[0, 1]",       "share of images that swap channels"),
     # what is written
     ("out",              "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "", "the checkpoint"),
@@ -238,21 +237,9 @@ def prepare_batch(images, rows, step, device, cfg):
     random = generator(device, "step", cfg.seed, step)
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens, generator=random, device=device)[rows]
     unquantized = torch.rand(cfg.batch_size, generator=random, device=device)[rows] < cfg.unquantized
-    if cfg.shift:
-        images = shifted(images, torch.rand(cfg.batch_size, 2, generator=random, device=device)[rows], cfg.shift)
     if cfg.recolour:
         images = recoloured(images, torch.rand(cfg.batch_size, 4, generator=random, device=device)[rows], cfg.recolour)
     return images, shuffle, unquantized, random
-
-
-def shifted(images, uniform, most):
-    """Images (n, ch, H, H), each moved by up to most pixels down and right, or up and left; pixels at the edge are
-    repeated. uniform: (n, 2) in [0, 1), how far."""
-    H = images.shape[2]
-    pixels = torch.arange(H, device=images.device) + (uniform * (2 * most + 1)).long()[:, :, None] - most  # (n, 2, H)
-    y, x = pixels.clamp(0, H - 1).unbind(1)
-    image, channel = (torch.arange(k, device=images.device) for k in images.shape[:2])
-    return images[image[:, None, None, None], channel[:, None, None], y[:, None, :, None], x[:, None, None, :]]
 
 
 def recoloured(images, uniform, share):

@@ -17,7 +17,6 @@ from tests.test_convnext import random_convnext
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
         "--codebook_size=16", "--batch_size=7", "--device_batch=3", "--steps=8", "--warmup=3", "--reset_after=2",
-        "--shift=1",
         "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off", "--device=cpu"]
 
 
@@ -29,14 +28,9 @@ def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_pat
     assert_same_training(tmp_path / "tokenizer.pt", tmp_path / "stopped.pt")
 
 
-def test_shifted_and_recoloured_images():
-    """Fails if an image is not moved as a whole, leaves a gap at the edge, or a share of 0 recolours it."""
-    images = pictures(50, 8) / 255
-    uniform = torch.rand(50, 4)
-    moved = train_tokenizer.shifted(images, uniform[:, :2], 2)
-    for image, found, (down, right) in zip(images, moved, (uniform[:, :2] * 5).long()):  # 2 is the image itself
-        padded = torch.nn.functional.pad(image[None], (2, 2, 2, 2), mode="replicate")[0]
-        assert torch.equal(found, padded[:, down:down + 8, right:right + 8])
+def test_recoloured_images():
+    """Fails if a pixel gets another channel's value of another pixel, or a share of 0 recolours an image."""
+    images, uniform = pictures(50, 8) / 255, torch.rand(50, 4)
     assert torch.equal(train_tokenizer.recoloured(images, uniform, 0.0), images)
     swapped = train_tokenizer.recoloured(images, uniform, 1.0)
     assert torch.equal(swapped.sort(1).values, images.sort(1).values)
