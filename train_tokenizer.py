@@ -43,8 +43,8 @@ HYPERPARAMETERS = [
     ("data",             "digits", "emoji", "data/imagenet", "",            "digits, emoji, or a folder"),
     ("image_size",       28,       32,      256,            "[1, inf)",     "side of an image, pixels"),
     # the set
-    ("num_tokens",       32,       96,      128,            "[1, inf)",     "M, tokens in a set"),
-    ("codebook_size",    256,      2048,    4096,           "[1, inf)",     "C, codes in the codebook"),
+    ("num_tokens",       32,       64,      128,            "[1, inf)",     "M, tokens in a set"),
+    ("codebook_size",    256,      1024,    4096,           "[1, inf)",     "C, codes in the codebook"),
     ("code_dim",         3,        4,       12,             "[1, inf)",     "dimensions of a code"),
     # the two transformers
     ("patch_size",       7,        8,       16,             "[1, inf)",     "side of a patch, pixels"),
@@ -74,7 +74,7 @@ HYPERPARAMETERS = [
     ("reset_after",      20,       20,      0,              "[0, inf)",     "steps until an unused code is reset"),
     ("reset_until",      0.8,      0.8,     0.8,            "[0, 1]",       "share of the training with such resets"),
     # optimization
-    ("steps",            3200,     4000,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
+    ("steps",            3200,     3200,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
     ("batch_size",       32,       32,      256,            "[1, inf)",     "images per step, over all processes"),
     ("device_batch",     32,       32,      32,             "[1, inf)",     "images that a process takes at once"),
     ("optimizer",        "muon",   "muon",  "adamw",        "adamw | muon", "muon: for the blocks' matrices"),
