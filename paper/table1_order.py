@@ -15,7 +15,6 @@ from tqdm import tqdm
 import evaluate_fid
 import generation
 from data.loader import read_ahead
-from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, NUM, SEED, WORKERS, open_tokenizer, read_options
 from paper.reconstruct import COLUMNS, five_orders
 from published.classifier import Classifier
@@ -31,7 +30,7 @@ OPTIONS = [
     ("--ckpt", "tokenizer.pt", "", "checkpoint of train_tokenizer.py or import_released_weights"),
     (NUM, None, "[2, inf)", "validation images (all)"),
     ("--out", "figure4.png", "", "the picture of Fig. 4"),
-    ("--classifier", variants.CLASSIFIER, "", "the digits' classifier, trained where the file does not exist"),
+    ("--classifier", "", "", "file of the classifier of digits or emoji (in the checkpoint's folder)"),
     DATA, INCEPTION, WORKERS, SEED, DEVICE,
 ]
 
