@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=8 evaluate_fid.py --ckpt fsdd.pt --ref VIRTUAL_imagenet256_labeled.npz     as in the paper
 
 Features are those of Inception-v3 of 2015-12-05 (published/inception.py), as in all published FIDs; its weights are
-downloaded, or given by --inception. The embedded digits need no download: their distance is computed from the features
-of a small classifier (published/digits_classifier.py) and called "digits FID". The two are not comparable.
+downloaded, or given by --inception. The embedded digits and emoji need no download: their distance is computed from the
+features of a small classifier (published/classifier.py) and called "digits FID" or "emoji FID". These numbers are
+not comparable.
 """
 import os
 import sys
@@ -20,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 import sample
-from data import open_dataset
+from data import EMBEDDED, open_dataset
 from data.evaluation_inputs import Images, check_statistics, open_images
-from published import digits_classifier
+from published.classifier import open_classifier
 from published.inception import InceptionV3, load_inception
 from support.command_line import Parser, checked, stop
 from support.distributed import all_gather, all_reduce, chunks
@@ -33,7 +34,7 @@ from tokenizer import SetTokenizer
 
 # The options of generation, --batch, --seed, --device and --bf16 are those of sample.add_generation_options().
 NUM = 50000               # images that an fsdd checkpoint generates, spread evenly over the classes, as in the papers
-NUM_DIGITS = 2000         # the same for the digits
+NUM_EMBEDDED = 2000       # the same for digits and emoji; emoji have the training images' shares of classes
 NETWORK_BATCH = 50        # images in a forward pass of Inception: about 1 GiB
 SPLITS = 10               # parts of the images; the Inception Score is the mean over them
 NEIGHBOURS = 3            # k of precision and recall
@@ -86,15 +87,16 @@ def measure_and_compare(args, device, rank, world_size):
     results = compare(features, images, found, reference, against, device)
     if found and found.classified_as_label is not None:
         results |= {"classified_as_label": found.classified_as_label,
-                    "test_digits_classified_as_label": net.accuracy.item()}
+                    f"test_{data}_classified_as_label": net.accuracy.item()}
     return results, found
 
 
 def network(args, data, device, rank):
-    """The network whose features are compared: Inception-v3, or for the digits, without --inception, the classifier."""
-    if data == "digits" and not args.inception:
-        path = args.classifier or os.path.join(os.path.dirname(args.ckpt or ""), digits_classifier.FILE)
-        return digits_classifier.open_classifier(path, device, rank)
+    """The network whose features are compared: Inception-v3, or for embedded images, without --inception, their
+    classifier."""
+    if data in EMBEDDED and not args.inception:
+        path = args.classifier or os.path.join(os.path.dirname(args.ckpt or ""), f"{data}_classifier.pt")
+        return open_classifier(data, path, device, rank)
     try:  # rank 0 downloads the weights, the others then read the file
         net = load_inception(args.inception, progress=True) if rank == 0 else None
         all_gather(None)
@@ -110,14 +112,16 @@ def parse(argv):
     source.add_argument("--images", help="instead of --ckpt: a folder of images, or an .npz of images, arr_0 uint8 "
                         "(N, H, W, 3), or of their statistics, mu and sigma")
     parser.add_argument("--ref", default="", help="what to compare with: anything that --images takes, or a checkpoint "
-                        "(tokenizer.pt: the images themselves; the digits' fsdd.pt: the training digits)")
-    parser.add_argument("--data", help="digits, or a folder with train/ and val/ (what the checkpoint was trained on)")
+                        "(tokenizer.pt: the images themselves; fsdd.pt of digits or emoji: the training images)")
+    parser.add_argument("--data", help="digits, emoji, or a folder with train/ and val/ (what the checkpoint was "
+                        "trained on)")
     parser.add_argument("--num", "--num_images", type=checked(int, "[1, inf)"), help="images to generate "
-                        f"({NUM}, digits {NUM_DIGITS}) or to reconstruct (all); under torchrun write --num_images")
+                        f"({NUM}, digits and emoji {NUM_EMBEDDED}) or to reconstruct (all); under torchrun write "
+                        "--num_images")
     parser.add_argument("--image_size", type=checked(int, "[1, inf)"), help="crop images in folders, as ADM does")
     parser.add_argument("--inception", default="", help="file of Inception's weights (downloaded to torch's cache)")
-    parser.add_argument("--classifier", help="file of the digits' classifier, trained if it does not exist "
-                        f"({digits_classifier.FILE} in the checkpoint's folder)")
+    parser.add_argument("--classifier", help="file of the classifier of digits or emoji, trained if it does not exist "
+                        "(digits_classifier.pt or emoji_classifier.pt in the checkpoint's folder)")
     parser.add_argument("--save_stats", help="write mu and sigma of the measured images to this .npz, for --ref")
     parser.add_argument("--json", help="write the results to this file")
     sample.add_generation_options(parser)
@@ -138,7 +142,8 @@ def compare(features, images, found, reference, against, device):
     of which only statistics are known. Statistics from a file take precedence over those of the images in the same
     file, as with ADM's references.
     """
-    prefix = "digits_" if features.startswith("digits") else ""  # not to be confused with Inception's
+    data, classifier, _ = features.partition(" classifier ")
+    prefix = data + "_" if classifier else ""  # not to be confused with Inception's
     results = {"images": images.name} | ({"num_images": found.num} if found else {}) | {"features": features}
     if reference:
         results["reference"] = reference.name
@@ -168,15 +173,15 @@ def compare(features, images, found, reference, against, device):
 
 
 def open_inputs(args, device):
-    """(the Images to measure, the Images to compare with or None, the data: "digits", a folder or None)."""
+    """(the Images to measure, the Images to compare with or None, the data: a name, a folder or None)."""
     images, reference, data = open_source(args.ckpt or args.images, args, device)
     if images.read is None and args.save_stats:
         raise ValueError(f"{args.images} holds statistics already; --save_stats needs images")
     if args.ref:
         reference, _, trained_on = open_source(args.ref, args, device)
         data = data or trained_on
-    elif reference is None and data == "digits":
-        reference = training_digits()  # as ADM's statistics are of the training set
+    elif reference is None and data in EMBEDDED:
+        reference = training_images(data)  # as ADM's statistics are of the training set
     if not (reference or args.save_stats):
         raise ValueError(f"there is nothing to compare {images.name} with; {NEEDS}")
     for source in filter(None, (images, reference)):  # before any is generated
@@ -185,9 +190,10 @@ def open_inputs(args, device):
     return images, reference, data
 
 
-def training_digits():
-    digits = open_dataset("digits", "train", 28)
-    return Images("the training digits", len(digits), lambda part: digits.images[part])
+def training_images(data):
+    """The training images of an embedded data set."""
+    dataset = open_dataset(data, "train", None)
+    return Images(f"the training {data}", len(dataset), lambda part: dataset.images[part])
 
 
 def open_source(path, args, device):
@@ -205,7 +211,12 @@ def generated(path, checkpoint, args, data, device):
     """Images generated by a checkpoint of train_fsdd.py, the same for any number of ranks."""
     denoiser, tokenizer = sample.models(checkpoint, device)
     names = checkpoint["class_names"]
-    labels = sample.choose_labels(None, args.num or (NUM_DIGITS if data == "digits" else NUM), names, len(names))
+    num = args.num or (NUM_EMBEDDED if data in EMBEDDED else NUM)
+    if data == "emoji":  # whose classes differ in size
+        labels = open_dataset(data, "train", None).labels.sort().values
+        labels = labels[torch.arange(num) * len(labels) // num]
+    else:
+        labels = sample.choose_labels(None, num, names, len(names))
     refine = sample.make_sampler(sample.generation_settings(checkpoint["generation"], args))
 
     def read(part):  # measure() reads slices of args.batch images, the chunks that sample.py generates
@@ -235,8 +246,8 @@ def open_tokenizer(path, checkpoint, data, device, model_class=SetTokenizer):
     model_class: the class of this kind of checkpoint (paper/layouts.py has others).
     """
     if data is None:
-        raise ValueError(f"{path} does not say what it was trained on; give the images as --data: digits, or a folder "
-                         "that holds train/ and val/")
+        raise ValueError(f"{path} does not say what it was trained on; give the images as --data: digits, emoji, or a "
+                         "folder that holds train/ and val/")
     tokenizer = sample.load_tokenizer(checkpoint, device, model_class)
     dataset = open_dataset(data, "test", tokenizer.image_size)
     if dataset.channels != tokenizer.channels:

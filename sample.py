@@ -20,7 +20,7 @@ from tqdm import tqdm
 import fsdd
 import masked
 from beyond import SparseDenoiser, flip_times, refine_by_exchange
-from data import open_dataset
+from data import EMBEDDED, open_dataset
 from data.evaluation_inputs import save_npz
 from data.image_folder import as_text, read_image
 from dual_transform import counts_to_tokens, tokens_to_counts
@@ -41,15 +41,15 @@ NOISES = {  # the modules that draw X_1 and X_t, by the prior
 }
 DENOISERS = {"dense": fsdd.Denoiser, "sparse": SparseDenoiser}
 GENERATION = [  # settings of generation. A checkpoint keeps the column of its recipe, or of its noise if that is masked
-    # name        digits     imagenet256    masked     exchange    allowed                       meaning
-    ("sampler",   "paper",   "paper",       "masked",  "exchange", "paper | exchange | masked",  "see SAMPLERS"),
-    ("steps",     50,        25,            16,        12,         "[1, inf)",                   "from noise to data"),
-    ("times",     "middle",  "even",        "even",    "middle",   "even | middle",              "when the steps are"),
-    ("guidance",  "4,6,6",   "4,50,55",     "2.5",     "1,6,12",   "",                           "weight, or thirds"),
-    ("top_p",     1.0,       0.8,           1.0,       1.0,        "(0, 1]",                     "keep likely counts"),
-    ("top_k",     2,         0,             0,         0,          "[0, inf)",                   "keep k, 0 = all"),
+    # name       digits    emoji    imagenet256  masked    exchange    allowed                      meaning
+    ("sampler",  "paper",  "paper", "paper",     "masked", "exchange", "paper | exchange | masked", "see SAMPLERS"),
+    ("steps",    36,       50,      25,          16,       12,         "[1, inf)",               "from noise to data"),
+    ("times",    "middle", "even",  "even",      "even",   "middle",   "even | middle",          "when the steps are"),
+    ("guidance", "4,6,6",  "4,6,6", "4,50,55",   "2.5",    "1,6,12",   "",                       "weight, or thirds"),
+    ("top_p",    1.0,      1.0,     0.8,         1.0,      1.0,        "(0, 1]",                 "keep likely counts"),
+    ("top_k",    2,        2,       0,           0,        0,          "[0, inf)",               "keep k, 0 = all"),
 ]
-COLUMNS = ("digits", "imagenet256", "masked", "exchange")
+COLUMNS = ("digits", "emoji", "imagenet256", "masked", "exchange")
 
 
 def main(argv=None):
@@ -62,11 +62,11 @@ def main(argv=None):
         labels = choose_labels(args.labels, args.num, class_names, at_most)
         settings = generation_settings(checkpoint["generation"], args)
         refine = make_sampler(settings)
-        side = max(labels.bincount().max(), len(labels.unique())) * max(56, tokenizer.image_size)  # see grid()
+        side = max(labels.bincount().max(), len(labels.unique())) * max(64, tokenizer.image_size)  # see grid()
         if args.out.endswith(".gif") and side > 60000:
             raise ValueError(f"a .gif has at most 65535 pixels a side, these images fill {side}; give fewer, or a .png")
         if args.like:
-            if not (args.labels or args.like.startswith("digits:") or settings.get("null_class", True)):
+            if not (args.labels or args.like.partition(":")[0] in EMBEDDED or settings.get("null_class", True)):
                 raise ValueError("--like FILE needs --labels, as this denoiser was trained without a null class")
             if rank == 0:
                 draw_like(denoiser, tokenizer, labels if args.labels else None, settings["prior"], refine, args)
@@ -121,7 +121,7 @@ def draw_like(denoiser, tokenizer, labels, prior, refine, args):
     for each number in args.keep of tokens that are kept; the other tokens are drawn. With the paper's noise, generation
     starts from the kept tokens and may change them.
 
-    labels (n,): the classes of the 10 images in a row; None: the digit's own, or for a file the null class.
+    labels (n,): the classes of the 10 images in a row; None: the test image's own, or for a file the null class.
     """
     device, M = denoiser.code_embedding.device, tokenizer.num_tokens
     image, own = open_like(args.like, tokenizer)  # (1, ch, H, W) uint8
@@ -148,19 +148,20 @@ def draw_like(denoiser, tokenizer, labels, prior, refine, args):
 
 
 def open_like(name, tokenizer):
-    """An image file, or a test digit such as digits:17 -> (1, ch, H, W) uint8, and the digit's label or None."""
+    """An image file, or a test image such as digits:17 or emoji:17 -> (1, ch, H, W) uint8, and its label or None."""
     size, channels = tokenizer.image_size, tokenizer.channels
-    if not name.startswith("digits:"):
+    data, _, number = name.partition(":")
+    if data not in EMBEDDED:
         pixels = read_image(name, size, channels)
         if channels == 1 and pixels.mean() > 127:
             print(f"{name} is dark on light; it is inverted, as the digits are light on dark")
             pixels = 255 - pixels
         return torch.from_numpy(pixels).permute(2, 0, 1)[None], None
-    digits, number = open_dataset("digits", "test", size), name.removeprefix("digits:")
-    if channels != 1 or not number.isdigit() or int(number) >= len(digits):
-        raise ValueError("--like must be an image file, or for a model of digits digits:0 to "
-                         f"digits:{len(digits) - 1}, got {name}")
-    return digits.images[int(number)][None], digits.labels[int(number)].item()
+    dataset = open_dataset(data, "test", size)
+    if channels != dataset.channels or not number.isdigit() or int(number) >= len(dataset):
+        raise ValueError(f"--like must be an image file, or for a model of {data} {data}:0 to "
+                         f"{data}:{len(dataset) - 1}, got {name}")
+    return dataset.images[int(number)][None], dataset.labels[int(number)].item()
 
 
 def parse(argv):
@@ -168,8 +169,8 @@ def parse(argv):
     parser.add_argument("--ckpt", default=default_checkpoint(), help="checkpoint of train_fsdd.py (%(default)s)")
     parser.add_argument("--out", default="samples.png", help=".png: a labelled grid, .npz: ADM's sample batch, arr_0 "
                         "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
-    parser.add_argument("--like", help="an image file, or a test digit such as digits:17: draw images that share "
-                        "tokens with it, a row for each number of tokens that are kept")
+    parser.add_argument("--like", help="an image file, or a test image such as digits:17 or emoji:17: draw images "
+                        "that share tokens with it, a row for each number of tokens that are kept")
     parser.add_argument("--keep", type=checked(int, "[0, inf)"), nargs="+",
                         help="for --like: how many tokens to keep (3/4, 1/2, 1/4 and none)")
     parser.add_argument("--labels", help="class numbers or names, such as 3 or 0,1,cat (all; for pictures at most ten)")

@@ -8,7 +8,7 @@
       -> pixel head:   every position becomes its patch of pixels, or a code of MaskGIT-VQGAN,
                        whose decoder turns the map of codes into the image                             (B, ch, H, W)
 
-The digits and ImageNet 256 x 256 use the same class; only the sizes differ (see train_tokenizer.py).
+Digits, emoji and ImageNet 256 x 256 use the same class; only the sizes differ (see train_tokenizer.py).
 """
 import torch
 import torch.nn.functional as F
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
 
 
 class PatchPixels(nn.Module):
-    """Pixel head of the digits: a linear map from patch positions to pixels, (B, P, width) -> (B, ch, H, W)."""
+    """Pixel head of digits and emoji: a linear map from patch positions to pixels, (B, P, width) -> (B, ch, H, W)."""
 
     def __init__(self, side, channels, patch_size, width):
         super().__init__()

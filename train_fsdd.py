@@ -36,44 +36,45 @@ from support.training import (Signals, check_training, diverged, keep_previous, 
 
 MODELS = {  # width, layers, heads of the denoiser
     "digits": (96, 2, 3),
+    "emoji": (96, 3, 3),
     "S": (384, 12, 6),   # 36.0 million parameters with the paper's C = 4096, M = 128
     "B": (768, 12, 12),  # 136.7 million
 }
 HYPERPARAMETERS = [
-    # name               digits          imagenet256      allowed               meaning
-    ("tokenizer",        "tokenizer.pt", "tokenizer.pt",  "",                   "checkpoint of stage 1"),
-    ("data",             "digits",       "data/imagenet", "",                   "digits, or a folder (train/, val/)"),
-    ("flip",             False,          True,            "",                   "learn from mirrored images too"),
+    # name               digits    emoji    imagenet256    allowed             meaning
+    ("tokenizer",        "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "",   "checkpoint of stage 1"),
+    ("data",             "digits", "emoji", "data/imagenet", "",               "digits, emoji, or a folder"),
+    ("flip",             False,    False,   True,          "",                 "learn from mirrored images too"),
     # denoiser
-    ("model",            "digits",       "S",             "digits | S | B",     "size of the denoiser, see MODELS"),
-    ("width",            0,              0,               "[0, inf)",           "its width, 0 = the model's"),
-    ("layers",           0,              0,               "[0, inf)",           "its blocks, 0 = the model's"),
-    ("heads",            0,              0,               "[0, inf)",           "its attention heads, 0 = the model's"),
-    ("unused_rows",      False,          True,            "",                   "C + 1 rows in the count embedding"),
-    ("gelu",             "exact",        "tanh",          "exact | tanh",       "tanh (DiT), exact: faster on CPUs"),
-    ("label_drop",       0.1,            0.1,             "[0, 1]",             "share of labels that are dropped"),
-    ("noise",            "multinomial",  "multinomial",   "multinomial | distinct | masked", "X_1; masked: masked.py"),
+    ("model",            "digits", "emoji", "S",           "digits | emoji | S | B", "size of the denoiser (MODELS)"),
+    ("width",            0,        0,       0,             "[0, inf)",         "its width, 0 = the model's"),
+    ("layers",           0,        0,       0,             "[0, inf)",         "its blocks, 0 = the model's"),
+    ("heads",            0,        0,       0,             "[0, inf)",         "its attention heads, 0 = the model's"),
+    ("unused_rows",      False,    False,   True,          "",                 "C + 1 rows in the count embedding"),
+    ("gelu",             "exact",  "exact", "tanh",        "exact | tanh",     "tanh (DiT), exact: faster on CPUs"),
+    ("label_drop",       0.1,      0.1,     0.1,           "[0, 1]",           "share of labels that are dropped"),
+    ("noise",            *["multinomial"] * 3, "multinomial | distinct | masked", "X_1; masked: masked.py"),
     # not in the paper, see beyond.py
-    ("training_times",   "flips",        "uniform",       "uniform | flips",    "t; masked: always uniform"),
-    ("code_start",       "codebook",     "zeros",         "zeros | codebook",   "start of the code embedding"),
-    ("denoiser",         "sparse",       "dense",         "dense | sparse",     "codes attend to codes, or tokens"),
-    ("loss_codes",       2,              3,               "[2, inf)",           "sparse: times M codes in the loss"),
+    ("training_times",   "flips",  "flips", "uniform",     "uniform | flips",  "t; masked: always uniform"),
+    ("code_start",       "codebook", "codebook", "zeros",  "zeros | codebook", "start of the code embedding"),
+    ("denoiser",         "sparse", "sparse", "dense",      "dense | sparse",   "codes attend to codes, or tokens"),
+    ("loss_codes",       2,        3,       3,             "[2, inf)",         "sparse: times M codes in the loss"),
     # optimization
-    ("steps",            3600,           1000000,         "[1, inf)",           "optimizer steps"),
-    ("batch_size",       64,             256,             "[1, inf)",           "images per step, over all processes"),
-    ("device_batch",     64,             32,              "[1, inf)",           "images that a process takes at once"),
-    ("optimizer",        "muon",         "adamw",         "adamw | muon",       "muon: for the blocks' matrices"),
-    ("lr",               8e-3,           1e-4,            "(0, inf)",           "peak learning rate of adamw"),
-    ("muon_lr",          5e-3,           1e-3,            "(0, inf)",           "peak learning rate of muon"),
-    ("lr_end",           0.01,           1.0,             "[0, 1]",             "final learning rate / peak (cosine)"),
-    ("warmup",           50,             0,               "[0, inf)",           "steps of linear warm-up"),
-    ("beta2",            0.99,           0.999,           "[0, 1)",             "second beta of adamw"),
-    ("weight_decay",     0.01,           0.01,            "[0, inf)",           "on all weights (the release)"),
-    ("clip",             1.0,            0.0,             "[0, inf)",           "largest gradient norm, 0 = any"),
-    ("ema",              0.99,           0.9999,          "[0, 1)",             "decay of the weights' average"),
+    ("steps",            3600,     4000,    1000000,       "[1, inf)",         "optimizer steps"),
+    ("batch_size",       64,       64,      256,           "[1, inf)",         "images per step, over all processes"),
+    ("device_batch",     64,       64,      32,            "[1, inf)",         "images that a process takes at once"),
+    ("optimizer",        "muon",   "muon",  "adamw",       "adamw | muon",     "muon: for the blocks' matrices"),
+    ("lr",               8e-3,     8e-3,    1e-4,          "(0, inf)",         "peak learning rate of adamw"),
+    ("muon_lr",          5e-3,     5e-3,    1e-3,          "(0, inf)",         "peak learning rate of muon"),
+    ("lr_end",           0.01,     0.01,    1.0,           "[0, 1]",           "final learning rate / peak (cosine)"),
+    ("warmup",           50,       50,      0,             "[0, inf)",         "steps of linear warm-up"),
+    ("beta2",            0.99,     0.99,    0.999,         "[0, 1)",           "second beta of adamw"),
+    ("weight_decay",     0.01,     0.01,    0.01,          "[0, inf)",         "on all weights (the release)"),
+    ("clip",             1.0,      1.0,     0.0,           "[0, inf)",         "largest gradient norm, 0 = any"),
+    ("ema",              0.99,     0.99,    0.9999,        "[0, 1)",           "decay of the weights' average"),
     # what is written
-    ("out",              "fsdd.pt",      "fsdd.pt",       "",                   "the checkpoint"),
-    ("tokens",           "tokens.npy",   "tokens.npy",    "",                   "the encoded training set"),
+    ("out",              "fsdd.pt", "fsdd.pt", "fsdd.pt",  "",                 "the checkpoint"),
+    ("tokens",           "tokens.npy", "tokens.npy", "tokens.npy", "",         "the encoded training set"),
     *HARDWARE,
 ]
 COLUMNS = ["step", "loss", "lr"]  # of the log
@@ -117,8 +118,6 @@ def prepare(stage1, device, cfg):
     check_token_file(cfg.tokens, C)
     codebook_size = C + 1 if cfg.noise == "masked" else C  # with the mask code
     NOISES[cfg.noise].sample_noise(1, codebook_size, M, cfg.noise)  # raises ValueError for distinct codes and M > C
-    if cfg.flip and cfg.data == "digits":
-        raise ValueError("the digits are not mirrored, got --flip true")
     generation = default_settings("masked" if cfg.noise == "masked" else cfg.recipe, cfg.noise)
     if cfg.label_drop == 0:  # guidance would need the null class, which is not trained
         generation |= {"guidance": "1", "null_class": False}

@@ -1,6 +1,7 @@
 """Stage 1: train the set tokenizer (Sec. 3.1, 4.1). Images -> tokenizer.pt
 
     python train_tokenizer.py                          the embedded digits
+    python train_tokenizer.py --recipe emoji           the embedded emoji, or small pictures (--data FOLDER)
     torchrun --nproc_per_node=8 train_tokenizer.py     eight processes, the same training
     python train_tokenizer.py --resume                 resume a run that was interrupted
 
@@ -10,7 +11,7 @@ Two phases, as in TiTok (arXiv 2406.07550), one after the other:
     pixels        encoder and codebook are frozen; the decoders learn the pixels: squared error, perceptual and
                   adversarial loss
 
-With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: the digits.
+With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: digits, emoji.
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
 (test images above their reconstructions). On the digits: about 8 minutes on two CPU cores without
@@ -38,56 +39,58 @@ from support.training import (Signals, check_training, diverged, keep_previous, 
 from tokenizer import SetTokenizer
 
 HYPERPARAMETERS = [
-    # name               digits          imagenet256      allowed           meaning
-    ("data",             "digits",       "data/imagenet", "",               "digits, or a folder with train/ and val/"),
-    ("image_size",       28,             256,             "[1, inf)",       "side of an image, pixels"),
+    # name               digits    emoji    imagenet256     allowed         meaning
+    ("data",             "digits", "emoji", "data/imagenet", "",            "digits, emoji, or a folder"),
+    ("image_size",       28,       32,      256,            "[1, inf)",     "side of an image, pixels"),
     # the set
-    ("num_tokens",       32,             128,             "[1, inf)",       "M, tokens in a set"),
-    ("codebook_size",    256,            4096,            "[1, inf)",       "C, codes in the codebook"),
-    ("code_dim",         3,              12,              "[1, inf)",       "dimensions of a code"),
+    ("num_tokens",       32,       64,      128,            "[1, inf)",     "M, tokens in a set"),
+    ("codebook_size",    256,      1024,    4096,           "[1, inf)",     "C, codes in the codebook"),
+    ("code_dim",         3,        4,       12,             "[1, inf)",     "dimensions of a code"),
     # the two transformers
-    ("patch_size",       7,              16,              "[1, inf)",       "side of a patch, pixels"),
-    ("width",            128,            768,             "[1, inf)",       "width of encoder and decoder"),
-    ("heads",            4,              12,              "[1, inf)",       "attention heads"),
-    ("encoder_layers",   2,              12,              "[1, inf)",       "blocks of the encoder"),
-    ("decoder_layers",   3,              12,              "[1, inf)",       "blocks of the decoder"),
+    ("patch_size",       7,        8,       16,             "[1, inf)",     "side of a patch, pixels"),
+    ("width",            128,      128,     768,            "[1, inf)",     "width of encoder and decoder"),
+    ("heads",            4,        4,       12,             "[1, inf)",     "attention heads"),
+    ("encoder_layers",   2,        2,       12,             "[1, inf)",     "blocks of the encoder"),
+    ("decoder_layers",   3,        3,       12,             "[1, inf)",     "blocks of the decoder"),
     # published networks, files in PyTorch's format; "" = none
-    ("vqgan",            "",             "maskgit-vqgan-imagenet-f16-256.bin", "", "MaskGIT-VQGAN"),
-    ("convnext",         "",             "convnext_small-0c510722.pth", "", "torchvision's ConvNeXt-S"),
+    ("vqgan",            "",       "",      "maskgit-vqgan-imagenet-f16-256.bin", "", "MaskGIT-VQGAN"),
+    ("convnext",         "",       "",      "convnext_small-0c510722.pth", "", "torchvision's ConvNeXt-S"),
     # phase 1, proxy codes: cross-entropy, and the losses of the set
-    ("proxy_steps",      0,              500000,          "[0, inf)",       "steps of this phase, 0 = no such phase"),
-    ("proxy_warmup",     0,              10000,           "[0, inf)",       "steps of linear warm-up"),
-    ("proxy_beta2",      0.99,           0.99,            "[0, 1)",         "second beta of adamw"),
+    ("proxy_steps",      0,        0,       500000,         "[0, inf)",     "steps of this phase, 0 = no such phase"),
+    ("proxy_warmup",     0,        0,       10000,          "[0, inf)",     "steps of linear warm-up"),
+    ("proxy_beta2",      0.99,     0.99,    0.99,           "[0, 1)",       "second beta of adamw"),
     # phase 2, pixels: squared error, perceptual, adversarial, and, without a phase 1, the losses of the set
-    ("squared",          1.0,            0.25,            "[0, inf)",       "weight of the squared error of pixels"),
-    ("perceptual",       0.0,            0.1,             "[0, inf)",       "weight of the perceptual loss"),
-    ("adversarial",      0.0,            0.01,            "[0, inf)",       "weight of the adversarial loss"),
-    ("adversarial_from", 0,              20000,           "[0, inf)",       "step of this phase at which it comes in"),
-    ("discriminator",    128,            128,             "[32, inf)",      "width of the discriminator's first layer"),
-    ("lecam",            0.001,          0.001,           "[0, inf)",       "weight of the LeCam regularization"),
-    ("lecam_ema",        0.999,          0.999,           "[0, 1)",         "decay of the moving averages it needs"),
+    ("squared",          1.0,      1.0,     0.25,           "[0, inf)",     "weight of the squared error of pixels"),
+    ("perceptual",       0.0,      0.0,     0.1,            "[0, inf)",     "weight of the perceptual loss"),
+    ("adversarial",      0.0,      0.0,     0.01,           "[0, inf)",     "weight of the adversarial loss"),
+    ("adversarial_from", 0,        0,       20000,          "[0, inf)",     "step of this phase at which it comes in"),
+    ("discriminator",    128,      128,     128,            "[32, inf)",    "width of the discriminator's first layer"),
+    ("lecam",            0.001,    0.001,   0.001,          "[0, inf)",     "weight of the LeCam regularization"),
+    ("lecam_ema",        0.999,    0.999,   0.999,          "[0, 1)",       "decay of the moving averages it needs"),
     # the set's own losses
-    ("commitment",       0.25,           0.25,            "[0, inf)",       "weight of the commitment loss"),
-    ("uniformity",       0.1,            0.0,             "[0, inf)",       "weight of uniformity(), not in the paper"),
-    ("unquantized",      0.5,            0.0,             "[0, 1]",         "share of images that skip the quantizer"),
-    ("reset_after",      20,             0,               "[0, inf)",       "steps until an unused code is reset"),
-    ("reset_until",      0.8,            0.8,             "[0, 1]",         "share of the training with such resets"),
+    ("commitment",       0.25,     0.25,    0.25,           "[0, inf)",     "weight of the commitment loss"),
+    ("uniformity",       0.1,      0.1,     0.0,            "[0, inf)",     "weight of uniformity(), not the paper's"),
+    ("unquantized",      0.5,      0.5,     0.0,            "[0, 1]",       "share of images that skip the quantizer"),
+    ("reset_after",      20,       20,      0,              "[0, inf)",     "steps until an unused code is reset"),
+    ("reset_until",      0.8,      0.8,     0.8,            "[0, 1]",       "share of the training with such resets"),
     # optimization
-    ("steps",            3200,           1000000,         "[1, inf)",       "optimizer steps, of both phases"),
-    ("batch_size",       32,             256,             "[1, inf)",       "images per step, over all processes"),
-    ("device_batch",     32,             32,              "[1, inf)",       "images that a process takes at once"),
-    ("optimizer",        "muon",         "adamw",         "adamw | muon",   "muon: for the blocks' matrices"),
-    ("lr",               2e-3,           1e-4,            "(0, inf)",       "peak learning rate of adamw"),
-    ("muon_lr",          5e-3,           1e-3,            "(0, inf)",       "peak learning rate of muon"),
-    ("lr_end",           0.01,           0.1,             "[0, 1]",         "final learning rate of a phase / peak"),
-    ("warmup",           50,             5000,            "[0, inf)",       "steps of linear warm-up (phase 2)"),
-    ("beta2",            0.99,           0.999,           "[0, 1)",         "second beta of adamw (phase 2)"),
-    ("weight_decay",     1e-4,           1e-4,            "[0, inf)",       "on matrices only"),
-    ("clip",             1.0,            1.0,             "[0, inf)",       "largest norm of the gradient, 0 = any"),
-    ("ema",              0.99,           0.999,           "[0, 1)",         "decay of the weights' moving average"),
-    ("flip",             False,          True,            "",               "mirror images at random"),
+    ("steps",            3200,     3200,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
+    ("batch_size",       32,       32,      256,            "[1, inf)",     "images per step, over all processes"),
+    ("device_batch",     32,       32,      32,             "[1, inf)",     "images that a process takes at once"),
+    ("optimizer",        "muon",   "muon",  "adamw",        "adamw | muon", "muon: for the blocks' matrices"),
+    ("lr",               2e-3,     2e-3,    1e-4,           "(0, inf)",     "peak learning rate of adamw"),
+    ("muon_lr",          5e-3,     5e-3,    1e-3,           "(0, inf)",     "peak learning rate of muon"),
+    ("lr_end",           0.01,     0.01,    0.1,            "[0, 1]",       "final learning rate of a phase / peak"),
+    ("warmup",           50,       50,      5000,           "[0, inf)",     "steps of linear warm-up (phase 2)"),
+    ("beta2",            0.99,     0.99,    0.999,          "[0, 1)",       "second beta of adamw (phase 2)"),
+    ("weight_decay",     1e-4,     1e-4,    1e-4,           "[0, inf)",     "on matrices only"),
+    ("clip",             1.0,      1.0,     1.0,            "[0, inf)",     "largest norm of the gradient, 0 = any"),
+    ("ema",              0.99,     0.99,    0.999,          "[0, 1)",       "decay of the weights' moving average"),
+    # images
+    ("flip",             False,    True,    True,           "",             "mirror images at random"),
+    ("recolour",         0.0,      0.5,     0.0,            "[0, 1]",       "share of images that swap channels"),
     # what is written
-    ("out",              "tokenizer.pt", "tokenizer.pt",  "",               "the checkpoint"),
+    ("out",              "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "", "the checkpoint"),
     *HARDWARE,
 ]
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
@@ -235,7 +238,16 @@ def prepare_batch(images, rows, step, device, cfg):
     random = generator(device, "step", cfg.seed, step)
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens, generator=random, device=device)[rows]
     unquantized = torch.rand(cfg.batch_size, generator=random, device=device)[rows] < cfg.unquantized
+    if cfg.recolour:
+        images = recoloured(images, torch.rand(cfg.batch_size, 4, generator=random, device=device)[rows], cfg.recolour)
     return images, shuffle, unquantized, random
+
+
+def recoloured(images, uniform, share):
+    """Images (n, ch, H, H), a share of them with their channels in random order. uniform: (n, 4) in [0, 1), decides."""
+    ch = images.shape[1]
+    order = torch.where(uniform[:, :1] < share, uniform[:, 1:1 + ch].argsort(1), torch.arange(ch, device=images.device))
+    return images.gather(1, order[:, :, None, None].expand_as(images))
 
 
 def report(log, progress, done, means, in_use, lr):

@@ -15,7 +15,7 @@ from support.distributed import chunks
 from support.files import check_outputs, load_checkpoint
 
 # Rows of OPTIONS, see read_options()
-DATA = ("--data", None, "", "digits, or a folder with train/ and val/ (what the checkpoint was trained on)")
+DATA = ("--data", None, "", "digits, emoji, or a folder with train/ and val/ (what the checkpoint was trained on)")
 INCEPTION = ("--inception", None, "", "file of Inception's weights (downloaded to torch's cache)")
 WORKERS = ("--workers", 0, "[0, inf)", "processes that read images")
 SEED = ("--seed", 0, "[0, inf)", "another seed gives other random numbers")

@@ -13,7 +13,6 @@ import torch
 
 import evaluate_fid
 import sample
-from paper import variants
 from paper.inputs import DATA, DEVICE, INCEPTION, SEED, WORKERS, open_tokenizer, read_batches, read_options
 from paper.reconstruct import COLUMNS, five_orders
 from published.inception import InceptionV3
@@ -25,7 +24,7 @@ from support.training import run
 OPTIONS = [
     ("--ckpt", "tokenizer.pt", "", "checkpoint of train_tokenizer.py or import_released_weights"),
     ("--num", None, "[2, inf)", "validation images (all)"),
-    ("--classifier", variants.CLASSIFIER, "", "the digits' classifier, trained where the file does not exist"),
+    ("--classifier", "", "", "file of the classifier of digits or emoji (in the checkpoint's folder)"),
     DATA, INCEPTION, WORKERS, SEED, DEVICE,
 ]
 

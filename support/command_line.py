@@ -7,20 +7,20 @@ from types import SimpleNamespace
 from support.distributed import is_main
 from support.files import check_outputs, load_checkpoint
 
-RECIPES = ("digits", "imagenet256")  # the columns of the tables HYPERPARAMETERS; a new column needs its name here
+RECIPES = ("digits", "emoji", "imagenet256")  # the columns of the tables HYPERPARAMETERS, which need them all
 MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "workers",
               "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
               "log_every", "save_every", "picture_every")  # settings that can change with --resume
 HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
-    # name               digits          imagenet256      allowed           meaning
-    ("seed",             0,              0,               "[0, inf)",       "all random numbers depend on it"),
-    ("device",           "auto",         "auto",          "",               "auto, cpu, cuda"),
-    ("bf16",             "auto",         "auto",          "auto | on | off", "bfloat16; auto: where it is fast"),
-    ("compile",          False,          True,            "",               "torch.compile"),
-    ("workers",          0,              8,               "[0, inf)",       "processes of each rank that read images"),
-    ("log_every",        20,             100,             "[1, inf)",       "steps between lines of the log"),
-    ("save_every",       500,            5000,            "[1, inf)",       "steps between checkpoints"),
-    ("picture_every",    1000,           5000,            "[0, inf)",       "steps between pictures, 0 = none"),
+    # name               digits    emoji    imagenet256     allowed           meaning
+    ("seed",             0,        0,       0,              "[0, inf)",       "all random numbers depend on it"),
+    ("device",           "auto",   "auto",  "auto",         "",               "auto, cpu, cuda"),
+    ("bf16",             "auto",   "auto",  "auto",         "auto | on | off", "bfloat16; auto: where it is fast"),
+    ("compile",          False,    False,   True,           "",               "torch.compile"),
+    ("workers",          0,        0,       8,              "[0, inf)",       "processes of a rank that read images"),
+    ("log_every",        20,       20,      100,            "[1, inf)",       "steps between lines of the log"),
+    ("save_every",       500,      500,     5000,           "[1, inf)",       "steps between checkpoints"),
+    ("picture_every",    1000,     1000,    5000,           "[0, inf)",       "steps between pictures, 0 = none"),
 ]
 
 

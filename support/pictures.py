@@ -17,7 +17,7 @@ def grid(images, columns, row_labels=None, column_labels=None):
     column_labels: a text above each column."""
     N, _, H, W = images.shape
     rows = -(-N // columns)
-    scale = max(1, 56 // H)  # digits would be tiny
+    scale = max(1, 64 // H)  # digits and emoji would be tiny
     margin = 0 if row_labels is None else 12 + max(7 * len(text) for text in row_labels)
     top = 0 if column_labels is None else 18
     page = Image.new("RGB", (margin + columns * W * scale, top + rows * H * scale), "white")

@@ -11,7 +11,7 @@ import evaluate_fid
 import sample
 from data import open_dataset
 from fsdd import Denoiser
-from published import digits_classifier
+from published import classifier
 from published.inception import InceptionV3
 from support.files import save_checkpoint
 from tokenizer import SetTokenizer
@@ -61,7 +61,7 @@ def digits(tmp_path_factory):
     save_checkpoint(stage1 | {"kind": "fsdd", "denoiser": "dense", "model_config": model_config,
                               "weights": denoiser.state_dict(), "tokenizer": stage1, "generation": generation},
                     folder / "fsdd.pt")
-    net = digits_classifier.train_classifier(few_digits("train", 1000))
+    net = classifier.train_classifier(few_digits("train", 1000), "digits", steps=20)
     save_checkpoint({"kind": "digits classifier", "weights": net.state_dict()}, folder / "digits_classifier.pt")
     sample.main(["--ckpt", str(folder / "fsdd.pt"), "--num=150", "--seed=9", f"--out={folder}/generated.npz",
                  "--device=cpu"])
@@ -85,7 +85,7 @@ def all_digits(split):
 def small_digits(monkeypatch):
     """evaluate_fid.py has 600 training and 400 test digits."""
     number = {"train": 600, "test": 400}
-    for module in (evaluate_fid, digits_classifier):
+    for module in (evaluate_fid, classifier):
         monkeypatch.setattr(module, "open_dataset", lambda data, split, size: few_digits(split, number[split]))
 
 

@@ -26,7 +26,7 @@ def read(path):
 
 
 def package(path):
-    """data/digits.py -> data, fsdd.py -> fsdd"""
+    """data/loader.py -> data, fsdd.py -> fsdd"""
     return path.split("/")[0].removesuffix(".py")
 
 

@@ -8,10 +8,10 @@ from support.command_line import checked, parse
 from support.files import NEEDED, check_outputs, save_checkpoint
 
 TABLE = [
-    ("steps", 10, 1000, "[1, inf)", "steps"), ("lr", 1e-3, 1e-4, "(0, inf)", "rate in %"),
-    ("flip", False, True, "", "mirror"), ("ema", 0.9, 0.9, "[0, 1)", "decay"), ("noise", True, True, "", "switch"),
-    ("bf16", "auto", "auto", "auto | on | off", "bfloat16"), ("data", "digits", "imagenet", "", "images"),
-    ("out", "a.pt", "a.pt", "", "checkpoint"),
+    ("steps", 10, 20, 1000, "[1, inf)", "steps"), ("lr", 1e-3, 1e-3, 1e-4, "(0, inf)", "rate in %"),
+    ("flip", False, True, True, "", "mirror"), ("ema", 0.9, 0.9, 0.9, "[0, 1)", "decay"),
+    ("noise", True, True, True, "", "switch"), ("bf16", "auto", "auto", "auto", "auto | on | off", "bfloat16"),
+    ("data", "digits", "emoji", "imagenet", "", "images"), ("out", "a.pt", "a.pt", "a.pt", "", "checkpoint"),
 ]
 
 
@@ -29,7 +29,7 @@ def test_recipe_chooses_the_column(tmp_path, capsys):
     cfg = settings()
     assert (cfg.recipe, cfg.steps, cfg.flip) == ("imagenet256", 1000, True)
     assert "recipe imagenet256: data/imagenet/train exists" in capsys.readouterr().out
-    assert settings("--recipe", "digits").steps == 10
+    assert [settings("--recipe", recipe).steps for recipe in ("digits", "emoji")] == [10, 20]
 
 
 def test_values_have_the_types_of_the_table():
@@ -84,7 +84,8 @@ def test_help_names_every_option(capsys):
         settings("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0 and "what it does" in text and all("--" + row[0] in text for row in TABLE)
-    assert "rate in % (digits: 0.001, imagenet256: 0.0001)" in text and "bfloat16 {auto | on | off}" in text
+    assert "rate in % (digits: 0.001, emoji: 0.001, imagenet256: 0.0001)" in text
+    assert "bfloat16 {auto | on | off}" in text
 
 
 def test_resume_takes_the_settings_of_the_checkpoint(capsys):
@@ -142,6 +143,6 @@ def test_intervals(interval, inside, outside):
 @pytest.mark.parametrize("module", ["train_tokenizer", "train_fsdd"])
 def test_defaults_are_allowed(module):
     """Broken: a script would refuse its own default when it is given."""
-    for name, digits, imagenet256, allowed, _ in importlib.import_module(module).HYPERPARAMETERS:
-        for value in (digits, imagenet256):
-            assert checked(type(digits), allowed)(str(value)) == value, name
+    for name, *values, allowed, _ in importlib.import_module(module).HYPERPARAMETERS:
+        for value in values:
+            assert checked(type(values[0]), allowed)(str(value)) == value, name

@@ -19,10 +19,11 @@ from PIL import Image
 
 import evaluate_fid
 import sample
+from data import open_dataset
 from data.evaluation_inputs import Images
 from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
-from published import digits_classifier, inception
-from published.digits_classifier import DigitsClassifier
+from published import classifier, inception
+from published.classifier import classifier_of
 from published.inception import resize
 from support.files import load_checkpoint, save_checkpoint
 from support.pictures import to_uint8
@@ -117,7 +118,7 @@ def evaluate(*arguments, folder):
 @torch.no_grad()
 def classify(digits, images):
     """Features (N, 128) and classes (N,) by the classifier of the fixture digits."""
-    net = DigitsClassifier()
+    net = classifier_of(few_digits("test", 1), "digits")
     net.load_state_dict(load_checkpoint(digits / "digits_classifier.pt", "", "digits classifier")["weights"])
     features, logits = net(images)
     return features, logits.argmax(1)
@@ -143,6 +144,15 @@ def test_generated_digits(digits, small_digits, tmp_path, capsys):
     theirs, _ = classify(digits, few_digits("train", 600).images)
     assert found["digits_fid"] == distance(ours, theirs) and found["reference"] == "the training digits"
     assert found["classified_as_label"] == pytest.approx((classes == labels).double().mean().item())
+
+
+def test_classes_of_generated_emoji(digits):
+    """Fails if emoji, whose classes differ in size, are generated with other shares of classes than they have in the
+    training set that they are compared with."""
+    checkpoint, args = load_checkpoint(digits / "fsdd.pt", "", "fsdd"), evaluate_fid.parse(["--ckpt=fsdd.pt"])
+    images = evaluate_fid.generated("fsdd.pt", checkpoint, args, "emoji", torch.device("cpu"))
+    shares = open_dataset("emoji", "train", 32).labels.bincount() / 4006
+    assert images.num == 2000 and (images.labels.bincount() / 2000 - shares).abs().max() < 1 / 2000
 
 
 def test_reconstructed_digits(digits, small_digits, tmp_path):
@@ -231,7 +241,7 @@ def test_a_checkpoint_as_the_reference(digits, small_digits, tmp_path, monkeypat
 
 def test_the_classifier_is_kept(small_digits, tmp_path, monkeypatch, capsys):
     """Fails if it is trained in every run, or its weights depend on chance."""
-    monkeypatch.setattr(digits_classifier, "EPOCHS", 1)
+    monkeypatch.setattr(classifier, "STEPS", 3)
     np.savez("few.npz", arr_0=np.zeros((2, 28, 28, 1), np.uint8))
     names = []  # with a hash of the weights
     for trained in (True, False, True):
@@ -248,7 +258,7 @@ def test_a_classifier_replaces_no_other_file(digits, tmp_path):
     for content in (b"no checkpoint", (digits / "tokenizer.pt").read_bytes()):
         (tmp_path / "other.pt").write_bytes(content)
         with pytest.raises(SystemExit, match="^error: other.pt [^\n]*--classifier names another one$"):
-            digits_classifier.open_classifier("other.pt", torch.device("cpu"), 0)
+            classifier.open_classifier("digits", "other.pt", torch.device("cpu"), 0)
         assert (tmp_path / "other.pt").read_bytes() == content
 
 

@@ -78,7 +78,7 @@ def test_the_whole_training(whole):
     assert torch.load(whole / "fsdd.pt", weights_only=True)["denoiser"] == "dense"
     successful(run_here(sample.main, "--ckpt=fsdd.pt", "--num=20", "--out=samples.png", folder=whole))
     with Image.open(whole / "samples.png") as picture:
-        assert picture.mode == "RGB" and picture.height == 5 * 32 and len(picture.getcolors(2 ** 16)) > 50
+        assert picture.mode == "RGB" and picture.height == 5 * 64 and len(picture.getcolors(2 ** 16)) > 50
 
 
 @pytest.mark.parametrize("stops", [

@@ -266,7 +266,7 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, checkpoint, tmp_
     image = (starts[-1][0]).unique(dim=0)  # all six tokens, in any order
     assert len(image) == 1 and (starts[-2][0].minimum(image).sum(1) >= 5).all()
     with Image.open(tmp_path / "samples.png") as page:
-        assert page.size[1] == 3 * 56
+        assert page.size[1] == 3 * 64
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -139,7 +139,6 @@ def test_mistakes_get_one_sentence(arguments, words, stage1, tmp_path):
     ({}, [], "no folder nowhere"),  # what is checked next
     ({"codebook_size": 2 ** 16 + 1}, [], "up to 65535, the tokenizer has 65537"),
     ({"codebook_size": 3}, ["--noise=distinct"], "'distinct' needs num_tokens <= codebook_size, got 4 > 3"),
-    ({}, ["--data=digits", "--flip=true"], "the digits are not mirrored"),
     ({"channels": 3}, ["--data=digits"], "images of digits have 1 channels, those of tokenizer.pt 3"),
 ])
 def test_settings_are_checked_before_images_are_read(sizes, arguments, words):
