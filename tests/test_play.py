@@ -156,7 +156,8 @@ def test_the_page_has_the_models_sizes_and_loads_nothing(server):
 def test_the_page_in_a_browser(tmp_path):
     """Fails if drawing, changing, adjusting or generating a set goes wrong in Chromium, the page does not fit a phone,
     or play.py writes a file or does not end by Ctrl-C. Screenshots are kept in the test's folder."""
-    webdriver = pytest.importorskip("selenium.webdriver")
+    pytest.importorskip("selenium.webdriver.support.wait")
+    from selenium import webdriver
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs Debian's packages chromium and chromium-driver")
     empty = tmp_path / "empty"
@@ -189,12 +190,17 @@ def play_with(browser, webdriver, folder):
     def shows(name, text):
         wait(lambda _: text in browser.find_element("id", name).text)
 
-    wait(lambda _: js("return tokens.length") == 32)
-    of_test_digit, pixels = js("return tokens"), "return [...image]"
+    def settled(_):
+        return js("return tokens.length == 32 && tokens.every(j => effects[j])")
+
+    wait(settled)
+    pixels = "return [...image]"
+    of_test_digit = js(pixels)
+    js("effects = {}")
     pad = browser.find_element("id", "pad")
     mouse = webdriver.ActionChains(browser, duration=50).move_to_element_with_offset(pad, 5, -70)
     mouse.click_and_hold().move_by_offset(-5, 70).move_by_offset(-5, 70).release().perform()  # a one
-    wait(lambda _: js("return tokens") != of_test_digit and len(js("return Object.keys(effects)")) > 0)
+    wait(lambda _: settled(_) and js(pixels) != of_test_digit)
     shows("sum_text", "sum to 32 = M")
     order, image = js("return tokens"), js(pixels)
     assert max(image) > 0.6
