@@ -6,9 +6,9 @@
 The page is play.html. Only the page itself, on this machine, is answered, and nothing is written. Ctrl-C ends it.
 """
 import base64
-import contextlib
 import json
 import webbrowser
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from support.command_line import Parser, checked
 from support.seeds import generator
 from support.training import run
 
-MAX_BODY = 2 ** 22  # bytes of a request
+CALLS = ("test", "encode", "decode", "adjust", "generate")  # the methods of Model that the page can call
+MAX_BODY = 2 ** 20  # bytes of a request
 # The page loads nothing from elsewhere, and no other site can show it in a frame.
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "connect-src 'self'; frame-ancestors 'none'")
@@ -36,56 +37,52 @@ def main(argv=None):
     parser.add_argument("--no_browser", action="store_true", help="only print the page's address")
     args = parser.parse_args(argv)
     server = make_server(args.ckpt, args.port)
-    address = f"http://127.0.0.1:{server.server_port}/"
-    print(f"{args.ckpt}: {address} (Ctrl-C ends it)", flush=True)
+    print(f"{args.ckpt}: http://{server.host}/ (Ctrl-C ends it)", flush=True)
     if not args.no_browser:
-        webbrowser.open(address)
-    with contextlib.suppress(KeyboardInterrupt):
+        webbrowser.open(f"http://{server.host}/")
+    with suppress(KeyboardInterrupt):
         server.serve_forever()
 
 
 def make_server(ckpt, port=0):
     """A server for a checkpoint of train_fsdd.py; serve_forever() starts it. OSError if the port is taken."""
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.calls = Calls(ckpt, "cuda" if torch.cuda.is_available() else "cpu")
+    server.host = f"127.0.0.1:{server.server_port}"
+    server.model = Model(ckpt, "cuda" if torch.cuda.is_available() else "cpu")
     return server
 
 
-class Calls:
-    """What the page asks for. A call takes a request and yields the lines of its answer, all of them dicts."""
+class Model:
+    """What the page can ask for. A call takes a dict, the request, and yields one or more dicts."""
 
     def __init__(self, ckpt, device):
         self.denoiser, self.tokenizer, checkpoint = load(ckpt, torch.device(device))
-        self.settings, self.device, tokenizer = checkpoint["generation"], device, self.tokenizer
-        self.prior = self.settings["prior"]
-        self.noise = NOISES[self.prior]
-        self.M, self.C, self.codes = tokenizer.num_tokens, tokenizer.codebook_size, self.denoiser.codebook_size
-        self.masked = self.codes > self.C  # the denoiser has one more code than the tokenizer, the mask code
-        data = checkpoint.get("config", {}).get("data", "")
-        try:
-            self.tests = open_dataset(data, "test", tokenizer.image_size)
-        except ValueError:  # the model was trained on a folder that is not here
-            self.tests = []
-        self.facts = {"ckpt": ckpt, "size": tokenizer.image_size, "channels": tokenizer.channels, "M": self.M,
-                      "C": self.C, "masked": self.masked, "digits": data == "digits", "tests": len(self.tests),
-                      "classes": checkpoint["class_names"], "steps": self.settings["steps"],
-                      "guidance": self.settings["guidance"]}  # for the page
+        self.settings, self.device = checkpoint["generation"], device
+        self.noise = NOISES[self.settings["prior"]]
+        self.M, self.C = self.tokenizer.num_tokens, self.tokenizer.codebook_size
+        self.codes = self.denoiser.codebook_size  # C, or C + 1 with the mask code
+        self.tests, data = [], checkpoint.get("config", {}).get("data", "")
+        with suppress(ValueError):  # the model was trained on a folder that is not here
+            self.tests = open_dataset(data, "test", self.tokenizer.image_size)
+        self.facts = {"ckpt": ckpt, "size": self.tokenizer.image_size, "channels": self.tokenizer.channels,
+                      "M": self.M, "C": self.C, "masked": self.codes > self.C, "digits": data == "digits",
+                      "tests": len(self.tests), "classes": checkpoint["class_names"], **self.settings}  # for the page
+
+    def test(self, request):
+        """number, of a test image -> the image."""
+        images, _ = self.tests.__getitems__([(request["number"], 0)])  # (1, ch, H, W) uint8
+        yield {"image": pack(images / 127.5 - 1)}
 
     def encode(self, request):
-        """test, the number of a test image, or pixels, (H, W, ch) bytes in base64 -> the tokens, and both images."""
+        """pixels, (H, W, ch) in [0, 255] as one list -> the tokens in ascending order."""
         size, channels = self.tokenizer.image_size, self.tokenizer.channels
-        if "test" in request:
-            images, _ = self.tests.__getitems__([(request["test"], 0)])  # (1, ch, H, W) uint8
-        else:
-            pixels = torch.frombuffer(bytearray(base64.b64decode(request["pixels"])), dtype=torch.uint8)
-            images = pixels.view(1, size, size, channels).permute(0, 3, 1, 2)
-        images = images.to(self.device) / 127.5 - 1
-        tokens = self.tokenizer.encode(images)  # (1, M)
-        yield {"tokens": tokens[0].tolist(), "original": pack(images), "image": pack(self.tokenizer.decode(tokens))}
+        pixels = torch.tensor(request["pixels"], device=self.device).view(1, size, size, channels)
+        tokens = self.tokenizer.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # (1, M)
+        yield {"tokens": tokens[0].sort().values.tolist()}
 
     def decode(self, request):
-        """sets, lists of equally many codes -> an image of each."""
-        yield {"images": pack(self.tokenizer.decode(torch.tensor(request["sets"], device=self.device).long()))}
+        """tokens, any number of them -> the image."""
+        yield {"image": pack(self.tokenizer.decode(self.tokens(request)))}
 
     @torch.no_grad()
     def adjust(self, request):
@@ -94,34 +91,32 @@ class Calls:
         The denoiser reads states that sum to M. So it gets M of the tokens if there are more; if there are fewer, noise
         stands for the missing ones. The probabilities are the mean over 16 such states.
         """
-        tokens = torch.tensor(request["tokens"], device=self.device).long()  # (n,)
-        n, M, random = len(tokens), self.M, generator(self.device, "adjust", 0)
-        kept = tokens[torch.rand(16, n, generator=random, device=self.device).argsort(1)[:, :M]]  # (16, n or M)
-        noise = self.noise.sample_noise(16, self.codes, M - kept.shape[1], self.prior, random, self.device)
+        tokens, random = self.tokens(request), generator(self.device, "adjust", 0)
+        n, M = tokens.shape[1], self.M
+        order = torch.rand(16, n, generator=random, device=self.device).argsort(1)
+        state = tokens_to_counts(tokens[0, order[:, :M]], self.codes)  # (16, codes)
+        state += self.noise.sample_noise(16, self.codes, max(M - n, 0), self.settings["prior"], random, self.device)
         share = torch.full((16,), abs(M - n) / max(M, n), device=self.device)
-        t = share if self.masked else flip_times(share)
         labels = torch.full((16,), self.denoiser.num_classes, device=self.device)
-        state = tokens_to_counts(kept, self.codes) + noise  # (16, codes), every row sums to M
-        p = self.denoiser(state, t, labels).softmax(2)  # (16, codes, M + 1)
-        log_p = p.mean(0, keepdim=True)[:, :self.C].log()
-        x = tokens_to_counts(tokens[None], self.C)
-        x = greedy_adjust(x, lambda k: log_p.gather(2, k[:, :, None])[:, :, 0], M)
-        yield {"tokens": counts_to_tokens(x)[0].tolist()}
+        p = self.denoiser(state, share if self.codes > self.C else flip_times(share), labels).softmax(2)
+        log_p = p.mean(0, keepdim=True)[:, :self.C].log()  # (1, C, M + 1)
+        counts = tokens_to_counts(tokens, self.C)
+        counts = greedy_adjust(counts, lambda k: log_p.gather(2, k[:, :, None])[:, :, 0], M)
+        yield {"tokens": counts_to_tokens(counts)[0].tolist()}
 
     def generate(self, request):
-        """label, steps, guidance, seed, t in [0, 1], tokens -> a line for every state: its time, counts and image.
+        """label, steps, guidance, seed, t in [0, 1], tokens -> for every state its time, counts and image.
 
         Generation starts at time t between the tokens (0), of which there must be M then, and noise (1).
         """
         steps, t = int(request["steps"]), float(request["t"])
         refine = make_sampler(self.settings | {"steps": steps, "guidance": request["guidance"]})
         random = generator(self.device, "play", int(request["seed"]))
-        x = self.noise.sample_noise(1, self.codes, self.M, self.prior, random, self.device)  # X_1
+        x = self.noise.sample_noise(1, self.codes, self.M, self.settings["prior"], random, self.device)  # X_1
         if t < 1:
-            tokens = torch.tensor([request["tokens"]], device=self.device)
-            if tokens.shape[1] != self.M:
-                raise ValueError(f"to start from the set, it must have {self.M} tokens, not {tokens.shape[1]}")
-            x0 = tokens_to_counts(tokens, self.codes)
+            x0 = tokens_to_counts(self.tokens(request), self.codes)
+            if x0.sum() != self.M:
+                raise ValueError(f"to start from the set, it must have {self.M} tokens, not {x0.sum()}")
             uniform = torch.rand(x.shape, generator=random, device=self.device)
             x = self.noise.forward_process(x0, x, torch.tensor([t], device=self.device), uniform)  # X_t
         times = [t] + [s for s in sampling_times(steps, self.settings["times"]) if s < t]
@@ -130,44 +125,47 @@ class Calls:
             image = self.tokenizer.decode(counts_to_tokens(x[:, :self.C]))
             yield {"t": t, "states": len(times), "counts": x[0].tolist(), "image": pack(image)}
 
+    def tokens(self, request):
+        return torch.tensor([request["tokens"]], dtype=torch.int64, device=self.device)  # (1, n)
+
 
 def pack(images):
-    """Images in [-1, 1] -> their numbers as float32, in base64."""
+    """Images (1, ch, H, W) in [-1, 1] -> their numbers as float32, in base64."""
     return base64.b64encode(images.float().cpu().contiguous().numpy().tobytes()).decode()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET /: the page. POST /CALL: a call, whose lines are sent as they come."""
+    """GET /: the page. POST /CALL: a call of Model, a line of JSON for each dict, sent when it is there.
+
+    Another site in the browser could send requests here. But its Origin is another one, and if it has given its own
+    name to the address 127.0.0.1, so is Host.
+    """
 
     def do_GET(self):
-        if self.path == "/" and self.is_own():
-            page = Path(__file__).with_name("play.html").read_text(encoding="utf-8")
-            facts = json.dumps(self.server.calls.facts).replace("<", "\\u003c")  # no name ends the script
-            self.answer(200, "text/html", page.replace("const model = {}", f"const model = {facts}"))
-        else:
-            self.answer(400, "text/plain", "there is nothing here but the page")
+        if self.path != "/" or self.headers["Host"] != self.server.host:
+            return self.answer(400, "text/plain", f"the page is at http://{self.server.host}/")
+        facts = json.dumps(self.server.model.facts).replace("<", "\\u003c")  # no name ends the script
+        page = Path(__file__).with_name("play.html").read_text(encoding="utf-8")
+        self.answer(200, "text/html", page.replace("const model = {}", f"const model = {facts}"))
 
     def do_POST(self):
         try:
-            if not self.is_own() or self.headers["Origin"] != f"http://{self.headers['Host']}":
+            host = self.server.host
+            if self.headers["Host"] != host or self.headers["Origin"] != f"http://{host}":
                 raise ValueError("only the page itself may ask")
             if not 0 <= (length := int(self.headers["Content-Length"])) <= MAX_BODY:
                 raise ValueError(f"requests have at most {MAX_BODY} bytes")
-            calls = self.server.calls
-            calls = {"/" + call.__name__: call for call in (calls.encode, calls.decode, calls.adjust, calls.generate)}
-            lines = map(json.dumps, calls[self.path](json.loads(self.rfile.read(length))))
+            if self.path[1:] not in CALLS:
+                raise ValueError("there is no such call")
+            call, request = getattr(self.server.model, self.path[1:]), json.loads(self.rfile.read(length))
+            lines = (json.dumps(answer) + "\n" for answer in call(request))
             first = next(lines)
         except Exception as problem:  # a bad request can fail anywhere
-            self.answer(400, "text/plain", f"{self.path} can't be answered: {problem}".splitlines()[0])
-            return
-        with contextlib.suppress(ConnectionError):  # the page may not wait for the rest
-            self.answer(200, "application/x-ndjson", first + "\n")
+            return self.answer(400, "text/plain", f"{self.path} can't be answered: {problem}".splitlines()[0])
+        with suppress(ConnectionError):  # the page may not wait for the rest
+            self.answer(200, "application/x-ndjson", first)
             for line in lines:
-                self.wfile.write(line.encode() + b"\n")
-
-    def is_own(self):
-        """Whether the address in the browser is this server's. Another name that leads here may be another site's."""
-        return self.headers["Host"] in [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+                self.wfile.write(line.encode())
 
     def answer(self, status, kind, text):
         self.send_response(status)

@@ -92,6 +92,16 @@ def test_signals_are_recorded_and_a_late_second_one_ends(monkeypatch):
     assert [signal.getsignal(number) for number in training.SIGNALS] == before
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_signals_that_end_jobs_are_recorded(name):
+    """Fails if a signal by which a cluster announces the end of a job ends the training unsaved."""
+    number = signal.Signals[name]
+    with Signals() as signals:
+        assert signal.getsignal(number) == signals.record
+        signal.raise_signal(number)
+        assert signals.received() == number
+
+
 def test_a_signal_to_one_rank_stops_all():
     """Broken: the other ranks would wait forever for the gradient of the rank that has stopped."""
     def receive():
