@@ -19,7 +19,7 @@ from tokenizer import SetTokenizer
 GENERATION = [
     # name               digits    emoji    imagenet256   allowed                meaning
     ("sampler",          "reveal", "paper", "paper",      "paper | exchange | reveal", "Eq. 9-10, or beyond.py's"),
-    ("sample_steps",     16,       50,      25,           "[1, inf)",            "steps from noise to data"),
+    ("sample_steps",     16,       25,      25,           "[1, inf)",            "steps from noise to data"),
     ("guidance",         "2.5",    "4,8,8", "4,50,55",    "",                    "one weight, thirds A,B,C, ramp A:B"),
     ("top_p",            1.0,      1.0,     0.8,          "(0, 1]",              "keep the most probable counts"),
     ("top_k",            0,        2,       0,            "[0, inf)",            "keep so many counts, 0 = all"),

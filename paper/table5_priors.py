@@ -76,9 +76,9 @@ HYPERPARAMETERS = [
     # name               digits    emoji    imagenet256     allowed     meaning
     ("ckpt",             *["tokenizer.pt"] * 3,             "",         "checkpoint of train_tokenizer.py"),
     ("methods",          *[",".join(METHODS)] * 3,          "",         "which, separated by commas"),
-    ("seeds",            3,        3,       1,              "[1, inf)", "trainings of every method with its best setting"),
+    ("seeds",            3,        3,       1,              "[1, inf)", "trainings of a method with its best setting"),
     ("search_lr",        True,     True,    False,          "",         "search the learning rate; else it is --lr"),
-    ("search_steps",     470,      470,     1000000,        "[1, inf)", "steps of trainings that search learning rates"),
+    ("search_steps",     470,      470,     1000000,        "[1, inf)", "steps of trainings that search the rate"),
     ("num_search",       500,      500,     10000,          "[2, inf)", "samples that measure a setting in the search"),
     ("num_images",       1000,     1000,    50000,          "[2, inf)", "samples of the table"),
     ("batch",            250,      250,     100,            "[1, inf)", "samples at once"),
