@@ -213,7 +213,7 @@ def generated(path, checkpoint, args, data, device):
     names = checkpoint["class_names"]
     num = args.num or (NUM_EMBEDDED if data in EMBEDDED else NUM)
     if data == "emoji":  # whose classes differ in size
-        labels = open_dataset(data, "train", None).labels.sort().values
+        labels = open_dataset(data, "train", tokenizer.image_size).labels.sort().values
         labels = labels[torch.arange(num) * len(labels) // num]
     else:
         labels = sample.choose_labels(None, num, names, len(names))

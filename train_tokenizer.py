@@ -74,7 +74,7 @@ HYPERPARAMETERS = [
     ("reset_after",      20,       20,      0,              "[0, inf)",     "steps until an unused code is reset"),
     ("reset_until",      0.8,      0.8,     0.8,            "[0, 1]",       "share of the training with such resets"),
     # optimization
-    ("steps",            3200,     3200,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
+    ("steps",            3200,     4500,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
     ("batch_size",       32,       32,      256,            "[1, inf)",     "images per step, over all processes"),
     ("device_batch",     32,       32,      32,             "[1, inf)",     "images that a process takes at once"),
     ("optimizer",        "muon",   "muon",  "adamw",        "adamw | muon", "muon: for the blocks' matrices"),
@@ -88,7 +88,7 @@ HYPERPARAMETERS = [
     ("ema",              0.99,     0.99,    0.999,          "[0, 1)",       "decay of the weights' moving average"),
     # images
     ("flip",             False,    True,    True,           "",             "mirror images at random"),
-    ("recolour",         0.0,      0.5,     0.0,            "[0, 1]",       "share of images that swap channels"),
+    ("recolour",         0.0,      0.25,    0.0,            "[0, 1]",       "share of images that swap channels"),
     # what is written
     ("out",              "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "", "the checkpoint"),
     *HARDWARE,

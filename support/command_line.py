@@ -20,7 +20,7 @@ HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run 
     ("workers",          0,        0,       8,              "[0, inf)",       "processes of a rank that read images"),
     ("log_every",        20,       20,      100,            "[1, inf)",       "steps between lines of the log"),
     ("save_every",       500,      500,     5000,           "[1, inf)",       "steps between checkpoints"),
-    ("picture_every",    1000,     1000,    5000,           "[0, inf)",       "steps between pictures, 0 = none"),
+    ("picture_every",    1000,     5000,    5000,           "[0, inf)",       "steps between pictures, 0 = none"),
 ]
 
 

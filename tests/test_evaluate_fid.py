@@ -146,10 +146,13 @@ def test_generated_digits(digits, small_digits, tmp_path, capsys):
     assert found["classified_as_label"] == pytest.approx((classes == labels).double().mean().item())
 
 
-def test_classes_of_generated_emoji(digits):
+def test_classes_of_generated_emoji(digits, monkeypatch):
     """Fails if emoji, whose classes differ in size, are generated with other shares of classes than they have in the
-    training set that they are compared with."""
+    training set that they are compared with, or by a model of other images."""
     checkpoint, args = load_checkpoint(digits / "fsdd.pt", "", "fsdd"), evaluate_fid.parse(["--ckpt=fsdd.pt"])
+    with pytest.raises(ValueError, match="emoji are 32 pixels wide, got image_size 28"):
+        evaluate_fid.generated("fsdd.pt", checkpoint, args, "emoji", torch.device("cpu"))
+    monkeypatch.setattr(sample, "models", lambda *_: (None, SimpleNamespace(image_size=32)))
     images = evaluate_fid.generated("fsdd.pt", checkpoint, args, "emoji", torch.device("cpu"))
     shares = open_dataset("emoji", "train", 32).labels.bincount() / 4006
     assert images.num == 2000 and (images.labels.bincount() / 2000 - shares).abs().max() < 1 / 2000
