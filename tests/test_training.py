@@ -43,8 +43,8 @@ def test_a_script_ends_with_one_sentence(error, code):
 def test_compiling_without_a_compiler_ends_with_one_sentence():
     """Fails if --compile true without g++ ends in the traceback of torch.compile."""
     script = ("import torch; from support.training import run\n"
-              "run(lambda: torch.compile(torch.nn.Linear(4, 4))(torch.zeros(2, 4)))")
-    variables = os.environ | {"PYTHONPATH": ROOT, "CXX": "none", "TORCHINDUCTOR_CACHE_DIR": "cache"}
+              "run(lambda: torch.compile(lambda x: (2 * x).sum())(torch.zeros(9)))")
+    variables = os.environ | {"PYTHONPATH": ROOT, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": "cache"}
     finished = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True)
     assert_one_sentence(finished, "error: torch.compile failed", "g++", "--compile false")
 
