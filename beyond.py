@@ -148,7 +148,7 @@ def sparse_loss(denoiser, batch, num_codes):
 # changes of other codes. In the limit of small steps this exchanges tokens as often as independent codes would change.
 #
 # With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4), samples in 100 steps differ from the data by a total
-# variation of 0.168 with the paper's step, 0.218 with the posterior and Algorithm 1, and 0.049 with exchange. Samples
+# variation of 0.168 with the paper's step, 0.218 with the posterior and Algorithm 1, and 0.043 with exchange. Samples
 # of the data itself differ by 0.017 (pytest --slow -rP tests/test_beyond.py -k oracle).
 
 
