@@ -25,7 +25,7 @@ from data import EMBEDDED, open_dataset
 from data.evaluation_inputs import Images, check_statistics, open_images
 from published.classifier import open_classifier
 from published.inception import InceptionV3, load_inception
-from support.command_line import Parser, checked, stop
+from support.command_line import Parser, parse_as, stop
 from support.distributed import all_gather, all_reduce, chunks
 from support.files import atomic_open, check_outputs, load_checkpoint, write_json
 from support.hardware import init_distributed
@@ -115,10 +115,10 @@ def parse(argv):
                         "(tokenizer.pt: the images themselves; fsdd.pt of digits or emoji: the training images)")
     parser.add_argument("--data", help="digits, emoji, or a folder with train/ and val/ (what the checkpoint was "
                         "trained on)")
-    parser.add_argument("--num", "--num_images", type=checked(int, "[1, inf)"), help="images to generate "
+    parser.add_argument("--num", "--num_images", type=parse_as(int, "[1, inf)"), help="images to generate "
                         f"({NUM}, digits and emoji {NUM_EMBEDDED}) or to reconstruct (all); under torchrun write "
                         "--num_images")
-    parser.add_argument("--image_size", type=checked(int, "[1, inf)"), help="crop images in folders, as ADM does")
+    parser.add_argument("--image_size", type=parse_as(int, "[1, inf)"), help="crop images in folders, as ADM does")
     parser.add_argument("--inception", default="", help="file of Inception's weights (downloaded to torch's cache)")
     parser.add_argument("--classifier", help="file of the classifier of digits or emoji, trained if it does not exist "
                         "(digits_classifier.pt or emoji_classifier.pt in the checkpoint's folder)")

@@ -19,7 +19,7 @@ from data import open_dataset
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import greedy_adjust, sampling_times
 from sample import NOISES, default_checkpoint, load, make_sampler
-from support.command_line import Parser, checked
+from support.command_line import Parser, parse_as
 from support.seeds import generator
 from support.training import run
 
@@ -33,7 +33,7 @@ POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 def main(argv=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--ckpt", default=default_checkpoint(), help="checkpoint of train_fsdd.py (%(default)s)")
-    parser.add_argument("--port", type=checked(int, "[0, 65536)"), default=0, help="on 127.0.0.1; 0: a free one (0)")
+    parser.add_argument("--port", type=parse_as(int, "[0, 65536)"), default=0, help="on 127.0.0.1; 0: a free one (0)")
     parser.add_argument("--no_browser", action="store_true", help="only print the page's address")
     args = parser.parse_args(argv)
     server = make_server(args.ckpt, args.port)

@@ -24,7 +24,7 @@ from data import EMBEDDED, open_dataset
 from data.evaluation_inputs import save_npz
 from data.image_folder import as_text, read_image
 from dual_transform import counts_to_tokens, tokens_to_counts
-from support.command_line import Parser, checked, listed, stop
+from support.command_line import Parser, list_first, parse_as, stop
 from support.distributed import all_gather, chunks, rank_and_world_size
 from support.files import check_outputs, load_checkpoint
 from support.hardware import autocast, init_distributed
@@ -74,7 +74,7 @@ def main(argv=None):
     except ValueError as problem:
         stop(str(problem))
     if rank == 0:
-        shown = listed([f"{label} ({class_names[label]})" for label in labels.unique_consecutive()], 10)
+        shown = list_first([f"{label} ({class_names[label]})" for label in labels.unique_consecutive()], 10)
         print(f"generating {len(labels)} images of the classes {shown}:",
               ", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     began = time.monotonic()
@@ -171,10 +171,10 @@ def parse(argv):
                         "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
     parser.add_argument("--like", help="an image file, or a test image such as digits:17 or emoji:17: draw images "
                         "that share tokens with it, a row for each number of tokens that are kept")
-    parser.add_argument("--keep", type=checked(int, "[0, inf)"), nargs="+",
+    parser.add_argument("--keep", type=parse_as(int, "[0, inf)"), nargs="+",
                         help="for --like: how many tokens to keep (3/4, 1/2, 1/4 and none)")
     parser.add_argument("--labels", help="class numbers or names, such as 3 or 0,1,cat (all; for pictures at most ten)")
-    parser.add_argument("--num", "--num_images", type=checked(int, "[1, inf)"), default=100,
+    parser.add_argument("--num", "--num_images", type=parse_as(int, "[1, inf)"), default=100,
                         help="images in all, spread evenly over the labels (100); under torchrun, which has a --num of "
                              "its own, write --num_images")
     add_generation_options(parser)
@@ -202,10 +202,10 @@ def default_settings(column, prior):
 def add_generation_options(parser):
     """The options that generated images depend on, for every script that generates."""
     for name, value, *_, allowed, meaning in GENERATION:
-        parser.add_argument("--" + name, type=checked(type(value), allowed), help=f"{meaning} (the checkpoint's)")
-    parser.add_argument("--batch", type=checked(int, "[1, inf)"), default=100,
+        parser.add_argument("--" + name, type=parse_as(type(value), allowed), help=f"{meaning} (the checkpoint's)")
+    parser.add_argument("--batch", type=parse_as(int, "[1, inf)"), default=100,
                         help="images at once (100); another number gives other images")
-    parser.add_argument("--seed", type=checked(int, "[0, inf)"), default=0, help="another seed gives other images (0)")
+    parser.add_argument("--seed", type=parse_as(int, "[0, inf)"), default=0, help="another seed gives other images (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
     parser.add_argument("--bf16", default="auto", choices=("auto", "on", "off"),
                         help="bfloat16 autocast of the denoiser; auto: where it is fast (auto)")

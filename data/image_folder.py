@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from support.command_line import listed
+from support.command_line import list_first
 from support.distributed import all_gather, is_main, rank_and_world_size, shard
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in lower or upper case
@@ -52,7 +52,7 @@ class ImageFolder(torch.utils.data.Dataset):
         self.names = np.array([os.fsencode(name) for name in names])
         self.image_size, self.crop, self.flip, self.seed = image_size, crop, flip, seed
         if is_main():
-            others = listed([f"{number} {kind}" for kind, number in left_out.most_common()], 5)
+            others = list_first([f"{number} {kind}" for kind, number in left_out.most_common()], 5)
             inside = f" in {len(self.class_names)} classes" if split else ""
             print(f"{root}: {len(names)} images{inside}; left out: {others}", flush=True)
 

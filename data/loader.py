@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import open_dataset
-from support.command_line import listed, stop
+from support.command_line import list_first, stop
 from support.distributed import all_gather
 from support.seeds import generator
 from support.training import SIGNALS
@@ -104,4 +104,4 @@ def check_classes(train_set, test_set):
     """ValueError unless both datasets have the same classes."""
     if different := sorted({*train_set.class_names} ^ {*test_set.class_names}):
         raise ValueError(f"the classes in {train_set.root} and {test_set.root} are not the same; only one of them has "
-                         f"{listed(different)}")
+                         f"{list_first(different)}")

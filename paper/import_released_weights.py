@@ -29,7 +29,7 @@ import torch
 from fsdd import Denoiser
 from published.weights import check_tensors
 from sample import default_settings
-from support.command_line import Parser, listed, stop
+from support.command_line import Parser, list_first, stop
 from support.files import check_outputs, save_checkpoint
 from support.training import keep_previous, run
 from tokenizer import SetTokenizer
@@ -137,7 +137,7 @@ def import_fsdd(path):
     found = read(path)
     if not isinstance(found.get("ema"), dict):
         raise ValueError(f"{path} has no weights under 'ema', where the published denoisers have them; it holds "
-                         f"{listed(found)}")
+                         f"{list_first(found)}")
     tensors = found["ema"]
     config = read_sizes(tensors, path, codebook_size=("pos_embed", 1), width=("pos_embed", 2),
                         num_tokens=("final_layer.linear.weight", 0),
@@ -166,7 +166,7 @@ def read_sizes(tensors, path, **where):
         return {size: tensors[name].shape[axis] for size, (name, axis) in where.items()}
     except (KeyError, IndexError, AttributeError) as problem:
         raise ValueError(f"{path} is not the file that is needed: the tensors that show its sizes are missing or have "
-                         f"too few axes ({problem}); the file holds {listed(tensors)}") from None
+                         f"too few axes ({problem}); the file holds {list_first(tensors)}") from None
 
 
 def count_layers(tensors, prefix):

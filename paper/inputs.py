@@ -10,7 +10,7 @@ from data import open_dataset
 from data.image_folder import SUFFIXES, find_images, read_image
 from data.loader import read_ahead
 from paper.layouts import KINDS
-from support.command_line import Parser, checked, stop
+from support.command_line import Parser, parse_as, stop
 from support.distributed import chunks
 from support.files import check_outputs, load_checkpoint
 
@@ -31,7 +31,7 @@ def read_options(table, script, description, argv):
     parser = Parser(prog=f"python -m paper.{script}", description=description)
     for name, default, interval, meaning in table:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        parser.add_argument(name, default=default, type=checked(int if interval else str, interval),
+        parser.add_argument(name, default=default, type=parse_as(int if interval else str, interval),
                             nargs="+" if isinstance(default, tuple) else None,
                             help=meaning if shown in (None, "") else f"{meaning} ({shown})")
     args = parser.parse_args(argv)

@@ -3,7 +3,7 @@ import os
 
 import torch
 
-from support.command_line import listed
+from support.command_line import list_first
 from support.files import not_finite
 
 
@@ -37,8 +37,8 @@ def check_tensors(found, shapes, path):
     wrong = [f"{name} ({kind_of(found[name])} instead of float32 {tuple(shape)})"
              for name, shape in shapes.items() if name in found and kind_of(found[name]) != f"float32 {tuple(shape)}"]
     if missing or unexpected or wrong:
-        raise ValueError(f"{path} is not the file that is needed: missing {listed(missing)}; "
-                         f"unexpected {listed(unexpected)}; of the wrong shape or type {listed(wrong)}")
+        raise ValueError(f"{path} is not the file that is needed: missing {list_first(missing)}; "
+                         f"unexpected {list_first(unexpected)}; of the wrong shape or type {list_first(wrong)}")
     if where := not_finite(found):
         raise ValueError(f"{path} is damaged: {where} holds numbers that are not finite")
 

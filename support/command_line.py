@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
-def checked(kind, allowed):
+def parse_as(kind, allowed):
     """A type for argparse: text -> a value of this kind: int, float, str or bool. allowed: the values that are
     accepted: an interval such as "[0, 1)" for numbers, all words such as "on | off", or "" for any value."""
     def convert(text):
@@ -65,7 +65,7 @@ def checked(kind, allowed):
 def parse(table, description, kind, argv=None, prog=None):
     """Read the settings of a script from its table HYPERPARAMETERS and its command line.
 
-    A row (name, a value for each recipe, allowed, meaning) defines an option --name; for allowed see checked().
+    A row (name, a value for each recipe, allowed, meaning) defines an option --name; for allowed see parse_as().
     kind: the kind of checkpoint that the script trains and --resume reads; None: there is no option --resume.
     Returns the settings, a namespace, and the checkpoint to resume or None.
     """
@@ -76,7 +76,7 @@ def parse(table, description, kind, argv=None, prog=None):
     for name, *values, allowed, meaning in table:
         defaults = ", ".join(f"{recipe}: {value}" for recipe, value in zip(RECIPES, values))
         choices = f" {{{allowed}}}" if "|" in allowed else ""
-        parser.add_argument("--" + name, type=checked(type(values[0]), allowed),
+        parser.add_argument("--" + name, type=parse_as(type(values[0]), allowed),
                             metavar=type(values[0]).__name__.upper(),
                             help=f"{meaning}{choices} ({defaults})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
@@ -112,7 +112,7 @@ def parse(table, description, kind, argv=None, prog=None):
     return SimpleNamespace(**settings), checkpoint
 
 
-def listed(names, first=3):
+def list_first(names, first=3):
     """The first names as text, and how many more there are."""
     names = [str(name) for name in names]
     more = f" and {len(names) - first} more" if len(names) > first else ""

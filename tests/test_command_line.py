@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from support.command_line import checked, parse
+from support.command_line import parse, parse_as
 from support.files import NEEDED, check_outputs, save_checkpoint
 
 TABLE = [
@@ -134,10 +134,10 @@ def test_a_restart_by_torchrun_continues(monkeypatch):
 def test_intervals(interval, inside, outside):
     """Broken: a number outside would pass, such as one that PyTorch's 64 bits can't hold, or one inside be refused."""
     for value in inside:
-        assert checked(type(value), interval)(str(value)) == value
+        assert parse_as(type(value), interval)(str(value)) == value
     for value in outside:
         with pytest.raises(Exception, match=f"must lie in .*{interval[1:-1].replace('inf', '2.63')}"):
-            checked(type(value), interval)(str(value))
+            parse_as(type(value), interval)(str(value))
 
 
 @pytest.mark.parametrize("module", ["train_tokenizer", "train_fsdd"])
@@ -145,4 +145,4 @@ def test_defaults_are_allowed(module):
     """Broken: a script would refuse its own default when it is given."""
     for name, *values, allowed, _ in importlib.import_module(module).HYPERPARAMETERS:
         for value in values:
-            assert checked(type(values[0]), allowed)(str(value)) == value, name
+            assert parse_as(type(values[0]), allowed)(str(value)) == value, name
