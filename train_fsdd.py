@@ -20,15 +20,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from beyond import flip_times, sparse_loss, start_from_codebook
 from data.loader import batch_indices, open_datasets, read_slices
 from data.token_sets import check_token_file, encode_training_set
-from dual_transform import counts_to_tokens, sequence_bits, set_bits, tokens_to_counts
+from dual_transform import sequence_bits, set_bits, tokens_to_counts
 from fsdd import fsdd_loss
-from sample import DENOISERS, NOISES, decode, default_settings, load_tokenizer, make_sampler
+from sample import DENOISERS, NOISES, choose_labels, default_settings, draw_images, load_tokenizer, make_sampler
 from support.command_line import HARDWARE, parse, stop
 from support.distributed import all_reduce, chunks, is_main, local_batch, rank_and_world_size
 from support.files import load_checkpoint
 from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
-from support.pictures import grid, save
+from support.pictures import save_samples
 from support.seeds import generator
 from support.training import (Signals, check_training, diverged, keep_previous, open_log, progress_bar, replace_suffix,
                               restore_training, run, save_training, stop_by_signal)
@@ -192,7 +192,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
             if stopped:
                 stop_by_signal(stopped, cfg.out)
         if cfg.picture_every and (done % cfg.picture_every == 0 or last):
-            draw_samples(ema.module, tokenizer, header, device, cfg)
+            draw_samples(ema.module, tokenizer, header, cfg)
     return ema.module
 
 
@@ -247,18 +247,14 @@ def evaluate(model, tokenizer, dataset, device, cfg):
     return all_reduce(total).item() / len(dataset)
 
 
-def draw_samples(model, tokenizer, header, device, cfg):
+def draw_samples(model, tokenizer, header, cfg):
     """A page of samples, a row for each of up to ten classes."""
     if is_main():
         class_names, refine = header["class_names"], make_sampler(header["generation"])
-        classes = torch.arange(len(class_names))[:: -(-len(class_names) // 10)]
-        random = generator(device, "sample", cfg.seed)
-        with autocast(device, cfg.bf16):
-            counts = torch.cat([list(refine(model, labels, generator=random))[-1]
-                                for labels in classes.repeat_interleave(10).to(device).split(cfg.device_batch)])
-        tokens = counts_to_tokens(counts[:, :tokenizer.codebook_size])  # without the mask code
-        page = grid(decode(tokenizer, tokens), 10, [class_names[i] for i in classes])
-        save(page, replace_suffix(cfg.out, ".png"))
+        labels = choose_labels(None, 100, class_names, at_most=10)
+        images = [draw_images(model, tokenizer, part, refine, chunk, cfg)[-1]
+                  for chunk, part in enumerate(labels.split(cfg.device_batch))]
+        save_samples(replace_suffix(cfg.out, ".png"), torch.cat(images)[None], labels, class_names)
 
 
 if __name__ == "__main__":
