@@ -36,7 +36,7 @@ from tokenizer import SetTokenizer
 
 @pytest.mark.parametrize("D", [1, 2, 17, 200])
 def test_distance_has_its_closed_forms(D):
-    """Broken: the distance would be wrong where it is known, for singular covariances too."""
+    """Fails if the distance is wrong where it has a closed form, also for singular covariances."""
     for rank in {D, D // 2, 0}:
         Q = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
         a, b = 10 ** (4 * torch.rand(2, D, dtype=torch.float64) - 3)  # eigenvalues over four orders of magnitude
@@ -53,7 +53,7 @@ def test_distance_has_its_closed_forms(D):
 
 @pytest.mark.parametrize("D, N", [(3, 10), (40, 100), (100, 30)])
 def test_distance_is_the_usual_formula(D, N):
-    """Broken: covariances that don't commute would get another number than everybody else's."""
+    """Fails if the distance is not the Frechet distance where the covariances do not commute."""
     x, y = torch.randn(2, N, D, dtype=torch.float64)
     y = y @ torch.randn(D, D, dtype=torch.float64) + 1
     (mu1, sigma1), (mu2, sigma2) = ((z.mean(0).numpy(), np.cov(z.numpy(), rowvar=False)) for z in (x, y))
@@ -67,7 +67,7 @@ def test_distance_is_the_usual_formula(D, N):
 
 
 def test_statistics_do_not_depend_on_batches():
-    """Broken: mean and covariance would depend on how images are divided into batches, or not be the unbiased ones."""
+    """Fails if mean and covariance depend on the batches, or if the covariance is biased."""
     features = torch.randn(500, 20).abs() @ torch.rand(20, 20) + 3
     statistics, exact = Statistics(20), features.double().numpy()
     for part in features.tensor_split(7):
@@ -79,7 +79,7 @@ def test_statistics_do_not_depend_on_batches():
 
 @pytest.mark.parametrize("N, batch", [(4, 3), (97, 97), (200, 7)])
 def test_inception_score(N, batch):
-    """Broken: the score would not be exp E KL, or depend on the batches or on the order in which they come."""
+    """Fails if the score is not exp E KL, or if it depends on the batches or their order."""
     logits = 5 * torch.randn(N, 30)
     p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(N)]
     parts = [p[i * N // min(10, N):(i + 1) * N // min(10, N)] for i in range(min(10, N))]
@@ -92,7 +92,7 @@ def test_inception_score(N, batch):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall(k):
-    """Broken: an image would be its own neighbour, a radius would be another's, or the two numbers be exchanged."""
+    """Fails if an image is its own neighbour, if a radius is another image's, or if the two numbers are exchanged."""
     ours, theirs = torch.randn(60, 5), 1.5 * torch.randn(80, 5) + 0.3
 
     def within(points, others):
@@ -131,8 +131,8 @@ def distance(*features):
 
 
 def test_generated_digits(digits, small_digits, tmp_path, capsys):
-    """Broken: what is measured would not be what sample.py draws, or be compared with other images than the training
-    digits, or pass for an FID."""
+    """Fails if the measured images are not those of sample.py, if they are compared with other images than the training
+    digits, or if the result is called an FID."""
     options = ["--ckpt", str(digits / "fsdd.pt"), "--num=120", "--seed=3", "--steps=2"]
     found = evaluate(*options, folder=tmp_path)
     assert "digits_fid: " in capsys.readouterr().out
@@ -159,8 +159,8 @@ def test_classes_of_generated_emoji(digits, monkeypatch):
 
 
 def test_reconstructed_digits(digits, small_digits, tmp_path):
-    """Broken: rFID would not compare the validation images with their own reconstructions, or --num would take the
-    first ones, which on ImageNet are of few classes."""
+    """Fails if rFID does not compare the validation images with their own reconstructions, or if --num takes the first
+    ones, which on ImageNet are of few classes."""
     found = evaluate("--ckpt", digits / "tokenizer.pt", "--num=37", folder=tmp_path)
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     model = SetTokenizer(**checkpoint["model_config"])
@@ -176,7 +176,7 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--ckpt=fsdd.pt", "--ref=generated.npz"], ["--ckpt=tokenizer.pt"]])
 def test_same_numbers_for_any_number_of_ranks(arguments, digits):
-    """Broken: under torchrun the numbers would be those of a part of the images, or of other images."""
+    """Fails if under torchrun only a part of the images, or other images, are measured."""
     results = []
     for world_size in (1, 3):
         options = [*arguments, "--num_images=130", "--batch=50", "--bf16=off", "--device=cpu", "--json=r.json",
@@ -194,7 +194,7 @@ def test_same_numbers_for_any_number_of_ranks(arguments, digits):
 
 
 def test_statistics_are_saved_and_used_again(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: saved statistics would not stand for the images, or be compared with those of other features."""
+    """Fails if saved statistics are not those of the images, or if they are compared with those of other features."""
     monkeypatch.chdir(digits)
     evaluate("--data=digits", "--images=test.npz", f"--save_stats={tmp_path}/test.npz", folder=tmp_path)
     generated = ["--ckpt=fsdd.pt", "--num=100", f"--save_stats={tmp_path}/generated.npz", "--ref"]
@@ -226,7 +226,7 @@ def test_statistics_are_saved_and_used_again(digits, small_digits, tmp_path, mon
 
 
 def test_numbers_come_before_files(digits, small_digits, tmp_path, capsys):
-    """Broken: a full disk would cost the numbers of an evaluation of hours."""
+    """Fails if a full disk loses the results of an evaluation of hours."""
     with pytest.raises(OSError, match="File name too long"):  # one sentence, by run()
         evaluate("--data=digits", f"--images={digits}/test.npz", f"--classifier={digits}/digits_classifier.pt",
                  f"--save_stats={'a' * 300}.npz", folder=tmp_path)
@@ -234,7 +234,7 @@ def test_numbers_come_before_files(digits, small_digits, tmp_path, capsys):
 
 
 def test_a_checkpoint_as_the_reference(digits, small_digits, tmp_path, monkeypatch):
-    """Broken: two checkpoints could not be compared, or precision and recall be exchanged."""
+    """Fails if two checkpoints can't be compared, or if precision and recall are exchanged."""
     monkeypatch.chdir(digits)
     one = evaluate("--ckpt=fsdd.pt", "--ref=tokenizer.pt", "--num=100", folder=tmp_path)
     other = evaluate("--ckpt=tokenizer.pt", "--ref=fsdd.pt", "--num=100", folder=tmp_path)
@@ -269,8 +269,8 @@ def test_a_classifier_replaces_no_other_file(digits, tmp_path):
 
 
 def test_inception_is_measured(weights, monkeypatch):
-    """Broken: FID and Inception Score would not be those of Inception's features and logits, or the digits be measured
-    by the classifier in spite of --inception. (The command line: test_yardstick_fid_and_inception_score)"""
+    """Fails if FID and Inception Score are not those of Inception's features and logits, or if digits are measured by
+    the classifier in spite of --inception."""
     monkeypatch.setattr(evaluate_fid, "SPLITS", 1)
     net, images = InceptionV3(weights), pictures(3, 32)
     torch.nn.init.normal_(net.fc.bias)
@@ -302,7 +302,7 @@ MISTAKES = [
 
 
 def test_mistakes_get_one_sentence(digits, tmp_path, monkeypatch):
-    """Broken: bad input would end in a traceback or in a number."""
+    """Fails if invalid input gives a number or a traceback."""
     images = np.zeros((9, 20, 20, 3), np.uint8)
     np.savez(tmp_path / "good.npz", arr_0=images)
     np.savez(tmp_path / "one.npz", arr_0=images[:1])
@@ -322,7 +322,7 @@ def test_mistakes_get_one_sentence(digits, tmp_path, monkeypatch):
 
 
 def test_a_mistake_ends_all_ranks(digits, tmp_path):
-    """Broken: under torchrun what one rank finds would leave the others waiting, or end them in tracebacks."""
+    """Fails if, after an error on one rank, the others wait or print tracebacks."""
     (tmp_path / "images").mkdir()
     for i, image in enumerate(few_digits("test", 8).images):
         Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
@@ -364,7 +364,7 @@ def yardstick(weights, weight_file):
 
 @pytest.mark.parametrize("size", [32, 64, 256, 500])
 def test_yardstick_features(size, yardstick, weights):
-    """Broken: features or logits would not be those of the network that FID is defined by, at some size of images."""
+    """Fails if features or logits are not those of the network that defines FID."""
     ours = InceptionV3(weights)
     for channels in (3, 1):
         images = pictures(2, size, channels)
@@ -386,7 +386,7 @@ class FidelityImages(torch.utils.data.TensorDataset):
 
 
 def test_yardstick_fid_and_inception_score(yardstick, weight_file, tmp_path):
-    """Broken: the numbers that evaluate_fid.py prints would not be torch-fidelity's."""
+    """Fails if the numbers that evaluate_fid.py prints are not torch-fidelity's."""
     first, second = pictures(24, 64), pictures(30, 64, seed=1) // 2
     paths = tmp_path / "first.npz", tmp_path / "second.npz"
     for path, images in zip(paths, (first, second)):
@@ -409,7 +409,7 @@ def seconds(function, *arguments, repeat=3):
 
 
 def test_yardstick_speed(yardstick, weights):
-    """Broken: features or the distance would take longer than torch-fidelity's."""
+    """Fails if features or the distance take longer than torch-fidelity's."""
     with torch.no_grad():
         mine, theirs = (seconds(net, pictures(16, 256)) for net in (InceptionV3(weights), yardstick.net))
     print(f"features: {16 / mine:.1f} images/s, torch-fidelity {16 / theirs:.1f}: {theirs / mine:.2f} times as fast")

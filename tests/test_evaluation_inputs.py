@@ -15,7 +15,7 @@ from tests.conftest import pictures
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_batch_is_read_in_parts(save, tmp_path):
-    """Broken: 50,000 images would be in memory at the same time, or parts would be those of other images."""
+    """Fails if 50,000 images are in memory at the same time, or if a part has other images than it should."""
     images = np.random.default_rng(0).integers(256, size=(2000, 64, 64, 3), dtype=np.uint8)  # 24.6 MB
     save(tmp_path / "images.npz", arr_0=images)
     tracemalloc.start()
@@ -28,7 +28,7 @@ def test_a_batch_is_read_in_parts(save, tmp_path):
 
 
 def test_statistics_of_other_programs(tmp_path):
-    """Broken: ADM's references could not be read, which hold float32 statistics and some images, or big-endian ones."""
+    """Fails if ADM's references can't be read, which contain float32 statistics and some images, or big-endian ones."""
     mu, sigma = np.arange(3.0), np.eye(3)
     for more in ({}, {"features": "Inception"}, {"arr_0": np.zeros((2, 4, 5, 3), np.uint8)}):
         for dtype in (np.float32, np.longdouble, ">f8"):
@@ -51,7 +51,7 @@ GOOD = np.zeros((9, 28, 28, 3), np.uint8)
     ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "in bad.npz must be floating-point numbers, got <U1"),
     ({"mu": np.array([None, {}]), "sigma": np.eye(8)}, "mu in bad.npz can't be read")])
 def test_arrays_of_another_kind(arrays, words):
-    """Broken: an array that is no batch of images and no statistics would give a number, or end in a traceback."""
+    """Fails if an array that is neither images nor statistics gives a number, or ends in a traceback."""
     np.savez("bad.npz", **arrays)
     with pytest.raises(ValueError) as refused:
         open_images("bad.npz", None)
@@ -59,7 +59,7 @@ def test_arrays_of_another_kind(arrays, words):
 
 
 def test_damaged_files(tmp_path):
-    """Broken: a file that was copied in part, or is no .npz, would end in a traceback or be measured in part."""
+    """Fails if an incomplete .npz file, or a file of another format, ends in a traceback or is measured in part."""
     np.savez_compressed("good.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
     content = (tmp_path / "good.npz").read_bytes()
     array = zipfile.ZipFile("good.npz").read("arr_0.npy")
@@ -76,8 +76,8 @@ def test_damaged_files(tmp_path):
 
 
 def test_folders(tmp_path):
-    """Broken: images of different sizes, an unreadable one, or none would end in a traceback; or photographs be cropped
-    in another way than the training images."""
+    """Fails if images of different sizes, an unreadable one, or an empty folder end in a traceback, or if photographs
+    are cropped in another way than the training images."""
     for name, sizes in (("empty", ()), ("mixed", (20, 20, 21)), ("bad", (20, 20, 20))):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):
@@ -93,7 +93,7 @@ def test_folders(tmp_path):
 
 
 def test_matrices_that_are_no_covariance():
-    """Broken: an FID would come out of a matrix that is no covariance, or rounding be taken for one."""
+    """Fails if a matrix that is not a covariance gives an FID, or if rounding makes a covariance invalid."""
     factor = torch.randn(40, 64, dtype=torch.float64)
     sigma, mu = factor.T @ factor, torch.zeros(64, dtype=torch.float64)  # of rank 40
     for good in (sigma, sigma.float(), 1e-12 * sigma, torch.zeros_like(sigma), (sigma * 0.01).half(), torch.eye(64)):

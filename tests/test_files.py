@@ -24,7 +24,7 @@ def full_disk(size):
 
 
 def test_an_interrupted_write_leaves_the_old_file():
-    """Broken: a run that is killed while it saves would lose the checkpoint it had, or leave half a file behind."""
+    """Fails if a run that is killed while it saves loses its previous checkpoint, or leaves an incomplete file."""
     write_json({"a": 1}, "a.json")
     for error in (KeyboardInterrupt, ValueError):
         with pytest.raises(error), atomic_open("a.json", "w") as file:
@@ -35,7 +35,7 @@ def test_an_interrupted_write_leaves_the_old_file():
 
 
 def test_a_link_stays_a_link():
-    """Broken: --out that links to a large disk would be replaced by a file on the small one."""
+    """Fails if a link to a file on a large disk is replaced by a file."""
     os.mkdir("disk")
     os.symlink("disk/a.json", "a.json")
     for number in (1, 2):  # the target does not exist yet, and exists
@@ -57,7 +57,7 @@ def outputs():
 
 
 def test_a_full_disk_destroys_nothing():
-    """Broken: the old file would be lost, or the error would be a traceback."""
+    """Fails if a full disk destroys the old file, or ends in a traceback."""
     for name, write in outputs().items():
         with open(name, "w") as file:
             file.write("old content")
@@ -69,7 +69,7 @@ def test_a_full_disk_destroys_nothing():
 
 
 def test_bad_checkpoints_get_one_sentence():
-    """Broken: a missing, damaged or foreign file, or one with NaN, would end in a traceback or be worked with."""
+    """Fails if a missing, damaged or foreign file, or one with NaN, is accepted or ends in a traceback."""
     complete = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd"}
     save_checkpoint(complete | {"weights": torch.randn(1000)}, "good.pt")
     assert load_checkpoint("good.pt", "x", "tokenizer", "fsdd")["kind"] == "fsdd"

@@ -48,8 +48,8 @@ def folder(tmp_path):
 
 
 def test_classes_are_folders(folder, tmp_path):
-    """Broken: labels would not be indices into the sorted names of the classes, or hidden files, texts and images
-    outside of a class be taken for images."""
+    """Fails if labels are not indices into the sorted class names, or if hidden files, texts or images outside a class
+    folder are used."""
     red, blue = Image.new("RGB", (80, 50), (255, 0, 0)), Image.new("RGB", (33, 32), (0, 0, 255))
     files = {"n02/c.png": blue, "n01/a.png": red, "n01/deep/b.PNG": red, "n02/d.jpg": encoded(blue)}
     linked = tmp_path / "linked"
@@ -70,7 +70,7 @@ def test_classes_are_folders(folder, tmp_path):
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
-    """Broken: a wrong --data would train on nothing."""
+    """Fails if a folder without images is accepted."""
     for folder in (tmp_path, tmp_path / "train" / "n01"):
         folder.mkdir(parents=True, exist_ok=True)
         with pytest.raises(ValueError, match="train.*CLASS/NAME.JPEG"):
@@ -221,7 +221,7 @@ def test_files_of_every_kind(folder):
     ("JPEG", "RGB", {}), ("JPEG", "CMYK", {"progressive": True}), ("JPEG", "L", {"restart_marker_blocks": 3}),
     ("PNG", "RGB", {}), ("WEBP", "RGB", {}), ("BMP", "RGB", {})])
 def test_damaged_files_are_found(kind, mode, options, folder):
-    """Broken: a model would learn from images whose lower part is grey, or the run end in a traceback."""
+    """Fails if a truncated image is trained on, or ends in a traceback."""
     whole = encoded(noise((120, 90), mode), kind, **options)
     ends = sorted({*np.linspace(0, len(whole), 12).astype(int).tolist(), len(whole) - 30})
     for crop in ("center", "random"):
@@ -246,7 +246,7 @@ def adm_center_crop(pil_image, image_size):
 
 
 def test_center_crop_is_adms():
-    """Broken: stage 2 would learn from other pixels than those that ADM's statistics were made from."""
+    """Fails if stage 2 is trained on other pixels than those of ADM's reference statistics."""
     sizes = [(1, 1), (1, 99), (99, 1), (2, 150), (31, 32), (32, 32), (33, 32), (63, 64), (64, 64), (65, 127),
              (128, 129), (300, 3), (7, 690), (255, 256), (333, 500),
              *np.random.default_rng(0).integers(1, 300, (40, 2)).tolist()]
@@ -261,7 +261,7 @@ def test_center_crop_is_adms():
 
 
 def test_crop_and_flip_depend_on_seed_epoch_and_index_only(folder):
-    """Broken: a resumed run would learn from other crops, or every epoch have the same ones."""
+    """Fails if a resumed run has other crops, or if every epoch has the same ones."""
     files = {"a/0.png": noise((700, 70)), "a/1.png": noise((700, 70))}
     datasets = [folder(files, crop="random", flip=True, seed=seed) for seed in range(3)]
     keys = [(seed, index, epoch) for seed in range(3) for index in range(2) for epoch in range(3)]
@@ -276,7 +276,7 @@ def test_crop_and_flip_depend_on_seed_epoch_and_index_only(folder):
 
 
 def test_random_crops_are_parts_of_the_resized_image():
-    """Broken: a training crop would be stretched, lie elsewhere than drawn, or reach outside the image."""
+    """Fails if a training crop is distorted, at another position than drawn, or reaches outside the image."""
     shades = np.stack(np.broadcast_arrays(*np.ogrid[0:1:90j, 0:1:140j], 0.5), axis=2)  # red and green tell the position
     image = Image.fromarray((shades * 255).round().astype(np.uint8))
     whole = np.asarray(image.resize((62, 40), Image.BICUBIC)).astype(float)
@@ -292,7 +292,7 @@ def test_random_crops_are_parts_of_the_resized_image():
 
 
 def test_large_jpegs_are_decoded_small():
-    """Broken: Pillow's draft would shift the training crops, or make them smaller than they have to be."""
+    """Fails if Pillow's draft mode shifts or shrinks the training crops."""
     content = encoded(noise((20, 15)).resize((800, 600), Image.BICUBIC), quality=95)
     fast, slow = (random_crop(file, 128, np.random.default_rng(0)) for file in
                   (Image.open(io.BytesIO(content)), Image.open(io.BytesIO(content)).convert("RGB")))

@@ -32,7 +32,7 @@ def copy(images, tmp_path):
 
 
 def test_an_epoch_has_every_image_once():
-    """Broken: images would repeat within an epoch, or every epoch would have the same order."""
+    """Fails if images repeat within an epoch, or if all epochs have the same order."""
     N, B = 103, 10
     steps = [loader.batch_indices(N, B, seed=5, step=step) for step in range(30)]
     epochs = [torch.cat(steps[i:i + 10]) for i in (0, 10, 20)]
@@ -44,7 +44,8 @@ def test_an_epoch_has_every_image_once():
 
 
 def test_batches_do_not_depend_on_ranks_workers_or_a_resume(images):
-    """Broken: an image would occur twice in an epoch or not at all, or the number of ranks or workers change crops."""
+    """Fails if an image is missing from an epoch or occurs twice in it, or if crops depend on the number of ranks or
+    workers."""
     dataset = open_dataset(images, "train", 24, crop="random", flip=True, seed=3)
     B, steps = 20, 10  # two epochs
     expected = [images for images, _ in loader.training_batches(dataset, B, slice(0, B), 3, 0, steps, workers=0)]
@@ -61,7 +62,7 @@ def test_batches_do_not_depend_on_ranks_workers_or_a_resume(images):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_can_not_be_read(workers, copy):
-    """Broken: a damaged file would end the training in a traceback, or go unnoticed."""
+    """Fails if a damaged file ends the training with a traceback, or if it is trained on."""
     path = add_truncated_image(copy)
     dataset = open_dataset(str(copy), "train", 24)
     truncated = dataset.names.tolist().index(os.fsencode(os.path.relpath(path, dataset.root)))
@@ -90,8 +91,8 @@ class Killed(torch.utils.data.Dataset):
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_training_after_a_save(capsys):
-    """Broken: a worker that is killed for its memory would end the run in a traceback, or in the middle of a step, and
-    cost all steps since the last checkpoint."""
+    """Fails if a worker that is killed for its memory ends the run with a traceback, or costs the steps since the last
+    checkpoint."""
     with Signals() as signals:
         seen = list(loader.training_batches(Killed(), 8, slice(0, 8), 0, 0, 4, workers=1))
         assert len(seen) == 2 and signals.received() == signal.SIGTERM  # after the steps of epoch 0
@@ -127,7 +128,7 @@ def test_a_killed_rank_takes_its_readers_along():
 
 
 def test_images_do_not_travel_through_shared_memory(images):
-    """Broken: where /dev/shm is small, as in containers, a training with workers would hang without a message."""
+    """Fails if a training with workers hangs where /dev/shm is small, as in containers."""
     def read(part):
         with mock.patch("torch.multiprocessing.reductions.reduce_storage", side_effect=AssertionError):
             return list(loader.read_slices(open_dataset(images, "train", 24), [part], workers=1))[0]
@@ -136,7 +137,7 @@ def test_images_do_not_travel_through_shared_memory(images):
 
 
 def test_train_and_val_have_the_same_classes(copy, capsys):
-    """Broken: labels of the two splits would mean different classes, or it would not be said which they are."""
+    """Fails if a label means different classes in the two splits, or if the error does not name these classes."""
     cfg = SimpleNamespace(data=str(copy))
     train_set, test_set = loader.open_datasets(cfg, 24, crop="random")
     assert (len(train_set), len(test_set), train_set.crop, test_set.crop) == (100, 25, "random", "center")
@@ -148,7 +149,7 @@ def test_train_and_val_have_the_same_classes(copy, capsys):
 
 
 def test_all_ranks_have_the_same_images(images, copy):
-    """Broken: ranks would train on different images."""
+    """Fails if ranks train on different images."""
     os.remove(copy / "train" / "d1" / "00001.JPEG")
 
     def open_on_each():

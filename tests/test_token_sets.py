@@ -25,8 +25,8 @@ def cfg(tmp_path):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_tokens_are_those_of_the_images(world_size, cfg):
-    """Broken: stage 2 would learn from tokens of other images, in another order, or not of the mirror images; or
-    batches of some ranks would be lost."""
+    """Fails if stage 2 learns from tokens of other images, in another order, or without the mirror images, or if the
+    batches of a rank are lost."""
     tokenizer, images = make_tokenizer(), few_digits("train", 600)  # three batches
     for tokens in on_ranks(world_size, lambda: encode_training_set(tokenizer, images, CPU, cfg)):
         assert isinstance(tokens, np.memmap) and tokens.dtype == np.uint16 and tokens.shape == (2, 600, 6)
@@ -38,7 +38,8 @@ def test_tokens_are_those_of_the_images(world_size, cfg):
 
 
 def test_tokens_are_used_again_for_the_same_tokenizer_and_images(cfg, monkeypatch, capsys):
-    """Broken: stage 2 would learn from another tokenizer's tokens or other images', or encode them in every run."""
+    """Fails if stage 2 learns from tokens of another tokenizer or of other images, or if every run encodes them
+    again."""
     few, encoded, encode = few_digits("train", 100), [], token_sets.encode
     monkeypatch.setattr(token_sets, "encode", lambda *args: encoded.append(1) or encode(*args))
 
@@ -62,7 +63,7 @@ def test_tokens_are_used_again_for_the_same_tokenizer_and_images(cfg, monkeypatc
 @pytest.mark.parametrize("damage", [lambda content: content[:-1] + bytes([content[-1] ^ 1]),
                                     lambda content: content[:len(content) // 2], lambda content: b"no array"])
 def test_damaged_tokens_are_encoded_again(damage, cfg):
-    """Broken: the training would read other tokens, or end in a traceback."""
+    """Fails if a damaged file of tokens is trained on, or ends in a traceback."""
     few = few_digits("train", 100)
     tokens = np.array(encode_training_set(make_tokenizer(), few, CPU, cfg))
     with open(cfg.tokens, "rb+") as file:
@@ -85,7 +86,7 @@ def test_tokens_replace_no_other_file(cfg, tmp_path):
 
 
 def test_token_files_are_checked_before_the_work(tmp_path):
-    """Broken: a checkpoint would be overwritten by tokens, or codes not fit into 16 bits."""
+    """Fails if tokens overwrite a checkpoint, or if there are more codes than fit into 16 bits."""
     check_token_file(str(tmp_path / "t.npy"), 65536)
     for path, codes, words in ((str(tmp_path / "tokenizer.pt"), 9, "must end in .npy"), ("none/t.npy", 9, "no folder"),
                                (str(tmp_path / "t.npy"), 65537, "65537 codes")):

@@ -33,7 +33,7 @@ from tests.scripts import ROOT, assert_one_sentence, on_ranks
     (RuntimeError("can't start new thread"), "error: out of memory or threads: can't start new thread; take"),
     (MemoryError(), "error: out of memory")])
 def test_a_script_ends_with_one_sentence(error, code):
-    """Broken: a full disk or a signal would end in a traceback or with the exit code 0."""
+    """Fails if a full disk or a signal ends a script with a traceback or with the exit code 0."""
     with pytest.raises(SystemExit) as stopped:
         run(mock.Mock(side_effect=error))
     assert stopped.value.code == code or isinstance(code, str) and stopped.value.code.startswith(code)
@@ -50,7 +50,7 @@ def test_compiling_without_a_compiler_ends_with_one_sentence():
 
 
 def test_windows_is_refused(monkeypatch):
-    """Broken: on Windows, signals and forked processes would end in tracebacks."""
+    """Fails if a script starts on Windows, where signals and forked processes end in tracebacks."""
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit, match="^error: Windows is not supported"):
         runpy.run_path(f"{ROOT}/support/__init__.py")
@@ -64,7 +64,8 @@ def test_windows_is_refused_without_a_second_error(monkeypatch):
 
 
 def test_sizes_beyond_memory_end_with_one_sentence():
-    """Broken: a model that is too large would end in a traceback, or a bug be reported as too little memory."""
+    """Fails if a model that does not fit into memory ends in a traceback, or if a bug is reported as a lack of
+    memory."""
     with pytest.raises(SystemExit, match="^error: out of memory[^\n]*: [^\n]*; take a smaller model"):
         run(lambda: torch.empty(2 ** 60, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="size of tensor"):
@@ -72,8 +73,8 @@ def test_sizes_beyond_memory_end_with_one_sentence():
 
 
 def test_signals_are_recorded_and_a_late_second_one_ends(monkeypatch):
-    """Broken: Ctrl-C would lose the steps since the last checkpoint, torchrun's second signal would cut the save
-    short, or a training that hangs could not be ended."""
+    """Fails if Ctrl-C loses the steps since the last checkpoint, if torchrun's second signal interrupts the save, or if
+    a training that hangs can't be ended."""
     before = [signal.getsignal(number) for number in training.SIGNALS]
     now, sent = [100.0], []
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
@@ -103,7 +104,7 @@ def test_signals_that_end_jobs_are_recorded(name):
 
 
 def test_a_signal_to_one_rank_stops_all():
-    """Broken: the other ranks would wait forever for the gradient of the rank that has stopped."""
+    """Fails if the other ranks wait forever for the gradient of a rank that has stopped."""
     def receive():
         with Signals() as signals:
             if dist.get_rank() == 1:
@@ -114,7 +115,7 @@ def test_a_signal_to_one_rank_stops_all():
 
 
 def test_a_resumed_training_follows_its_new_schedule():
-    """Broken: a training that resumes with more --steps would go on with the ended learning rate of the old one."""
+    """Fails if a training that resumes with more --steps keeps the final learning rate of its old schedule."""
     weight = torch.nn.Parameter(torch.zeros(2))
     old, new = (torch.optim.AdamW([weight], lr=0.1) for _ in range(2))
     set_lr([old], 0.0)
@@ -124,7 +125,8 @@ def test_a_resumed_training_follows_its_new_schedule():
 
 
 def test_numbers_that_are_not_finite_end_the_training():
-    """Broken: a training that diverged would go on, save NaN over the good checkpoint, or end as a success."""
+    """Fails if a training that has diverged continues, overwrites the good checkpoint with NaN, or ends with the exit
+    code 0."""
     cfg, model = SimpleNamespace(out="a.pt"), torch.nn.Linear(2, 3)
     ema, optimizer = AveragedModel(model), torch.optim.AdamW(model.parameters())
     words = "the training has diverged, .*there is no checkpoint"
@@ -163,7 +165,7 @@ class FewImages(list):
 
 
 def test_checks_before_the_first_step():
-    """Broken: a run would resume on other images, or some ranks have no image in the batch."""
+    """Fails if a run resumes on other images, or if a rank has no image of the batch."""
     def check():
         said, checkpoint = [], {"step": 1, "images": "012 abc", "config": {"steps": 2}}
         for batch_size, found, images in ((2, checkpoint, range(3)), (1, None, range(3)), (4, None, range(3)),
@@ -201,7 +203,7 @@ def test_a_slow_average_is_announced(capsys):
 
 
 def test_the_log_continues_from_the_checkpoint():
-    """Broken: rows from after the last checkpoint would be in the log twice, or a new run append to an old log."""
+    """Fails if the log has the steps after the last checkpoint twice, or if a new run appends to an old log."""
     write = open_log("a.csv", ["step", "loss"], 0)
     for step in (10, 20, 30):
         write({"step": step, "loss": 0.5, "unknown": 1})
