@@ -1,9 +1,7 @@
 """Batches of images: every image once an epoch, the same for any number of ranks and workers, and reading errors."""
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -16,7 +14,7 @@ from data import loader, open_dataset
 from support.distributed import chunks, shard
 from support.training import Signals, run
 from tests.image_folder import add_truncated_image, make_image_folder
-from tests.scripts import fork_ranks, on_ranks
+from tests.scripts import on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -97,34 +95,6 @@ def test_a_worker_that_is_killed_ends_the_training_after_a_save(capsys):
         seen = list(loader.training_batches(Killed(), 8, slice(0, 8), 0, 0, 4, workers=1))
         assert len(seen) == 2 and signals.received() == signal.SIGTERM  # after the steps of epoch 0
     assert "a process that reads images has died" in capsys.readouterr().err
-
-
-class Endless(Killed):
-    """Images of 1 MB, which fill the pipe to the training process, so that a worker waits for it."""
-
-    def __getitems__(self, items):
-        return torch.zeros(len(items), 3, 600, 600, dtype=torch.uint8), torch.zeros(len(items), dtype=torch.int64)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
-def test_a_killed_rank_takes_its_readers_along():
-    """Fails if the workers of a killed rank live on: they keep its connections open, for which the others wait."""
-    def train():
-        batches = loader.training_batches(Endless(), 8, slice(0, 8), 0, 0, 10 ** 6, workers=2)
-        next(batches)
-        with open(f"workers{os.environ['RANK']}", "w") as file:
-            file.write(" ".join(str(process.pid) for process in multiprocessing.active_children()))
-        dist.init_process_group("gloo")
-        if dist.get_rank() == 1:
-            time.sleep(1)  # until the workers wait
-            os.kill(os.getpid(), signal.SIGKILL)
-        run(dist.barrier)
-
-    began = time.monotonic()
-    assert fork_ranks(2, train) == [1, -signal.SIGKILL] and time.monotonic() - began < 10
-    for worker in (open("workers0").read() + " " + open("workers1").read()).split():
-        assert not os.path.exists(f"/proc/{worker}") or open(f"/proc/{worker}/stat").read().split()[2] == "Z"
 
 
 def test_images_do_not_travel_through_shared_memory(images):
