@@ -53,13 +53,11 @@ def test_wrong_options_get_one_sentence(argument, words, capsys):
     assert stopped.value.code == 2 and words in said and said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_outputs_are_checked_before_the_work(monkeypatch):
+def test_outputs_are_checked_before_the_work():
     """Fails if an output that can't be written is noticed only after hours of work."""
     os.mkdir("folder.pt")
     os.symlink("gone/a.pt", "link.pt")
-    os.mkfifo("pipe.pt")
     for path, words in (("none/a.pt", "there is no folder none"), ("folder.pt", "is a folder"),
-                        ("pipe.pt", "is a folder, a device or a pipe"), ("/dev/null.pt", "a device or a pipe"),
                         ("link.pt", "there is no folder [^\n]*gone")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}"):
             settings(f"--out={path}")
@@ -67,14 +65,10 @@ def test_outputs_are_checked_before_the_work(monkeypatch):
     os.symlink("good.pt", "also_good.pt")
     with pytest.raises(SystemExit, match="error: good.pt is read by this command"):
         check_outputs("good.pt", inputs=["also_good.pt"])
-    for name in ("protected.pt", "a.csv"):  # a.csv is written next to a.pt
-        open(name, "w").close()
-        os.chmod(name, 0o444)
-        with pytest.raises(SystemExit, match=f"error: {name} can't be written: permission denied"):
-            settings(f"--out={name.replace('csv', 'pt')}")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root has access to everything
-    with pytest.raises(SystemExit, match="error: good.pt can't be written: permission denied"):
-        check_outputs(None, "good.pt")
+    open("a.csv", "w").close()  # which is written next to a.pt
+    os.chmod("a.csv", 0o444)
+    with pytest.raises(SystemExit, match="error: a.csv can't be written: permission denied"):
+        settings("--out=a.pt")
 
 
 def test_help_names_every_option(capsys):
@@ -103,9 +97,6 @@ def test_resume_takes_the_settings_of_the_checkpoint(capsys):
         with pytest.raises(SystemExit) as stopped:
             settings("--resume", "--out=b.pt", argument)
         assert words in f"{stopped.value.code} {capsys.readouterr().err}"
-    os.rename("b.pt", "c.pt")
-    assert parse(TABLE, "", "fsdd", ["--resume", "--out=c.pt"])[0].out == "c.pt"  # not what c.pt was called before
-    os.rename("c.pt", "b.pt")
     with pytest.raises(SystemExit, match="is not a tokenizer checkpoint but a fsdd checkpoint"):
         parse(TABLE, "", "tokenizer", ["--resume", "--out=b.pt"])
     for missing in ("training", "step", "images"):  # such as imported weights

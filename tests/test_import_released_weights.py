@@ -66,21 +66,14 @@ def test_what_exists_is_kept(imported, tmp_path, capsys):
         assert torch.load(f"{name}.pt", weights_only=True)["kind"] == name
 
 
-def changed(tensors, **changes):
-    """The tensors without those named (None) and with those given; dots in names are written as __."""
-    changes = {name.replace("__", "."): value for name, value in changes.items()}
-    return {name: value for name, value in (tensors | changes).items() if value is not None}
-
-
 @pytest.mark.parametrize("name, wrong, words", [
     ("fsdd", lambda f: f["ema"], ["no weights under 'ema'", "pos_embed"]),
-    ("fsdd", lambda f: f | {"args": torch.nn.Linear(2, 2)}, ["can't be read", "UnpicklingError"]),  # not allowed
-    ("fsdd", lambda f: {"ema": changed(f["ema"], blocks__1__mlp__fc1__bias=None, extra=torch.ones(2),
-                                       blocks__0__attn__proj__bias=torch.ones(128).half())},
-     ["missing blocks.1.mlp.fc1.bias", "unexpected extra", "blocks.0.attn.proj.bias", "float16"]),
-    ("fsdd", lambda f: {"ema": changed(f["ema"], final_layer__linear__weight=torch.ones(21, 128),
-                                       final_layer__linear__bias=torch.ones(21))}, ["sets of 20 tokens", "takes 24"]),
-    ("set_tokenizer", lambda t: changed(t, latent_tokens=torch.ones(3)), ["sizes", "too few axes"]),
+    ("fsdd", lambda f: f | {"args": torch.nn.Linear(2, 2)}, ["can't be read", "UnpicklingError"]),  # a program may run
+    ("fsdd", lambda f: {"ema": f["ema"] | {"extra": torch.ones(2), "blocks.0.attn.proj.bias": torch.ones(128).half()}},
+     ["unexpected extra", "blocks.0.attn.proj.bias", "float16"]),
+    ("fsdd", lambda f: {"ema": f["ema"] | {"final_layer.linear.weight": torch.ones(21, 128),
+                                           "final_layer.linear.bias": torch.ones(21)}},
+     ["sets of 20 tokens", "takes 24"]),
     ("set_tokenizer", lambda t: {"ema": t}, ["latent_tokens", "holds ema"]),
 ])
 def test_another_file_gets_one_sentence(name, wrong, words, imported, tmp_path):
@@ -95,21 +88,13 @@ def test_another_file_gets_one_sentence(name, wrong, words, imported, tmp_path):
     assert len(finished.stderr.splitlines()) == 1 and os.listdir(tmp_path) == ["wrong.pth"]
 
 
-def test_mistakes_get_one_sentence(imported, tmp_path):
-    """Fails if a mistake on the command line ends in a traceback, or if a file that is a program is run."""
-    tokenizer = imported / "set_tokenizer.pth"
+@pytest.mark.parametrize("arguments, words", [
+    (["--tokenizer=none.pth"], ["no file none.pth", "paper/details.md"]),
+    (["--tokenizer=text.pth"], ["text.pth", "can't be read"]),
+    (["--tokenizer=text.pth", "--out=tokenizer.pt"], ["--out"]),
+])
+def test_mistakes_get_one_sentence(arguments, words, tmp_path):
+    """Fails if a mistake on the command line ends in a traceback."""
     (tmp_path / "text.pth").write_text("<html>Google Drive - Virus scan warning</html>")
-
-    class Program:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "it ran"),)
-
-    torch.save({"ema": Program()}, tmp_path / "program.pth")
-    for arguments, words in [
-        (["--tokenizer=none.pth"], ["no file none.pth", "paper/details.md"]),
-        (["--tokenizer=text.pth"], ["text.pth", "can't be read"]),
-        (["--tokenizer", tokenizer, "--fsdd=program.pth"], ["program.pth", "can't be read"]),
-        (["--tokenizer", tokenizer, "--out=tokenizer.pt"], ["--out"]),
-    ]:
-        assert_one_sentence(run_here(import_released_weights.main, *arguments, folder=tmp_path), *words)
-    assert sorted(os.listdir(tmp_path)) == ["program.pth", "text.pth"]
+    assert_one_sentence(run_here(import_released_weights.main, *arguments, folder=tmp_path), *words)
+    assert os.listdir(tmp_path) == ["text.pth"]

@@ -4,8 +4,8 @@ from collections import Counter
 import pytest
 import torch
 
-from paper import table2_noise, variants
-from paper.layouts import KINDS, GridTokenizer, SequenceTokenizer
+from paper import table2_noise
+from paper.layouts import KINDS
 from tests.conftest import few_digits
 from tests.scripts import read_table
 
@@ -67,14 +67,3 @@ def test_the_table(small_digits, capsys):
     images = few_digits("test", 400).images / 127.5 - 1
     squared_error = (model.decode(model.encode(images)) - images).square().mean().item()
     assert float(rows[3][-1]) == pytest.approx(squared_error, abs=1e-4)
-
-
-def test_the_digits_are_trained(monkeypatch):
-    """Fails if a layout is trained as another one, or with other settings than the rest."""
-    asked = []
-    monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options))
-    for layout in table2_noise.LAYOUTS:
-        table2_noise.trained(layout, "auto")
-    assert [options.pop("kind") for options in asked[:2]] == ["grid tokenizer", "sequence tokenizer"]
-    assert [options.pop("model_class") for options in asked[:2]] == [GridTokenizer, SequenceTokenizer]
-    assert asked[0] == asked[1] == asked[2]
