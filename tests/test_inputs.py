@@ -14,12 +14,6 @@ OPTIONS = [("images", (), "", "images"), ("--num", 5, "[2, inf)", "images"), ("-
            inputs.DATA, inputs.SEED]
 
 
-def test_options():
-    """Fails if an option has another type or value than its row says."""
-    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num=7", "--seed=3"])
-    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3}
-
-
 @pytest.mark.parametrize("argument, words", [("--num=1", "[2, 2^63)"), ("--num=x", "invalid int"),
                                              ("--out=a.jpg", ".png"), ("--out=no/a.png", "no folder no"),
                                              ("--sed=1", "--sed")])
