@@ -62,12 +62,6 @@ def test_sparse_attends_to_the_tokens(C, M):
     for denoiser in (dense, sparse):  # the time's features are float32
         denoiser.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
     torch.testing.assert_close(sparse(x, t, labels), dense(x, t, labels), rtol=1e-9, atol=1e-9)
-    if C > 1:  # the embedding of an absent code reaches no other
-        base, absent = sparse(x, t, labels), int((x[0] == 0).nonzero()[0])
-        with torch.no_grad():
-            sparse.code_embedding[0, absent, 0] += 1
-        changed = (sparse(x, t, labels) - base).abs().amax(2)[0] > 1e-9
-        assert changed.nonzero().flatten().tolist() == [absent]
 
 
 def test_sparse_logits_of_some_codes_are_those_of_all():
@@ -182,7 +176,7 @@ def test_exchange_keeps_the_sum(C, M, kind):
 
 
 def test_exchange_moves_as_many_tokens_as_independent_codes():
-    """Fails if small steps stall, as they do with Algorithm 1, change too much, or change only the likeliest codes."""
+    """Fails if small steps stall, change too much, or change only the likeliest codes."""
     n, C, M = 20_000, 40, 20
     x = torch.cat([torch.ones(n, M), torch.zeros(n, C - M)], dim=1).long()
     rate = torch.linspace(0.002, 0.02, M).repeat(2)  # of going down where x is 1, of going up where it is 0
@@ -192,10 +186,6 @@ def test_exchange_moves_as_many_tokens_as_independent_codes():
     moved = (beyond.exchange(x, q, generator(32)) != x).double().mean(0)  # (C,), about rate
     assert moved.sum() / rate.sum() == pytest.approx(1, abs=0.03)
     assert ((moved / rate.double() - 1).abs() < 0.3).all()
-    u = torch.rand(n, C, generator=generator(33))
-    log_q = look_up(torch.nn.functional.pad(q, (0, M - 2)).log())
-    stalled = (greedy_adjust(sample_categorical(q, u), log_q, M) != x).double().mean(0)
-    assert stalled.sum() / rate.sum() < 0.4
 
 
 def test_an_exchange_step_makes_no_table_over_all_counts():

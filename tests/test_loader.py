@@ -1,8 +1,6 @@
 """Batches of images: every image once an epoch, the same for any number of ranks and workers, and reading errors."""
 import os
 import shutil
-import signal
-import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,7 +10,7 @@ import torch.distributed as dist
 
 from data import loader, open_dataset
 from support.distributed import chunks, shard
-from support.training import Signals, run
+from support.training import run
 from tests.image_folder import add_truncated_image, make_image_folder
 from tests.scripts import on_ranks
 
@@ -72,29 +70,6 @@ def test_an_image_that_can_not_be_read(workers, copy):
     assert stopped.value.code.startswith(f"error: {path} can't be read (OSError: image file is truncated")
     assert stopped.value.code.endswith("replace it by an image of the same name")
     assert "\n" not in stopped.value.code
-
-
-class Killed(torch.utils.data.Dataset):
-    """16 images, whose second epoch kills the process that reads it."""
-
-    def __len__(self):
-        return 16
-
-    def __getitems__(self, items):
-        if items[0][1] == 1:  # epoch 1
-            time.sleep(2)  # until the batches of epoch 0 have arrived
-            os.kill(os.getpid(), signal.SIGKILL)
-        return torch.zeros(len(items), 3, 4, 4, dtype=torch.uint8), torch.zeros(len(items), dtype=torch.int64)
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_training_after_a_save(capsys):
-    """Fails if a worker that is killed for its memory ends the run with a traceback, or costs the steps since the last
-    checkpoint."""
-    with Signals() as signals:
-        seen = list(loader.training_batches(Killed(), 8, slice(0, 8), 0, 0, 4, workers=1))
-        assert len(seen) == 2 and signals.received() == signal.SIGTERM  # after the steps of epoch 0
-    assert "a process that reads images has died" in capsys.readouterr().err
 
 
 def test_images_do_not_travel_through_shared_memory(images):

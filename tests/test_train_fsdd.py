@@ -159,12 +159,6 @@ def test_without_dropped_labels_there_is_no_guidance(few_to_train_on):
         assert {name: generation[name] for name in kept} == kept and ("null_class" in generation) == (drop == "0")
 
 
-def test_unused_rows_need_more_codes_than_tokens():
-    """Fails if large counts have no embedding with unused_rows and few codes."""
-    with pytest.raises(ValueError, match="unused_rows needs num_tokens <= codebook_size, got 4 > 3"):
-        Denoiser(3, 4, 10, width=8, layers=1, heads=1, unused_rows=True)
-
-
 @pytest.mark.parametrize("name, millions", [("S", 36.0), ("B", 136.7)])
 def test_models_by_name_are_the_papers(name, millions):
     """Fails if --model S or B is not the paper's denoiser."""
