@@ -1,6 +1,5 @@
 """Images and statistics in folders and .npz files, as evaluate_fid.py compares them."""
 import tracemalloc
-import zipfile
 
 import numpy as np
 import pytest
@@ -44,12 +43,10 @@ GOOD = np.zeros((9, 28, 28, 3), np.uint8)
 
 @pytest.mark.parametrize("arrays, words", [
     ({"arr_0": GOOD / 255}, "arr_0 in bad.npz must be images (N, H, W, 3), uint8 in 0..255, got float64"),
-    ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"), ({"arr_0": GOOD[:0]}, "got uint8 (0, 28, 28, 3)"),
+    ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"),
     ({"arr_0": np.asfortranarray(GOOD)}, "column-major"), ({"images": GOOD}, "expected are arr_0, or mu and sigma"),
     ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "mu and sigma in bad.npz must be finite"),
-    ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)"),
-    ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "in bad.npz must be floating-point numbers, got <U1"),
-    ({"mu": np.array([None, {}]), "sigma": np.eye(8)}, "mu in bad.npz can't be read")])
+    ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)")])
 def test_arrays_of_another_kind(arrays, words):
     """Fails if an array that is neither images nor statistics gives a number, or ends in a traceback."""
     np.savez("bad.npz", **arrays)
@@ -58,21 +55,15 @@ def test_arrays_of_another_kind(arrays, words):
     assert words in str(refused.value)
 
 
-def test_damaged_files(tmp_path):
-    """Fails if an incomplete .npz file, or a file of another format, ends in a traceback or is measured in part."""
-    np.savez_compressed("good.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
-    content = (tmp_path / "good.npz").read_bytes()
-    array = zipfile.ZipFile("good.npz").read("arr_0.npy")
-    (tmp_path / "half.npz").write_bytes(content[:len(content) // 2])
-    (tmp_path / "changed.npz").write_bytes(content[:9000] + bytes([content[9000] ^ 1]) + content[9001:])
-    for name, contents in (("magic", b"no array at all"), ("short", array[:9000])):
-        with zipfile.ZipFile(f"{name}.npz", "w") as archive:
-            archive.writestr("arr_0.npy", contents)
-    for name, words in (("none", "there is no none.npz"), ("half", "can't be read as an .npz file"),
-                        ("magic", "arr_0 in magic.npz can't be read"), ("short", "ends before its 9 images do"),
-                        ("changed", "arr_0 in changed.npz can't be read")):
-        with pytest.raises(ValueError, match=words):
-            open_images(f"{name}.npz", None).read(slice(0, 9))
+@pytest.mark.parametrize("damage, words", [
+    (lambda content: content[:len(content) // 2], "can't be read as an .npz file"),
+    (lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:], "arr_0 in bad.npz can't be read")])
+def test_damaged_files(damage, words, tmp_path):
+    """Fails if an incomplete or changed .npz file ends in a traceback or is measured in part."""
+    np.savez_compressed("bad.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
+    (tmp_path / "bad.npz").write_bytes(damage((tmp_path / "bad.npz").read_bytes()))
+    with pytest.raises(ValueError, match=words):
+        open_images("bad.npz", None).read(slice(0, 9))
 
 
 def test_folders(tmp_path):
