@@ -129,7 +129,6 @@ def test_the_ends_are_data_and_noise():
 def test_equal_counts_stay():
     """Fails if a code with X_1 = X_0, whose std is 0, does not keep its count, or gives NaN on the way."""
     x0 = skewed_counts(30, 40, 16, 5)
-    assert torch.equal(forward_process(x0, x0, torch.rand(30)), x0)
     x, log_prob = discrete_gaussian(x0.float(), torch.zeros(30, 40), 16, torch.rand(30, 40))
     assert torch.equal(x, x0) and (log_prob(x0) == 0).all() and (log_prob(x0 + 1) == -math.inf).all()
     x0, x1 = (sample_noise(200, 64, 32, "multinomial", generator(seed)) for seed in (5, 6))
@@ -363,14 +362,6 @@ def test_times_in_the_middle_begin_at_noise_and_end_at_data(steps):
     assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
     assert all(t > s for t, s in zip(times, times[1:]))
     assert steps < 3 or (times[1], times[-2]) == pytest.approx(fsdd.MIDDLE)
-
-
-def test_generation_depends_on_the_generator_alone():
-    """Fails if the same seed does not give the same images."""
-    denoiser, labels = small_denoiser(), torch.arange(9) % 3
-    first, again, other = (fsdd.generate(denoiser, labels, guidance=[1], top_p=1, generator=generator(seed))
-                           for seed in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_generation_continues_from_a_state():

@@ -1,10 +1,8 @@
 """Inception-v3: the published file loads, and the features are those that FID is defined by."""
-import os
 
 import pytest
 import torch
 
-from published import inception
 from published.inception import InceptionV3, load_inception
 from tests.conftest import pictures
 from tests.scripts import names_and_shapes
@@ -57,14 +55,3 @@ def test_files_of_weights(weights, tmp_path):
                         ("other.pth", "does not hold Inception's weights .*missing Conv2d_1a_3x3.conv.weight")):
         with pytest.raises(ValueError, match=words):
             load_inception(str(tmp_path / name))
-
-
-def test_download(weight_file, tmp_path, monkeypatch):
-    """Fails if a failed download ends in a traceback, or if a damaged one is taken for the weights."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    for address, words in (((tmp_path / "none.pth").as_uri(), "copy it to .*checkpoints/none.pth"),
-                           (weight_file.as_uri(), "invalid hash value")):
-        monkeypatch.setattr(inception, "ADDRESSES", (address,))
-        with pytest.raises(ValueError, match=words):
-            inception.download()
-    assert os.listdir(tmp_path / "checkpoints") == []

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 
 from data import loader, open_dataset
-from support.distributed import chunks, shard
-from support.training import run
-from tests.image_folder import add_truncated_image, make_image_folder
+from support.distributed import shard
+from tests.image_folder import make_image_folder
 from tests.scripts import on_ranks
 
 
@@ -54,22 +53,6 @@ def test_batches_do_not_depend_on_ranks_workers_or_a_resume(images):
         found = sorted(image.numpy().tobytes() for batch in expected[5 * epoch:5 * epoch + 5] for image in batch)
         assert found == sorted(dataset.read(i, epoch).transpose(2, 0, 1).tobytes() for i in range(100))
         assert len(set(found)) == 100
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_can_not_be_read(workers, copy):
-    """Fails if a damaged file ends the training with a traceback, or if it is trained on."""
-    path = add_truncated_image(copy)
-    dataset = open_dataset(str(copy), "train", 24)
-    truncated = dataset.names.tolist().index(os.fsencode(os.path.relpath(path, dataset.root)))
-    batches = loader.read_slices(dataset, [slice(truncated + 1, truncated + 9), *chunks(slice(0, 100), 20)], workers)
-    first = dataset.__getitems__([(i, 0) for i in range(truncated + 1, truncated + 9)])
-    assert all(map(torch.equal, next(batches), first))
-    with pytest.raises(SystemExit) as stopped:
-        run(lambda: list(batches))  # as a script does; it ends the workers
-    assert stopped.value.code.startswith(f"error: {path} can't be read (OSError: image file is truncated")
-    assert stopped.value.code.endswith("replace it by an image of the same name")
-    assert "\n" not in stopped.value.code
 
 
 def test_images_do_not_travel_through_shared_memory(images):

@@ -1,9 +1,7 @@
 """What surrounds a training loop: exact resume, signals, checks before the first step, the log, how a script ends."""
 import math
 import os
-import runpy
 import signal
-import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,16 +14,13 @@ from support import training
 from support.optimizers import set_lr
 from support.training import (Signals, StoppedBySignal, check_training, diverged, keep_previous, open_log, run,
                               save_training)
-from tests.scripts import ROOT, on_ranks
+from tests.scripts import on_ranks
 
 
 @pytest.mark.parametrize("error, code", [
     (None, 0), (StoppedBySignal(143), 143), (KeyboardInterrupt, "error: interrupted"),
     (OSError(28, "No space left on device", "a.pt"), "error: [Errno 28] No space left on device: 'a.pt'"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1"),
-     "error: another process of this run has died ([gloo/transport/tcp/pair.cc] Connection closed by peer "
-     "[127.0.0.1]:1); if it printed no reason, it was killed, perhaps because memory ran out; the last checkpoint "
-     "remains"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), "error: another process of this run"),
     (RuntimeError("[gloo/transport/tcp/pair.cc] Read error: Connection reset by peer"), "error: another process"),
     (dist.DistNetworkError("The client socket has failed to connect"), "error: another process of this run has died"),
     (RuntimeError("can't start new thread"), "error: out of memory or threads: can't start new thread; take"),
@@ -35,13 +30,6 @@ def test_a_script_ends_with_one_sentence(error, code):
     with pytest.raises(SystemExit) as stopped:
         run(mock.Mock(side_effect=error))
     assert stopped.value.code == code or isinstance(code, str) and stopped.value.code.startswith(code)
-
-
-def test_windows_is_refused(monkeypatch):
-    """Fails if a script starts on Windows, where signals and forked processes end in tracebacks."""
-    monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(SystemExit, match="^error: Windows is not supported"):
-        runpy.run_path(f"{ROOT}/support/__init__.py")
 
 
 def test_sizes_beyond_memory_end_with_one_sentence():
@@ -117,7 +105,7 @@ def test_numbers_that_are_not_finite_end_the_training():
 
 def test_an_earlier_training_is_kept(capsys):
     """Fails if a new run with the same --out overwrites the checkpoint, the log or the picture of an earlier one, also
-    when that is started by mistake more than once, or if a foreign file with one of these names is lost."""
+    when that is started by mistake more than once."""
     for number in ("", "2", "3"):
         for name in ("a.pt", "a.csv", "a.png"):
             with open(name, "w") as file:
@@ -126,10 +114,6 @@ def test_an_earlier_training_is_kept(capsys):
         assert f"a.pt already exists; it is kept as a.pt.previous{number}\n" in capsys.readouterr().out
     assert {name: open(name).read() for name in os.listdir()} == {
         f"{name}.previous{number}": name + number for name in ("a.pt", "a.csv", "a.png") for number in ("", "2", "3")}
-    with open("a.csv", "w") as file:
-        file.write("not ours")
-    keep_previous("a.pt")
-    assert open("a.csv.previous4").read() == "not ours" and len(os.listdir()) == 10
 
 
 class FewImages(list):
