@@ -106,14 +106,10 @@ def test_standardized_and_quantized_counts():
     assert torch.equal(baselines.quantize(x, 30), counts)
     C, M = 4, 5
     every = torch.tensor([x for x in itertools.product(range(M + 1), repeat=C) if sum(x) == M])
-    for spread in (0.5, 1.0, 3.0):
-        x = spread * torch.randn(200, C)
-        counts = baselines.quantize(x, M)
-        assert (counts.sum(1) == M).all() and counts.min() >= 0
-        if spread == 0.5:  # no number is far below 0 or above M
-            exact = (x * (M / C * (1 - 1 / C)) ** 0.5 + M / C).clamp(0, M)
-            distance = (every - exact[:, None]).square().sum(2).amin(1)
-            assert torch.allclose((counts - exact).square().sum(1), distance, atol=1e-4)
+    x = torch.randn(200, C) / 2  # no number is far below 0 or above M
+    exact = (x * (M / C * (1 - 1 / C)) ** 0.5 + M / C).clamp(0, M)
+    distance = (every - exact[:, None]).square().sum(2).amin(1)
+    assert torch.allclose((baselines.quantize(x, M) - exact).square().sum(1), distance, atol=1e-4)
     wild = torch.tensor([[math.nan, 1.0, 0.0, 2.0], [math.inf, -math.inf, 0.0, 0.0], [1e30, 1e30, -1e30, 0.0]])
     assert (baselines.quantize(wild, M).sum(1) == M).all()
 
@@ -131,13 +127,12 @@ class ExactVelocity:
 
 
 @pytest.mark.parametrize("label", [0, 1])
-@pytest.mark.parametrize("generate, exact, steps, times", [
-    pytest.param(baselines.flow_generate, Exact(), 50, "even", marks=pytest.mark.slow),
-    pytest.param(baselines.flow_generate, Exact(), 100, "even", marks=pytest.mark.slow),
-    (baselines.continuous_generate, ExactVelocity(), 100, "even")])
-def test_generation_reaches_a_known_distribution(generate, exact, steps, times, label):
+@pytest.mark.parametrize("generate, exact", [
+    pytest.param(baselines.flow_generate, Exact(), marks=pytest.mark.slow),
+    (baselines.continuous_generate, ExactVelocity())])
+def test_generation_reaches_a_known_distribution(generate, exact, label):
     """Fails if the steps from noise to data do not follow the process that the model is trained for."""
-    found = generate(exact, torch.full((4000,), label), steps=steps, times=times)
+    found = generate(exact, torch.full((4000,), label), steps=100, times="even")
     assert (shares_of(found, STATES) - SHARES[label]).abs().max() < 0.03
 
 

@@ -91,18 +91,6 @@ def test_sparse_gradients_do_not_depend_on_chance():
     assert all(torch.equal(first, other) for others in gradients[1:] for first, other in zip(gradients[0], others))
 
 
-@pytest.mark.slow
-def test_sparse_compiled_is_the_same():
-    """Fails if torch.compile trains another sparse denoiser."""
-    batch, gradients = random_batch(8, 40, 6, 44), []
-    for compiled in (False, True):
-        denoiser = small_denoiser(40, 6, model_class=SparseDenoiser)
-        sparse_loss(torch.compile(denoiser, backend="aot_eager") if compiled else denoiser, batch, 18).backward()
-        gradients.append([parameter.grad for parameter in denoiser.parameters()])
-    for plain, other in zip(*gradients):
-        torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-6)
-
-
 # --- 4. the exchange sampler -----------------------------------------------------------------------------------------
 
 

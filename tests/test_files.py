@@ -64,12 +64,10 @@ def test_bad_checkpoints_get_one_sentence():
     os.rename("good.pt", "changed.pt.previous")
     save_checkpoint({"kind": "tokenizer"}, "other.pt")
     save_checkpoint({"kind": "fsdd", "a": [{"b": torch.tensor([1, float("nan")])}]}, "nan.pt")
-    save_checkpoint({"kind": "fsdd", "lr": float("inf")}, "inf.pt")
     save_checkpoint({"kind": "fsdd", "model_config": {}}, "stripped.pt")
     for name, words in (("none", "there is no checkpoint none.pt"), ("truncated", "can't be read as a checkpoint"),
                         ("changed", "can't be .*; changed.pt.previous is an earlier one"),
                         ("other", "is not a fsdd checkpoint but a tokenizer checkpoint"),
-                        ("nan", "numbers that are not finite .a 0 b."), ("inf", "numbers that are not finite .lr."),
-                        ("stripped", "stripped.pt has no weights")):
+                        ("nan", "numbers that are not finite .a 0 b."), ("stripped", "stripped.pt has no weights")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*python train_fsdd.py$"):
             load_checkpoint(f"{name}.pt", "python train_fsdd.py", "fsdd")
