@@ -56,9 +56,7 @@ def test_wrong_options_get_one_sentence(argument, words, capsys):
 def test_outputs_are_checked_before_the_work():
     """Fails if an output that can't be written is noticed only after hours of work."""
     os.mkdir("folder.pt")
-    os.symlink("gone/a.pt", "link.pt")
-    for path, words in (("none/a.pt", "there is no folder none"), ("folder.pt", "is a folder"),
-                        ("link.pt", "there is no folder [^\n]*gone")):
+    for path, words in (("none/a.pt", "there is no folder none"), ("folder.pt", "is a folder")):
         with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}"):
             settings(f"--out={path}")
     check_outputs(None, "good.pt", inputs=[None, "other.pt"])

@@ -67,14 +67,13 @@ def test_damaged_files(damage, words, tmp_path):
 
 
 def test_folders(tmp_path):
-    """Fails if images of different sizes, an unreadable one, or an empty folder end in a traceback, or if photographs
-    are cropped in another way than the training images."""
-    for name, sizes in (("empty", ()), ("mixed", (20, 20, 21)), ("bad", (20, 20, 20))):
+    """Fails if images of different sizes or an empty folder end in a traceback, or if photographs are cropped otherwise
+    than the training images."""
+    for name, sizes in (("empty", ()), ("mixed", (20, 20, 21))):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):
             Image.fromarray(pictures(1, 25, seed=i)[0, 0].numpy()).resize((size, 20)).save(tmp_path / name / f"{i}.png")
-    (tmp_path / "bad" / "2.png").write_text("no image")
-    for name, words in (("empty", "no images in empty"), ("bad", "bad/2.png can't be read"),
+    for name, words in (("empty", "no images in empty"),
                         ("mixed", "mixed/0.png is 20 x 20 pixels and mixed/2.png 21 x 20; --image_size")):
         with pytest.raises(ValueError, match=words):
             open_images(name, None).read(slice(0, 3))

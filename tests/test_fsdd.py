@@ -151,13 +151,20 @@ def test_the_discrete_gaussian_is_the_dense_formula(x0, x1, t):
     assert torch.allclose(ours.double(), by_formula, atol=1e-3, rtol=1e-4)
 
 
-def test_the_forward_process_has_the_mean_and_std_of_equation_6(monkeypatch):
+@pytest.fixture
+def gaussians(monkeypatch):
+    """A list to which every later call of discrete_gaussian() appends its mean and std."""
+    calls, real = [], fsdd.discrete_gaussian
+    monkeypatch.setattr(fsdd, "discrete_gaussian",
+                        lambda mean, std, *rest: calls.append((mean, std)) or real(mean, std, *rest))
+    return calls
+
+
+def test_the_forward_process_has_the_mean_and_std_of_equation_6(gaussians):
     """Fails if X_t follows another path from data to noise."""
-    x0, x1, t, calls = skewed_counts(30, 20, 16, 3), sample_noise(30, 20, 16, "multinomial"), torch.rand(30), []
-    real = fsdd.discrete_gaussian
-    monkeypatch.setattr(fsdd, "discrete_gaussian", lambda *args: calls.append(args) or real(*args))
+    x0, x1, t = skewed_counts(30, 20, 16, 3), sample_noise(30, 20, 16, "multinomial"), torch.rand(30)
     forward_process(x0, x1, t)
-    (mean, std, *_), = calls
+    (mean, std), = gaussians
     assert torch.allclose(mean, t[:, None] * x1 + (1 - t[:, None]) * x0) and torch.equal(std, (x1 - x0).abs() / 4)
 
 
@@ -306,15 +313,12 @@ def test_generation_ends_at_what_the_denoiser_knows(steps, prior):
     assert_generation_ends_at_the_data(steps=steps, prior=prior)
 
 
-def test_steps_follow_equation_10(monkeypatch):
+def test_steps_follow_equation_10(gaussians):
     """Fails if mean and std of a step are not those of the noise end that X_t and x_0 imply, std reduced by f."""
-    x0, calls = skewed_counts(30, 20, 16, 23).double(), []
-    real = fsdd.discrete_gaussian
-    monkeypatch.setattr(fsdd, "discrete_gaussian",
-                        lambda mean, std, *rest: calls.append((mean, std)) or real(mean, std, *rest))
+    x0 = skewed_counts(30, 20, 16, 23).double()
     states = list(fsdd.refine(KnowsData(x0.long()), torch.zeros(30, dtype=torch.int64), generator=generator(24)))
-    assert len(calls) == 25
-    for step, (mean, std) in enumerate(calls):  # the release counts time from noise to data
+    assert len(gaussians) == 25
+    for step, (mean, std) in enumerate(gaussians):  # the release counts time from noise to data
         s, s_next = step / 25, (step + 1) / 25
         x1 = (states[step] - s * x0) / (1 - s)
         assert torch.allclose(mean.double(), s_next * x0 + (1 - s_next) * x1, atol=1e-4)
@@ -350,14 +354,11 @@ def test_guidance_by_thirds(monkeypatch):
         assert weights == [3 * step // steps for step in range(steps)]
 
 
-def test_sampling_times_are_evenly_spaced():
-    """Fails if generation does not begin at noise and end at data, or if the paper's steps are not equal."""
-    assert fsdd.sampling_times(4) == [1, 0.75, 0.5, 0.25, 0] and fsdd.sampling_times(1) == [1, 0]
-
-
 @pytest.mark.parametrize("steps", [1, 2, 3, 36])
-def test_times_in_the_middle_begin_at_noise_and_end_at_data(steps):
-    """Fails if generation in the middle of the time goes back, is not as long as asked for, or leaves the middle."""
+def test_sampling_times(steps):
+    """Fails if generation does not begin at noise and end at data, if the paper's steps are not equal, or if times in
+    the middle go back or leave the middle."""
+    assert fsdd.sampling_times(steps) == [1 - i / steps for i in range(steps + 1)]
     times = fsdd.sampling_times(steps, "middle")
     assert len(times) == steps + 1 and times[0] == 1 and times[-1] == 0
     assert all(t > s for t, s in zip(times, times[1:]))

@@ -127,7 +127,6 @@ def test_other_images_without_published_networks(files, tmp_path):
     (["--vqgan=convnext.pth"], ["convnext.pth can't be read as MaskGIT-VQGAN"]),
     (["--vqgan="], ["--vqgan", "--proxy_steps 0"]), (["--convnext="], ["--convnext", "--perceptual 0"]),
     (["--proxy_steps=33"], ["proxy_steps 33", "12"]), (["--patch_size=8"], ["16 pixels"]),
-    (["--discriminator=33"], ["33"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
     """Fails if a missing or wrong file ends in a traceback, or is found only after hours of training."""

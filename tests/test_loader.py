@@ -64,12 +64,11 @@ def test_images_do_not_travel_through_shared_memory(images):
     assert read(slice(0, 8))[0].shape == (8, 3, 24, 24)
 
 
-def test_train_and_val_have_the_same_classes(copy, capsys):
+def test_train_and_val_have_the_same_classes(copy):
     """Fails if a label means different classes in the two splits, or if the error does not name these classes."""
     cfg = SimpleNamespace(data=str(copy))
     train_set, test_set = loader.open_datasets(cfg, 24, crop="random")
     assert (len(train_set), len(test_set), train_set.crop, test_set.crop) == (100, 25, "random", "center")
-    assert f"{train_set.root}: 100 images in 10 classes" in capsys.readouterr().out
     for number in range(4):
         (copy / "val" / f"d{number}").rename(copy / "val" / f"other{number}")
     with pytest.raises(ValueError, match="train and .*val are .*; only one of them has d0, d1, d2 and 5 more$"):
@@ -81,15 +80,8 @@ def test_all_ranks_have_the_same_images(images, copy):
     os.remove(copy / "train" / "d1" / "00001.JPEG")
 
     def open_on_each():
-        said = []
-        for other in (images, str(copy)):
-            try:
-                train_set, _ = loader.open_datasets(SimpleNamespace(data=other if dist.get_rank() else images), 24)
-                said.append(len(train_set))
-            except ValueError as problem:
-                said.append(str(problem))
-        return said
+        assert len(loader.open_datasets(SimpleNamespace(data=images), 24)[0]) == 100
+        with pytest.raises(ValueError, match="train are not the same on all machines; each needs the same files"):
+            loader.open_datasets(SimpleNamespace(data=str(copy) if dist.get_rank() else images), 24)
 
-    for said in on_ranks(2, open_on_each):
-        assert said[0] == 100
-        assert said[1].endswith("train are not the same on all machines; each needs the same files")
+    on_ranks(2, open_on_each)

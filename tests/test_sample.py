@@ -125,9 +125,6 @@ def test_labels_are_numbers_or_names(draw):
     for wrong in ("bird", "4", "-1", "dog,", ",", "1.0"):
         with pytest.raises(ValueError, match="numbers from 0 to 3 or names of classes, such as cat"):
             sample.choose_labels(wrong, 3, names, 10)
-    names = ["a, b", " cat ", "cat", "caf\xe9"]
-    for text, labels in (('"a, b",cat', [0, 2]), ('cat," cat "', [2, 1]), ("cafe\u0301, cat", [3, 2])):  # NFD
-        assert sample.choose_labels(text, 2, names, 10).tolist() == labels
     assert "generating 2 images of the classes 7 (7), 3 (3):" in draw("--num=2", "--labels=7,3", out="a.png").stdout
 
 
@@ -170,21 +167,17 @@ def test_memory_does_not_grow_with_the_number_of_images(digits, tmp_path):
                                    "--out=a.npz", "--device=cpu"], cwd=tmp_path, capture_output=True, text=True,
                                   check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT})
         peaks.append(int(re.search(r"VmHWM:\s+(\d+)", finished.stdout)[1]) / 2 ** 10)  # MiB
-    print(f"peak memory of 200 and 20000 images: {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
     assert peaks[1] < peaks[0] + 12  # the images alone, in grey, take 15 MiB
 
 
 # --- images like another ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ink", [(0, 0, 0), (0, 0, 0, 255)])  # on white, on transparent
-def test_ink_on_paper_is_inverted(ink, tmp_path, capsys):
-    """Fails if --like takes a drawing on paper, or a photo that a phone has turned, for another image."""
-    white = Image.new({3: "RGB", 4: "RGBA"}[len(ink)], (28, 28), (255, 255, 255, 0)[:len(ink)])
-    turned = Image.Exif()
-    white.paste(ink, (0, 0, 28, 9))
-    turned[0x0112] = 8  # "turn by 90 degrees": the top becomes the left side
-    white.save(tmp_path / "ink.png", exif=turned)
+def test_ink_on_paper_is_inverted(tmp_path, capsys):
+    """Fails if --like takes a drawing on paper for another image."""
+    paper = Image.new("RGB", (28, 28), (255, 255, 255))
+    paper.paste((0, 0, 0), (0, 0, 9, 28))
+    paper.save(tmp_path / "ink.png")
     image, label = sample.open_like(str(tmp_path / "ink.png"), SimpleNamespace(image_size=28, channels=1))
     assert image.shape == (1, 1, 28, 28) and label is None and image.dtype == torch.uint8
     assert image[..., :9].min() > 250 and image[..., 9:].max() < 5

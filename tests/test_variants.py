@@ -45,9 +45,6 @@ def test_fids_of_variants_are_kept(cache, digits, monkeypatch):
     tokenizer = variants.tokenizer(**SET, **TOKENIZER)
     denoiser = variants.fsdd(tokenizer, **DENOISER)
     rfid, gfid = variants.digits_fid(tokenizer, CPU), variants.digits_fid(denoiser, CPU, num=40, steps=2)
-    args = evaluate_fid.parse([f"--ckpt={denoiser}", "--num=40", "--steps=2", f"--classifier={variants.CLASSIFIER}",
-                               "--device=cpu"])
-    assert gfid == pytest.approx(evaluate_fid.evaluate(args, CPU)["digits_fid"])
     monkeypatch.setattr(evaluate_fid, "evaluate", lambda *args: {"digits_fid": -1.0})
     for path, options, expected in ((tokenizer, {}, rfid), (denoiser, {"num": 40, "steps": 2}, gfid),
                                     (denoiser, {"num": 40, "steps": 1}, -1), (f"{digits}/tokenizer.pt", {}, -1)):
