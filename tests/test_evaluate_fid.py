@@ -13,7 +13,7 @@ from PIL import Image
 import evaluate_fid
 import sample
 from data import open_dataset
-from evaluate_fid import frechet_distance, precision_recall
+from evaluate_fid import frechet_distance
 from published import classifier, inception
 from published.classifier import classifier_of
 from support.files import load_checkpoint, save_checkpoint
@@ -22,7 +22,7 @@ from tests.conftest import few_digits, pictures
 from tests.scripts import assert_one_sentence, run_here, run_ranks, successful
 from tokenizer import SetTokenizer
 
-# --- distance, statistics and scores ---------------------------------------------------------------------------------
+# --- the distance ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("D, N", [(3, 10), (40, 100), (100, 30)])
@@ -40,21 +40,6 @@ def test_distance_is_the_usual_formula(D, N):
         frechet_distance(mu1, sigma1, mu2[1:], sigma2[1:, 1:])
     with pytest.raises(ValueError, match="finite"):
         frechet_distance(mu1, sigma1, mu2 * np.nan, sigma2)
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall(k):
-    """Fails if an image is its own neighbour, if a radius is another image's, or if the two numbers are exchanged."""
-    ours, theirs = torch.randn(60, 5), 1.5 * torch.randn(80, 5) + 0.3
-
-    def within(points, others):
-        distances = (others[:, None] - others).double().square().sum(2).sqrt()
-        radii = distances.fill_diagonal_(np.inf).sort(1).values[:, k - 1]
-        return ((points[:, None] - others).double().square().sum(2).sqrt() <= radii).any(1).double().mean().item()
-
-    assert precision_recall(ours, theirs, k) == pytest.approx((within(ours, theirs), within(theirs, ours)))
-    zeros = torch.zeros(5, 2)
-    assert precision_recall(zeros, torch.cat([zeros, zeros + 9]), k) == (1, 0.5)
 
 
 # --- the digits ------------------------------------------------------------------------------------------------------

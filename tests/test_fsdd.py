@@ -326,6 +326,16 @@ def test_steps_follow_equation_10(gaussians):
         assert torch.allclose(std.double(), (x1 - x0).abs() / 4 * f, atol=1e-4)
 
 
+@pytest.mark.parametrize("top_k, adjusted", [(0, 8), (2, 0)])
+def test_the_drawn_x0_is_adjusted_late_or_with_top_k_never(top_k, adjusted, monkeypatch):
+    """Fails if x_0 is not adjusted in those of the 25 steps with 1 - t >= 0.65, or if it is with top_k, as in the
+    release."""
+    calls, real = [], fsdd.greedy_adjust
+    monkeypatch.setattr(fsdd, "greedy_adjust", lambda *args: calls.append(1) or real(*args))
+    fsdd.generate(small_denoiser(), torch.zeros(2, dtype=torch.int64), top_k=top_k)
+    assert len(calls) == 25 + adjusted  # X_s is adjusted in every step
+
+
 def test_the_last_step_is_adjusted_by_the_denoisers_p():
     """Fails if the wrong count is adjusted in the last step, where the Gaussians are spikes."""
     p = torch.tensor([[[0.1, 0.9, 0], [0.4, 0.6, 0], [0.1, 0.9, 0]]])  # the most probable counts, 1, 1, 1, exceed M = 2
