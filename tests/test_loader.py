@@ -1,4 +1,4 @@
-"""Batches of images: every image once an epoch, the same for any number of ranks and workers, and reading errors."""
+"""Batches of images: every image once an epoch, the same for any number of ranks and workers."""
 import os
 import shutil
 from types import SimpleNamespace
