@@ -105,8 +105,9 @@ def cache(digits, small_digits, few_to_train_on, tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def inception_weights():
-    """Random weights under the published names, such that activations keep their size through the network."""
+@pytest.fixture(scope="session")
+def weights():
+    """Random weights of Inception under the published names, such that activations keep their size in the network."""
     torch.manual_seed(0)
     net = InceptionV3()
     for module in net.modules():
@@ -123,11 +124,6 @@ def inception_weights():
         weight = torch.nn.init.normal_(net.fc.weight, std=0.2)
         weight -= (weight @ mean)[:, None] * mean
     return net.state_dict()
-
-
-@pytest.fixture(scope="session")
-def weights():
-    return inception_weights()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import beyond
 from beyond import SparseDenoiser, flip_times, refine_by_exchange, sparse_loss
 from fsdd import (Denoiser, discrete_gaussian, forward_process, fsdd_loss, greedy_adjust, refine, sample_categorical,
                   sample_noise)
-from tests.test_fsdd import (LargestTensor, assert_generation_ends_at_the_data, assert_generation_keeps_the_sum,
+from tests.test_fsdd import (assert_generation_ends_at_the_data, assert_generation_keeps_the_sum,
                              assert_same_distribution, dense_gaussian, generator, look_up, random_batch, skewed_counts,
                              small_denoiser)
 
@@ -62,21 +62,6 @@ def test_sparse_attends_to_the_tokens(C, M):
     for denoiser in (dense, sparse):  # the time's features are float32
         denoiser.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
     torch.testing.assert_close(sparse(x, t, labels), dense(x, t, labels), rtol=1e-9, atol=1e-9)
-    if C > 1:  # the embedding of an absent code reaches no other
-        base, absent = sparse(x, t, labels), int((x[0] == 0).nonzero()[0])
-        with torch.no_grad():
-            sparse.code_embedding[0, absent, 0] += 1
-        changed = (sparse(x, t, labels) - base).abs().amax(2)[0] > 1e-9
-        assert changed.nonzero().flatten().tolist() == [absent]
-
-
-def test_sparse_logits_of_some_codes_are_those_of_all():
-    """Fails if training, which computes the logits of some codes, sees other logits than sampling."""
-    denoiser = small_denoiser(30, 6, model_class=SparseDenoiser)
-    x, t, labels = skewed_counts(9, 30, 6, 41), torch.rand(9), torch.randint(3, (9,))
-    codes = (torch.rand(x.shape) + (x > 0)).topk(12, dim=1).indices
-    expected = denoiser(x, t, labels).gather(1, codes[:, :, None].expand(-1, -1, 7))
-    torch.testing.assert_close(denoiser(x, t, labels, codes), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sparse_loss_estimates_the_loss_of_all_codes():
@@ -104,18 +89,6 @@ def test_sparse_gradients_do_not_depend_on_chance():
         gradients.append([parameter.grad.clone() for parameter in denoiser.parameters()])
     torch.set_num_threads(threads)
     assert all(torch.equal(first, other) for others in gradients[1:] for first, other in zip(gradients[0], others))
-
-
-@pytest.mark.slow
-def test_sparse_compiled_is_the_same():
-    """Fails if torch.compile trains another sparse denoiser."""
-    batch, gradients = random_batch(8, 40, 6, 44), []
-    for compiled in (False, True):
-        denoiser = small_denoiser(40, 6, model_class=SparseDenoiser)
-        sparse_loss(torch.compile(denoiser, backend="aot_eager") if compiled else denoiser, batch, 18).backward()
-        gradients.append([parameter.grad for parameter in denoiser.parameters()])
-    for plain, other in zip(*gradients):
-        torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-6)
 
 
 # --- 4. the exchange sampler -----------------------------------------------------------------------------------------
@@ -182,7 +155,7 @@ def test_exchange_keeps_the_sum(C, M, kind):
 
 
 def test_exchange_moves_as_many_tokens_as_independent_codes():
-    """Fails if small steps stall, as they do with Algorithm 1, change too much, or change only the likeliest codes."""
+    """Fails if small steps stall, change too much, or change only the likeliest codes."""
     n, C, M = 20_000, 40, 20
     x = torch.cat([torch.ones(n, M), torch.zeros(n, C - M)], dim=1).long()
     rate = torch.linspace(0.002, 0.02, M).repeat(2)  # of going down where x is 1, of going up where it is 0
@@ -192,21 +165,6 @@ def test_exchange_moves_as_many_tokens_as_independent_codes():
     moved = (beyond.exchange(x, q, generator(32)) != x).double().mean(0)  # (C,), about rate
     assert moved.sum() / rate.sum() == pytest.approx(1, abs=0.03)
     assert ((moved / rate.double() - 1).abs() < 0.3).all()
-    u = torch.rand(n, C, generator=generator(33))
-    log_q = look_up(torch.nn.functional.pad(q, (0, M - 2)).log())
-    stalled = (greedy_adjust(sample_categorical(q, u), log_q, M) != x).double().mean(0)
-    assert stalled.sum() / rate.sum() < 0.4
-
-
-def test_an_exchange_step_makes_no_table_over_all_counts():
-    """Fails if a step at ImageNet's size takes B x C x (M + 1) numbers besides the denoiser's p."""
-    B, C, M = 2, 4096, 128
-    logits = torch.full((B, C, M + 1), -20.0)
-    logits[:, :, :4] = torch.tensor([0.0, -3.0, -5.0, -9.0])
-    p, x = logits.softmax(2), sample_noise(B, C, M, "distinct", generator(34))
-    with LargestTensor() as largest:
-        beyond.exchange(x, beyond.next_probabilities(x, p, 0.6, 0.5, "distinct"), generator(35))
-    assert largest.elements < B * C * (M + 1) / 10
 
 
 @pytest.mark.parametrize("model_class", [Denoiser, SparseDenoiser])

@@ -11,7 +11,7 @@ from tests.scripts import on_ranks
 
 @pytest.mark.parametrize("total", [1, 7, 128, 255])
 def test_shards_cover_all_rows_in_order(total, monkeypatch):
-    """Broken: with some world size an image would be missing from the batch, or be in it twice."""
+    """Fails if, for some number of ranks, an image is missing from the batch or is in it twice."""
     for world_size in range(1, 12):
         slices = []
         for rank in range(world_size):
@@ -26,7 +26,7 @@ def test_shards_cover_all_rows_in_order(total, monkeypatch):
 
 
 def test_random_numbers_depend_on_purpose_and_key_only():
-    """Broken: two steps, or two seeds, would draw the same noise, or a step other noise after a resume."""
+    """Fails if two steps or two seeds have the same noise, or if a step has other noise after a resume."""
     keys = [(0,), (0, 0), (0, 1), (1, 0), (0, 2), (0, 0, 1)]
     draws = [torch.rand(4, generator=generator("cpu", purpose, *key)).tolist() for purpose in ("step", "epoch")
              for key in keys]
@@ -36,7 +36,7 @@ def test_random_numbers_depend_on_purpose_and_key_only():
 
 
 def test_collectives():
-    """Broken: a sum would lack a rank, what is gathered be in another order, or two ranks write one file."""
+    """Fails if a sum lacks a rank, if gathered values are in another order, or if two ranks write the same file."""
     found = on_ranks(3, lambda: (all_reduce(torch.tensor(dist.get_rank())).item(), all_gather(f"{dist.get_rank()}"),
                                  is_main()))
     assert found == [(3, ["0", "1", "2"], True), (3, ["0", "1", "2"], False), (3, ["0", "1", "2"], False)]

@@ -48,11 +48,8 @@ tokens = torch.zeros(3, 4, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda: tokens_to_counts(tokens.float(), 8), "Expected dtype int32/int64 for index"),
-    (lambda: tokens_to_counts(tokens[0], 8), "same number of dimensions"),
     (lambda: tokens_to_counts(tokens + 8, 8), "index 8 is out of bounds"),
     (lambda: tokens_to_counts(tokens - 1, 8), "index -1 is out of bounds"),
-    (lambda: counts_to_tokens(torch.ones(3, 4)), "not implemented for 'Float'"),
     (lambda: counts_to_tokens(torch.tensor([[3, 0], [2, 3]])), r"same sum, got \[3, 5\]"),  # 8 tokens, but not 4 a row
     (lambda: counts_to_tokens(torch.tensor([[4, -2, 2]])), "negative"),
 ])

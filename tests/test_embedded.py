@@ -26,13 +26,10 @@ def test_digits_are_mnist():
 
 
 def test_emoji_are_split_by_emoji():
-    """Fails if the sheets, their table and the labels do not fit together, a held-out emoji is trained on in another
-    skin tone or drawing, or most of the pictures show people in skin tones."""
+    """Fails if the sheets, their table and the labels do not fit together, or if a held-out emoji is trained on."""
     train, test = (open_dataset("emoji", split, 32) for split in ("train", "test"))
     assert train.images.shape == (4006, 3, 32, 32) and test.images.shape == (452, 3, 32, 32)
     assert len(train.class_names) == 98 and train.class_names == test.class_names
-    people = [name.startswith(("person", "hand", "family", "body")) for name in train.class_names]
-    assert 0.2 < torch.tensor(people)[train.labels].float().mean() < 0.4
     country = train.images[train.labels == train.class_names.index("country-flag")].float()
     assert country[:, :, :3].min() > 240 and country[:, :, 16].mean() < 200  # flags are wide, on white
     contents = [{image.tobytes() for image in dataset.images.numpy()} for dataset in (train, test)]

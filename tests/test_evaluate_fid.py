@@ -1,13 +1,6 @@
-"""FID, Inception Score, precision and recall against their definitions and, where installed, others' programs.
-
-The tests named yardstick need torch-fidelity and pytorch-fid, which are no dependency of the project; .ci/run installs
-them.
-"""
+"""FID, Inception Score, precision and recall against their definitions and torch-fidelity's numbers."""
 import json
 import re
-import sys
-import timeit
-from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest import mock
 from urllib.error import URLError
@@ -20,89 +13,33 @@ from PIL import Image
 import evaluate_fid
 import sample
 from data import open_dataset
-from data.evaluation_inputs import Images
-from evaluate_fid import InceptionScore, InceptionV3, Statistics, frechet_distance, precision_recall
+from evaluate_fid import frechet_distance
 from published import classifier, inception
 from published.classifier import classifier_of
-from published.inception import resize
 from support.files import load_checkpoint, save_checkpoint
 from support.pictures import to_uint8
 from tests.conftest import few_digits, pictures
 from tests.scripts import assert_one_sentence, run_here, run_ranks, successful
 from tokenizer import SetTokenizer
 
-# --- distance, statistics and scores ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("D", [1, 2, 17, 200])
-def test_distance_has_its_closed_forms(D):
-    """Broken: the distance would be wrong where it is known, for singular covariances too."""
-    for rank in {D, D // 2, 0}:
-        Q = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
-        a, b = 10 ** (4 * torch.rand(2, D, dtype=torch.float64) - 3)  # eigenvalues over four orders of magnitude
-        a[rank:], b[rank // 2:] = 0, 0
-        mu, shift = torch.randn(2, D, dtype=torch.float64)
-        first, second = Q * a @ Q.T, Q * b @ Q.T
-        close = dict(rel=1e-9, abs=1e-6 * (a.sum() + b.sum() + 1e-9).item())  # abs: the root of the rounding of a zero
-        commuting = (a.sqrt() - b.sqrt()).square().sum().item()
-        assert frechet_distance(mu, first, mu, second) == pytest.approx(commuting, **close)
-        assert frechet_distance(mu, second, mu, first) == pytest.approx(commuting, **close)
-        assert frechet_distance(mu, first, mu + shift, first) == pytest.approx(shift.square().sum().item(), **close)
-        assert 0 <= frechet_distance(mu, first, mu, first) < close["abs"]
+# --- the distance ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("D, N", [(3, 10), (40, 100), (100, 30)])
 def test_distance_is_the_usual_formula(D, N):
-    """Broken: covariances that don't commute would get another number than everybody else's."""
+    """Fails if the distance is not the Frechet distance, also for singular covariances (N < D)."""
     x, y = torch.randn(2, N, D, dtype=torch.float64)
     y = y @ torch.randn(D, D, dtype=torch.float64) + 1
     (mu1, sigma1), (mu2, sigma2) = ((z.mean(0).numpy(), np.cov(z.numpy(), rowvar=False)) for z in (x, y))
     root = np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).astype(complex)).real.sum()
     usual = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
     assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(usual, rel=1e-6)
+    assert frechet_distance(mu2, sigma2, mu1, sigma1) == pytest.approx(usual, rel=1e-6)
+    assert 0 <= frechet_distance(mu1, sigma1, mu1, sigma1) < 1e-6 * np.trace(sigma1)
     with pytest.raises(ValueError, match="same length"):
         frechet_distance(mu1, sigma1, mu2[1:], sigma2[1:, 1:])
     with pytest.raises(ValueError, match="finite"):
         frechet_distance(mu1, sigma1, mu2 * np.nan, sigma2)
-
-
-def test_statistics_do_not_depend_on_batches():
-    """Broken: mean and covariance would depend on how images are divided into batches, or not be the unbiased ones."""
-    features = torch.randn(500, 20).abs() @ torch.rand(20, 20) + 3
-    statistics, exact = Statistics(20), features.double().numpy()
-    for part in features.tensor_split(7):
-        statistics.add(part)
-    mu, sigma = statistics.mean_and_covariance()
-    np.testing.assert_allclose(mu, exact.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(sigma, np.cov(exact, rowvar=False), rtol=0, atol=1e-12 * np.cov(exact.T).max())
-
-
-@pytest.mark.parametrize("N, batch", [(4, 3), (97, 97), (200, 7)])
-def test_inception_score(N, batch):
-    """Broken: the score would not be exp E KL, or depend on the batches or on the order in which they come."""
-    logits = 5 * torch.randn(N, 30)
-    p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(N)]
-    parts = [p[i * N // min(10, N):(i + 1) * N // min(10, N)] for i in range(min(10, N))]
-    scores = [np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()) for part in parts]
-    ours = InceptionScore(N, 30)
-    for rows in reversed(torch.arange(N).split(batch)):
-        ours.add(logits[rows], rows)
-    assert ours.result() == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-10)
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall(k):
-    """Broken: an image would be its own neighbour, a radius would be another's, or the two numbers be exchanged."""
-    ours, theirs = torch.randn(60, 5), 1.5 * torch.randn(80, 5) + 0.3
-
-    def within(points, others):
-        distances = (others[:, None] - others).double().square().sum(2).sqrt()
-        radii = distances.fill_diagonal_(np.inf).sort(1).values[:, k - 1]
-        return ((points[:, None] - others).double().square().sum(2).sqrt() <= radii).any(1).double().mean().item()
-
-    assert precision_recall(ours, theirs, k) == pytest.approx((within(ours, theirs), within(theirs, ours)))
-    zeros = torch.zeros(5, 2)
-    assert precision_recall(zeros, torch.cat([zeros, zeros + 9]), k) == (1, 0.5)
 
 
 # --- the digits ------------------------------------------------------------------------------------------------------
@@ -131,8 +68,8 @@ def distance(*features):
 
 
 def test_generated_digits(digits, small_digits, tmp_path, capsys):
-    """Broken: what is measured would not be what sample.py draws, or be compared with other images than the training
-    digits, or pass for an FID."""
+    """Fails if the measured images are not those of sample.py, if they are compared with other images than the training
+    digits, or if the result is called an FID."""
     options = ["--ckpt", str(digits / "fsdd.pt"), "--num=120", "--seed=3", "--steps=2"]
     found = evaluate(*options, folder=tmp_path)
     assert "digits_fid: " in capsys.readouterr().out
@@ -148,10 +85,8 @@ def test_generated_digits(digits, small_digits, tmp_path, capsys):
 
 def test_classes_of_generated_emoji(digits, monkeypatch):
     """Fails if emoji, whose classes differ in size, are generated with other shares of classes than they have in the
-    training set that they are compared with, or by a model of other images."""
+    training set that they are compared with."""
     checkpoint, args = load_checkpoint(digits / "fsdd.pt", "", "fsdd"), evaluate_fid.parse(["--ckpt=fsdd.pt"])
-    with pytest.raises(ValueError, match="emoji are 32 pixels wide, got image_size 28"):
-        evaluate_fid.generated("fsdd.pt", checkpoint, args, "emoji", torch.device("cpu"))
     monkeypatch.setattr(sample, "models", lambda *_: (None, SimpleNamespace(image_size=32)))
     images = evaluate_fid.generated("fsdd.pt", checkpoint, args, "emoji", torch.device("cpu"))
     shares = open_dataset("emoji", "train", 32).labels.bincount() / 4006
@@ -159,8 +94,8 @@ def test_classes_of_generated_emoji(digits, monkeypatch):
 
 
 def test_reconstructed_digits(digits, small_digits, tmp_path):
-    """Broken: rFID would not compare the validation images with their own reconstructions, or --num would take the
-    first ones, which on ImageNet are of few classes."""
+    """Fails if rFID does not compare the validation images with their own reconstructions, or if --num takes the first
+    ones, which on ImageNet are of few classes."""
     found = evaluate("--ckpt", digits / "tokenizer.pt", "--num=37", folder=tmp_path)
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
     model = SetTokenizer(**checkpoint["model_config"])
@@ -176,7 +111,7 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--ckpt=fsdd.pt", "--ref=generated.npz"], ["--ckpt=tokenizer.pt"]])
 def test_same_numbers_for_any_number_of_ranks(arguments, digits):
-    """Broken: under torchrun the numbers would be those of a part of the images, or of other images."""
+    """Fails if under torchrun only a part of the images, or other images, are measured."""
     results = []
     for world_size in (1, 3):
         options = [*arguments, "--num_images=130", "--batch=50", "--bf16=off", "--device=cpu", "--json=r.json",
@@ -194,7 +129,7 @@ def test_same_numbers_for_any_number_of_ranks(arguments, digits):
 
 
 def test_statistics_are_saved_and_used_again(digits, small_digits, tmp_path, monkeypatch, capsys):
-    """Broken: saved statistics would not stand for the images, or be compared with those of other features."""
+    """Fails if saved statistics are not those of the images, or if they are compared with those of other features."""
     monkeypatch.chdir(digits)
     evaluate("--data=digits", "--images=test.npz", f"--save_stats={tmp_path}/test.npz", folder=tmp_path)
     generated = ["--ckpt=fsdd.pt", "--num=100", f"--save_stats={tmp_path}/generated.npz", "--ref"]
@@ -202,18 +137,15 @@ def test_statistics_are_saved_and_used_again(digits, small_digits, tmp_path, mon
     with np.load(tmp_path / "test.npz") as file:
         arrays = dict(file)
     assert arrays["num"] == 300 and arrays["size"] == "28 x 28" and arrays["mu"].shape == (128,)
-    np.savez(tmp_path / "few.npz", **arrays | {"num": 50, "size": "14 x 14"})
-    evaluate("--images", tmp_path / "test.npz", f"--ref={tmp_path}/few.npz", folder=tmp_path)
-    warned = capsys.readouterr().err
-    assert "warning: 50 images for 128 features" in warned
-    assert "the images have 28 x 28 pixels, those of the reference 14 x 14" in warned
-    np.savez(tmp_path / "adm.npz", **arrays, arr_0=np.load("test.npz")["arr_0"][:50])  # and images, as ADM's
+    images = np.load("test.npz")["arr_0"][:50]
+    np.savez(tmp_path / "adm.npz", **arrays | {"size": "14 x 14"}, arr_0=images)  # statistics and images, as ADM's
     for name in ("test", "adm"):
         found = evaluate(*generated, f"{tmp_path}/{name}.npz", folder=tmp_path)
         assert found["digits_fid"] == pytest.approx(by_images["digits_fid"], rel=1e-9)
         assert ("digits_precision" in found) == (name == "adm")
-        warned = capsys.readouterr().err
-        assert "warning: 100 images" in warned and "warning: 50 images" not in warned  # its statistics are of more
+    warned = capsys.readouterr().err
+    assert "warning: 100 images for 128 features" in warned and "warning: 50 images" not in warned
+    assert "the images have 28 x 28 pixels, those of the reference 14 x 14" in warned
     monkeypatch.setattr(evaluate_fid, "network", mock.Mock(side_effect=AssertionError("no network is needed")))
     alone = evaluate("--images", tmp_path / "generated.npz", "--ref", tmp_path / "test.npz", folder=tmp_path)
     assert alone.keys() == {"images", "features", "reference", "digits_fid"}
@@ -226,7 +158,7 @@ def test_statistics_are_saved_and_used_again(digits, small_digits, tmp_path, mon
 
 
 def test_numbers_come_before_files(digits, small_digits, tmp_path, capsys):
-    """Broken: a full disk would cost the numbers of an evaluation of hours."""
+    """Fails if a full disk loses the results of an evaluation of hours."""
     with pytest.raises(OSError, match="File name too long"):  # one sentence, by run()
         evaluate("--data=digits", f"--images={digits}/test.npz", f"--classifier={digits}/digits_classifier.pt",
                  f"--save_stats={'a' * 300}.npz", folder=tmp_path)
@@ -234,7 +166,7 @@ def test_numbers_come_before_files(digits, small_digits, tmp_path, capsys):
 
 
 def test_a_checkpoint_as_the_reference(digits, small_digits, tmp_path, monkeypatch):
-    """Broken: two checkpoints could not be compared, or precision and recall be exchanged."""
+    """Fails if two checkpoints can't be compared, or if precision and recall are exchanged."""
     monkeypatch.chdir(digits)
     one = evaluate("--ckpt=fsdd.pt", "--ref=tokenizer.pt", "--num=100", folder=tmp_path)
     other = evaluate("--ckpt=tokenizer.pt", "--ref=fsdd.pt", "--num=100", folder=tmp_path)
@@ -267,62 +199,48 @@ def test_a_classifier_replaces_no_other_file(digits, tmp_path):
 
 # --- Inception -------------------------------------------------------------------------------------------------------
 
-
-def test_inception_is_measured(weights, monkeypatch):
-    """Broken: FID and Inception Score would not be those of Inception's features and logits, or the digits be measured
-    by the classifier in spite of --inception. (The command line: test_yardstick_fid_and_inception_score)"""
-    monkeypatch.setattr(evaluate_fid, "SPLITS", 1)
-    net, images = InceptionV3(weights), pictures(3, 32)
-    torch.nn.init.normal_(net.fc.bias)
-    found = evaluate_fid.measure(net, Images("some", 3, lambda part: images[part]), 2, False, "cpu")
-    features, _ = net(images)
-    np.testing.assert_allclose(found.mu, features.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(found.sigma, np.cov(features.T), atol=1e-4)
-    assert features.var(0).max() > 0.01
-    p = (features @ net.fc.weight.T).softmax(1)  # the published score leaves the bias out
-    expected = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
-    assert found.score[0] == pytest.approx(expected, rel=1e-4) and expected > 1.1
-    monkeypatch.setattr(evaluate_fid, "load_inception", lambda path, **options: {"i.pth": net}[path])
-    assert evaluate_fid.network(SimpleNamespace(inception="i.pth"), "digits", "cpu", 0) is net
+# What torch-fidelity 0.4.0 computes from the same weights and images, in three equal channels (calculate_metrics with
+# fid, isc, prc, and the feature extractor inception-v3-compat).
+FIDELITY = {"fid": 523.91057, "inception_score": 1.07096069, "inception_score_std": 0.14334698, "precision": 10 / 12,
+            "recall": 14 / 15}
 
 
-MISTAKES = [
+def test_numbers_are_torch_fidelitys(weight_file, tmp_path):
+    """Fails if FID, Inception Score, precision or recall are not those that others publish, if they depend on the
+    batches, or if digits are measured by the classifier in spite of --inception."""
+    for name, images in (("ours", pictures(12, 64, 1)), ("theirs", pictures(15, 64, 1, seed=1) // 2)):
+        np.savez(f"{name}.npz", arr_0=images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    found = evaluate("--images=ours.npz", "--ref=theirs.npz", "--data=digits", "--inception", weight_file, "--batch=5",
+                     folder=tmp_path)
+    assert {name: found[name] for name in FIDELITY} == pytest.approx(FIDELITY, rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments, words", [
     ([], "one of the arguments --ckpt --images is required"), (["--images=a", "--num=3"], "--num needs a checkpoint"),
-    (["--images=a", "--save_stats=a.txt"], "--save_stats must end in .npz"),
-    (["--images=a", "--json=no/a.json"], "no folder no"), (["--images=none"], "there is no none"),
+    (["--images=a", "--save_stats=a.txt"], "--save_stats must end in .npz"), (["--images=none"], "there is no none"),
     (["--images=stats.npz", "--save_stats=a.npz"], "stats.npz holds statistics already"),
     (["--images=good.npz", "--ref=one.npz"], "at least two images, got 1 .one.npz"),
     (["--images=good.npz"], "nothing to compare good.npz with; .*VIRTUAL_imagenet256_labeled.npz"),
     (["--images=good.npz", "--ref=good.npz"], f"{inception.ADDRESSES[0]} .*no network.*--inception names the file"),
-    (["--ckpt=none.pt"], "no checkpoint none.pt"), (["--ckpt=fsdd.pt", "--guidance=x"], "guidance must be numbers"),
+    (["--ckpt=none.pt"], "no checkpoint none.pt"), (["--ckpt=nodata.pt", "--data=no"], "no folder no/val"),
     (["--ckpt=nodata.pt"], "nodata.pt does not say what it was trained on"),
-    (["--ckpt=nodata.pt", "--data=no"], "no folder no/val"),
-    (["--ckpt=colour.pt", "--data=digits"], "have 1 channels, those of colour.pt 3"),
-]
-
-
-def test_mistakes_get_one_sentence(digits, tmp_path, monkeypatch):
-    """Broken: bad input would end in a traceback or in a number."""
+])
+def test_mistakes_get_one_sentence(arguments, words, digits, tmp_path, monkeypatch):
+    """Fails if invalid input gives a number or a traceback."""
     images = np.zeros((9, 20, 20, 3), np.uint8)
     np.savez(tmp_path / "good.npz", arr_0=images)
     np.savez(tmp_path / "one.npz", arr_0=images[:1])
     np.savez(tmp_path / "stats.npz", mu=np.zeros(128), sigma=np.eye(128))
-    (tmp_path / "fsdd.pt").symlink_to(digits / "fsdd.pt")
-    tokenizer = torch.load(digits / "tokenizer.pt", weights_only=True) | {"config": {}}
-    save_checkpoint(tokenizer, tmp_path / "nodata.pt")
-    colour = tokenizer["model_config"] | {"channels": 3}
-    save_checkpoint(tokenizer | {"model_config": colour, "weights": SetTokenizer(**colour).state_dict()},
-                    tmp_path / "colour.pt")
+    save_checkpoint(torch.load(digits / "tokenizer.pt", weights_only=True) | {"config": {}}, tmp_path / "nodata.pt")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=URLError("no network")))
-    for arguments, words in MISTAKES:
-        finished = run_here(evaluate_fid.main, *arguments, "--device=cpu", folder=tmp_path)
-        assert_one_sentence(finished, "error: ")
-        assert re.search(words, finished.stderr), (arguments, finished.stderr)
+    finished = run_here(evaluate_fid.main, *arguments, "--device=cpu", folder=tmp_path)
+    assert_one_sentence(finished, "error: ")
+    assert re.search(words, finished.stderr), finished.stderr
 
 
 def test_a_mistake_ends_all_ranks(digits, tmp_path):
-    """Broken: under torchrun what one rank finds would leave the others waiting, or end them in tracebacks."""
+    """Fails if, after an error on one rank, the others wait or print tracebacks."""
     (tmp_path / "images").mkdir()
     for i, image in enumerate(few_digits("test", 8).images):
         Image.fromarray(image[0].numpy()).save(tmp_path / "images" / f"{i}.png")
@@ -331,92 +249,3 @@ def test_a_mistake_ends_all_ranks(digits, tmp_path):
                          digits / "test.npz", "--classifier", digits / "digits_classifier.pt", folder=tmp_path,
                          world_size=2)
     assert_one_sentence(finished, "error: images/5.png can't be read", "error: another process of this run has died")
-
-
-# --- against torch-fidelity and pytorch-fid --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def yardstick(weights, weight_file):
-    """torch-fidelity and pytorch-fid with the same random weights; torchvision, which both import, is replaced."""
-    if not (find_spec("torch_fidelity") and find_spec("pytorch_fid")):
-        pytest.skip("torch-fidelity and pytorch-fid are not installed")
-    torchvision = mock.MagicMock(__version__="0.20.0")
-    replaced = {f"torchvision.{name}": getattr(torchvision, name) for name in ("datasets", "models", "transforms")}
-    replaced |= {"torchvision": torchvision, "torchvision.models.utils": None,
-                 "torchvision.transforms.functional": torchvision.transforms.functional}
-    with mock.patch.dict(sys.modules, replaced):
-        import torch_fidelity
-        from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-        net = fidelity.FeatureExtractorInceptionV3("", ["2048", "logits"],
-                                                   feature_extractor_weights_path=str(weight_file))
-        # pytorch-fid changes the forward passes of torchvision's blocks, which have torch-fidelity's layers and names
-        blocks = torchvision.models.inception
-        blocks.InceptionA, blocks.InceptionC = fidelity.InceptionA, fidelity.InceptionC
-        blocks.InceptionE = fidelity.InceptionE_1
-        torchvision.models.inception_v3 = lambda **options: fidelity.FeatureExtractorInceptionV3(
-            "", ["2048"], feature_extractor_weights_path=str(weight_file))
-        import pytorch_fid.inception
-        with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *args, **options: weights):
-            other = pytorch_fid.inception.InceptionV3().eval()
-        yield SimpleNamespace(torch_fidelity=torch_fidelity, net=net, other=other)
-
-
-@pytest.mark.parametrize("size", [32, 64, 256, 500])
-def test_yardstick_features(size, yardstick, weights):
-    """Broken: features or logits would not be those of the network that FID is defined by, at some size of images."""
-    ours = InceptionV3(weights)
-    for channels in (3, 1):
-        images = pictures(2, size, channels)
-        rgb = images.expand(-1, 3, -1, -1)
-        with torch.no_grad():
-            for mine, theirs, close in zip(ours(images), yardstick.net(rgb), (1e-5, 1e-4)):
-                assert (mine - theirs).abs().max() < close * theirs.abs().max() and theirs.std() > 0.1
-    if size == 256:  # pytorch-fid resizes otherwise, and scales to (x - 127.5) / 127.5; so it gets resized x / 256
-        with torch.no_grad():
-            theirs = yardstick.other(resize(rgb.float(), 299) / 256)[0].flatten(1)
-        assert (ours(images)[0] - theirs).abs().max() < 1e-5 * theirs.abs().max()
-
-
-class FidelityImages(torch.utils.data.TensorDataset):
-    """Images as torch-fidelity takes them."""
-
-    def __getitem__(self, i):
-        return self.tensors[0][i]
-
-
-def test_yardstick_fid_and_inception_score(yardstick, weight_file, tmp_path):
-    """Broken: the numbers that evaluate_fid.py prints would not be torch-fidelity's."""
-    first, second = pictures(24, 64), pictures(30, 64, seed=1) // 2
-    paths = tmp_path / "first.npz", tmp_path / "second.npz"
-    for path, images in zip(paths, (first, second)):
-        np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy())
-    ours = evaluate("--images", paths[0], "--ref", paths[1], "--inception", weight_file, folder=tmp_path)
-    theirs = yardstick.torch_fidelity.calculate_metrics(
-        input1=FidelityImages(first), input2=FidelityImages(second), fid=True, isc=True, prc=True,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weight_file), cuda=False,
-        cache=False, verbose=False)
-    assert ours["inception_score"] > 1.3
-    for name, other, close in (("fid", "frechet_inception_distance", 1e-5), ("precision", "precision", 1e-6),
-                               ("recall", "recall", 1e-6), ("inception_score", "inception_score_mean", 1e-5),
-                               ("inception_score_std", "inception_score_std", 1e-4)):
-        assert ours[name] == pytest.approx(theirs[other], rel=close), name
-
-
-def seconds(function, *arguments, repeat=3):
-    """The least of several times that a function takes, as a busy machine may hold one up."""
-    return min(timeit.repeat(lambda: function(*arguments), number=1, repeat=repeat))
-
-
-def test_yardstick_speed(yardstick, weights):
-    """Broken: features or the distance would take longer than torch-fidelity's."""
-    with torch.no_grad():
-        mine, theirs = (seconds(net, pictures(16, 256)) for net in (InceptionV3(weights), yardstick.net))
-    print(f"features: {16 / mine:.1f} images/s, torch-fidelity {16 / theirs:.1f}: {theirs / mine:.2f} times as fast")
-    assert mine < theirs
-    x = torch.randn(2, 3000, 2048, dtype=torch.float64) * torch.logspace(0, -3, 2048)
-    statistics = [{"mu": z.mean(0).numpy(), "sigma": torch.cov(z.T).numpy()} for z in x]
-    mine = seconds(frechet_distance, *statistics[0].values(), *statistics[1].values())
-    theirs = seconds(yardstick.torch_fidelity.metric_fid.fid_statistics_to_metric, *statistics, False, repeat=1)
-    print(f"distance at 2048: {mine:.1f} s, torch-fidelity {theirs:.1f} s: {theirs / mine:.1f} times as fast")
-    assert mine < theirs

@@ -1,6 +1,5 @@
 """Images and statistics in folders and .npz files, as evaluate_fid.py compares them."""
 import tracemalloc
-import zipfile
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from tests.conftest import pictures
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_batch_is_read_in_parts(save, tmp_path):
-    """Broken: 50,000 images would be in memory at the same time, or parts would be those of other images."""
+    """Fails if 50,000 images are in memory at the same time, or if a part has other images than it should."""
     images = np.random.default_rng(0).integers(256, size=(2000, 64, 64, 3), dtype=np.uint8)  # 24.6 MB
     save(tmp_path / "images.npz", arr_0=images)
     tracemalloc.start()
@@ -28,7 +27,7 @@ def test_a_batch_is_read_in_parts(save, tmp_path):
 
 
 def test_statistics_of_other_programs(tmp_path):
-    """Broken: ADM's references could not be read, which hold float32 statistics and some images, or big-endian ones."""
+    """Fails if ADM's references can't be read, which contain float32 statistics and some images, or big-endian ones."""
     mu, sigma = np.arange(3.0), np.eye(3)
     for more in ({}, {"features": "Inception"}, {"arr_0": np.zeros((2, 4, 5, 3), np.uint8)}):
         for dtype in (np.float32, np.longdouble, ">f8"):
@@ -44,46 +43,37 @@ GOOD = np.zeros((9, 28, 28, 3), np.uint8)
 
 @pytest.mark.parametrize("arrays, words", [
     ({"arr_0": GOOD / 255}, "arr_0 in bad.npz must be images (N, H, W, 3), uint8 in 0..255, got float64"),
-    ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"), ({"arr_0": GOOD[:0]}, "got uint8 (0, 28, 28, 3)"),
+    ({"arr_0": GOOD[..., [0, 0, 0, 0]]}, "got uint8 (9, 28, 28, 4)"),
     ({"arr_0": np.asfortranarray(GOOD)}, "column-major"), ({"images": GOOD}, "expected are arr_0, or mu and sigma"),
     ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "mu and sigma in bad.npz must be finite"),
-    ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)"),
-    ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "in bad.npz must be floating-point numbers, got <U1"),
-    ({"mu": np.array([None, {}]), "sigma": np.eye(8)}, "mu in bad.npz can't be read")])
+    ({"mu": np.zeros(8), "sigma": np.eye(7)}, "(8,) and torch.float64 (7, 7)")])
 def test_arrays_of_another_kind(arrays, words):
-    """Broken: an array that is no batch of images and no statistics would give a number, or end in a traceback."""
+    """Fails if an array that is neither images nor statistics gives a number, or ends in a traceback."""
     np.savez("bad.npz", **arrays)
     with pytest.raises(ValueError) as refused:
         open_images("bad.npz", None)
     assert words in str(refused.value)
 
 
-def test_damaged_files(tmp_path):
-    """Broken: a file that was copied in part, or is no .npz, would end in a traceback or be measured in part."""
-    np.savez_compressed("good.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
-    content = (tmp_path / "good.npz").read_bytes()
-    array = zipfile.ZipFile("good.npz").read("arr_0.npy")
-    (tmp_path / "half.npz").write_bytes(content[:len(content) // 2])
-    (tmp_path / "changed.npz").write_bytes(content[:9000] + bytes([content[9000] ^ 1]) + content[9001:])
-    for name, contents in (("magic", b"no array at all"), ("short", array[:9000])):
-        with zipfile.ZipFile(f"{name}.npz", "w") as archive:
-            archive.writestr("arr_0.npy", contents)
-    for name, words in (("none", "there is no none.npz"), ("half", "can't be read as an .npz file"),
-                        ("magic", "arr_0 in magic.npz can't be read"), ("short", "ends before its 9 images do"),
-                        ("changed", "arr_0 in changed.npz can't be read")):
-        with pytest.raises(ValueError, match=words):
-            open_images(f"{name}.npz", None).read(slice(0, 9))
+@pytest.mark.parametrize("damage, words", [
+    (lambda content: content[:len(content) // 2], "can't be read as an .npz file"),
+    (lambda content: content[:9000] + bytes([content[9000] ^ 1]) + content[9001:], "arr_0 in bad.npz can't be read")])
+def test_damaged_files(damage, words, tmp_path):
+    """Fails if an incomplete or changed .npz file ends in a traceback or is measured in part."""
+    np.savez_compressed("bad.npz", arr_0=pictures(9, 28).permute(0, 2, 3, 1).numpy())
+    (tmp_path / "bad.npz").write_bytes(damage((tmp_path / "bad.npz").read_bytes()))
+    with pytest.raises(ValueError, match=words):
+        open_images("bad.npz", None).read(slice(0, 9))
 
 
 def test_folders(tmp_path):
-    """Broken: images of different sizes, an unreadable one, or none would end in a traceback; or photographs be cropped
-    in another way than the training images."""
-    for name, sizes in (("empty", ()), ("mixed", (20, 20, 21)), ("bad", (20, 20, 20))):
+    """Fails if images of different sizes or an empty folder end in a traceback, or if photographs are cropped otherwise
+    than the training images."""
+    for name, sizes in (("empty", ()), ("mixed", (20, 20, 21))):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):
             Image.fromarray(pictures(1, 25, seed=i)[0, 0].numpy()).resize((size, 20)).save(tmp_path / name / f"{i}.png")
-    (tmp_path / "bad" / "2.png").write_text("no image")
-    for name, words in (("empty", "no images in empty"), ("bad", "bad/2.png can't be read"),
+    for name, words in (("empty", "no images in empty"),
                         ("mixed", "mixed/0.png is 20 x 20 pixels and mixed/2.png 21 x 20; --image_size")):
         with pytest.raises(ValueError, match=words):
             open_images(name, None).read(slice(0, 3))
@@ -93,7 +83,7 @@ def test_folders(tmp_path):
 
 
 def test_matrices_that_are_no_covariance():
-    """Broken: an FID would come out of a matrix that is no covariance, or rounding be taken for one."""
+    """Fails if a matrix that is not a covariance gives an FID, or if rounding makes a covariance invalid."""
     factor = torch.randn(40, 64, dtype=torch.float64)
     sigma, mu = factor.T @ factor, torch.zeros(64, dtype=torch.float64)  # of rank 40
     for good in (sigma, sigma.float(), 1e-12 * sigma, torch.zeros_like(sigma), (sigma * 0.01).half(), torch.eye(64)):

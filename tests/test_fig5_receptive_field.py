@@ -6,7 +6,7 @@ from PIL import Image
 
 from paper import fig5_receptive_field
 from paper.layouts import GridTokenizer
-from tests.scripts import assert_one_sentence, read_table, run_here
+from tests.scripts import read_table
 from tests.test_table2_noise import save_tokenizer
 from tests.test_tokenizer import small_tokenizer
 
@@ -57,6 +57,3 @@ def test_the_table_and_the_figure(small_digits, capsys):
     assert all(0 < float(share.strip("%")) < 100 for row in rows for share in row[1:])
     with Image.open("f.png") as page:
         assert page.height == 18 + 2 * 120 and page.width > 3 * 120
-    save_tokenizer("other.pt", patch_size=14)
-    finished = run_here(fig5_receptive_field.main, "--ckpt", "set.pt", "other.pt", folder=".")
-    assert_one_sentence(finished, "(28, 7) and (28, 14)")

@@ -10,7 +10,7 @@ from support.hardware import autocast, init_distributed
     ("meta", "--device must be auto, cpu, cuda or cuda:N, got meta"), ("mps", "got mps"), ("cuda:01", "got cuda:01"),
     ("cuda:99", "device cuda:99 is asked for, but PyTorch sees [0-9]* GPUs")])
 def test_devices_that_do_not_exist(device, words):
-    """Broken: a device that PyTorch does not have would end in a traceback."""
+    """Fails if a device that does not exist ends in a traceback."""
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{words}[^\n]*$"):
         init_distributed(device)
 
@@ -30,7 +30,7 @@ def test_processes_that_torchrun_has_not_started(variables, monkeypatch):
 
 
 def test_autocast(monkeypatch):
-    """Broken: --bf16 would have no effect, or "auto" would emulate bfloat16, many times slower than float32."""
+    """Fails if --bf16 has no effect, or if "auto" emulates bfloat16, which is many times slower than float32."""
     for fast in (True, False):
         monkeypatch.setattr(hardware, "fast_bf16", lambda device: fast)
         for bf16, dtype in (("on", torch.bfloat16), ("off", torch.float32),

@@ -10,8 +10,8 @@ import train_tokenizer
 from published.convnext import ConvNeXt
 from published.maskgit_vqgan import VQGAN
 from tests.image_folder import make_image_folder
-from tests.scripts import (assert_one_sentence, assert_same_gradients, assert_same_training, crash, read_log, run_here,
-                           run_ranks, send_sigterm, stop_and_resume, successful)
+from tests.scripts import (assert_one_sentence, assert_ranks_train_alike, assert_same_training, crash, read_log,
+                           run_here, send_sigterm, stop_and_resume, successful)
 
 SMALL = ["--recipe=imagenet256", "--data=images", "--width=16", "--heads=2", "--batch_size=4", "--device_batch=3",
          "--workers=0", "--compile=false", "--bf16=off", "--device=cpu", "--log_every=1", "--save_every=3",
@@ -61,10 +61,6 @@ def whole(files):
     return folder
 
 
-def mean(rows, key):
-    return sum(row[key] for row in rows) / len(rows)
-
-
 def test_the_whole_training(whole):
     """Fails if the paper's training does not run from proxy codes to samples, or if a loss does not come in at its
     step."""
@@ -93,23 +89,14 @@ def test_stage_1_resumes_in_every_phase(stops, files, whole, tmp_path, monkeypat
     assert_same_training(whole / "tokenizer.pt", out)
 
 
-@pytest.mark.parametrize("world_size, device_batch", [(1, 3), pytest.param(2, 4, marks=pytest.mark.slow),
-                                                      pytest.param(3, 1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("steps, losses",
-                         [("1", {"proxy"}), ("2", {"mse", "perceptual", "adversarial", "discriminator"})])
-def test_ranks_and_micro_batches_change_nothing(steps, losses, world_size, device_batch, files, tmp_path):
-    """Fails if a phase's losses, noise or gradients depend on the number of ranks, or on how many images each of them
-    takes at once. (The shares of 3 ranks are unequal.)"""
-    folders = [linked(files, tmp_path / name) for name in ("one", "other")]
-    for folder, ranks, size in zip(folders, (1, world_size), (4, device_batch)):
-        successful(run_ranks("train_tokenizer.py", *STAGE1, f"--steps={steps}", "--proxy_steps=1",
-                             "--adversarial_from=0", "--warmup=1", "--proxy_warmup=1", "--clip=0",
-                             f"--device_batch={size}", folder=folder, world_size=ranks))
-    one, other = (read_log(folder / "tokenizer.csv")[-1] for folder in folders)
-    assert one == pytest.approx(other, rel=1e-4, abs=1e-5) and losses <= one.keys()
-    ours, theirs = (torch.load(folder / "tokenizer.pt", weights_only=True)["training"] for folder in folders)
-    assert "lecam" not in ours or torch.allclose(ours["lecam"], theirs["lecam"], rtol=1e-3, atol=1e-7)
-    assert_same_gradients(*(folder / "tokenizer.pt" for folder in folders))
+def test_any_number_of_ranks_trains_alike(files, tmp_path):
+    """Fails if a phase's losses, noise, gradients or LeCam's averages depend on the number of ranks, or on how many
+    images each of them takes at once. The learning rate is small, as AdamW enlarges the rounding of small gradients."""
+    options = [*STAGE1, "--steps=3", "--proxy_steps=1", "--adversarial_from=0", "--clip=0", "--lr=1e-9"]
+    folder = linked(files, tmp_path / "ranks")
+    assert_ranks_train_alike("train_tokenizer.py", options, folder)
+    one, three = (torch.load(folder / f"{ranks}.pt", weights_only=True)["training"]["lecam"] for ranks in (1, 3))
+    assert one.all() and torch.allclose(one, three, rtol=1e-3, atol=1e-7)
 
 
 def test_the_pixel_phase_keeps_the_tokens(files, tmp_path):
@@ -130,7 +117,8 @@ def test_other_images_without_published_networks(files, tmp_path):
                         "--perceptual=0", "--adversarial=0", "--uniformity=0.25", "--reset_after=3", "--workers=1",
                         folder=folder))
     log = read_log(folder / "tokenizer.csv")
-    assert mean(log[-3:], "mse") < mean(log[:3], "mse") and "proxy" not in log[0]
+    first, last = (sum(row["mse"] for row in rows) for rows in (log[:3], log[-3:]))
+    assert last < first and "proxy" not in log[0]
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -139,19 +127,9 @@ def test_other_images_without_published_networks(files, tmp_path):
     (["--vqgan=convnext.pth"], ["convnext.pth can't be read as MaskGIT-VQGAN"]),
     (["--vqgan="], ["--vqgan", "--proxy_steps 0"]), (["--convnext="], ["--convnext", "--perceptual 0"]),
     (["--proxy_steps=33"], ["proxy_steps 33", "12"]), (["--patch_size=8"], ["16 pixels"]),
-    (["--discriminator=33"], ["33"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, files, tmp_path):
     """Fails if a missing or wrong file ends in a traceback, or is found only after hours of training."""
     folder = linked(files, tmp_path / "wrong")
     assert_one_sentence(run_here(train_tokenizer.main, *STAGE1, *arguments, folder=folder), *words)
     assert not (folder / "tokenizer.pt").exists()
-
-
-def test_resume_on_other_images_is_refused(whole, files, tmp_path):
-    """Fails if --resume on other images gives other batches and calls it the same run."""
-    folder = linked(files, tmp_path / "other", "vqgan.bin", "convnext.pth")
-    (folder / "tokenizer.pt").write_bytes((whole / "tokenizer.pt").read_bytes())
-    make_image_folder(folder / "images", 32, classes=5)
-    assert_one_sentence(run_here(train_tokenizer.main, "--resume", "--steps=40", folder=folder),
-                        "the names of the training images are not those")

@@ -14,12 +14,6 @@ OPTIONS = [("images", (), "", "images"), ("--num", 5, "[2, inf)", "images"), ("-
            inputs.DATA, inputs.SEED]
 
 
-def test_options():
-    """Fails if an option has another type or value than its row says."""
-    args = inputs.read_options(OPTIONS, "test", "", ["a", "b", "--num=7", "--seed=3"])
-    assert vars(args) == {"images": ["a", "b"], "num": 7, "out": "a.png", "data": None, "seed": 3}
-
-
 @pytest.mark.parametrize("argument, words", [("--num=1", "[2, 2^63)"), ("--num=x", "invalid int"),
                                              ("--out=a.jpg", ".png"), ("--out=no/a.png", "no folder no"),
                                              ("--sed=1", "--sed")])
@@ -63,25 +57,22 @@ def test_images_in_files_and_folders(tmp_path):
         arrays.append(random.integers(256, size=(*size[::-1], 3)).astype(np.uint8))
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(arrays[-1]).save(name)
-    (tmp_path / "folder" / "notes.txt").write_text("no image")
     crops = np.stack([arrays[0][:, 4:20], arrays[1][2:18], arrays[2]])  # the shorter side is 16: nothing is resized
-    colour, grey = (small_tokenizer(channels, image_size=16) for channels in (3, 1))
+    colour = small_tokenizer(3, image_size=16)
     images = inputs.read_images(["folder", "a.bmp"], 10, colour)
     assert torch.equal(images, torch.from_numpy(crops).permute(0, 3, 1, 2))
     assert torch.equal(inputs.read_images(["folder", "a.bmp"], 2, colour), images[:2])
-    assert inputs.read_images(["a.bmp"], 1, grey).shape == (1, 1, 16, 16)
     digits = inputs.read_images(["digits"], 3, small_tokenizer(image_size=28))
     assert torch.equal(digits, few_digits("test", 3).images)
 
 
-def test_mistakes_get_one_sentence(digits, tmp_path):
+def test_mistakes_get_one_sentence(tmp_path):
     """Fails if images that are missing, or that do not fit the tokenizer, end in a traceback."""
     (tmp_path / "empty").mkdir()
-    tokenizer, checkpoint = small_tokenizer(3, image_size=16), f"{digits}/tokenizer.pt"
+    tokenizer = small_tokenizer(3, image_size=16)
     for mistake, words in [
         (lambda _: inputs.read_images(["none"], 1, tokenizer), "no image none"),
         (lambda _: inputs.read_images(["empty"], 1, tokenizer), ".png"),
         (lambda _: inputs.read_images(["digits"], 1, tokenizer), "16 with 3"),
-        (lambda _: inputs.open_tokenizer(checkpoint, "nowhere", torch.device("cpu")), "nowhere/val"),
     ]:
         assert_one_sentence(run_here(mistake, folder=tmp_path), words)

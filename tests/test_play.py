@@ -101,34 +101,13 @@ def test_generation_goes_from_noise_or_a_set_to_an_image(server, t):
     assert kept == M if t == 0 else kept > 0 or t > 0.3
 
 
-def test_states_come_one_by_one(server, monkeypatch):
-    """Fails if the first state waits for the others, or a set can't be decoded in the meantime."""
-    go_on = threading.Event()
-
-    def refine(denoiser, labels, start, **settings):
-        yield start[0]
-        assert go_on.wait(60)
-        yield start[0]
-
-    monkeypatch.setattr(play, "make_sampler", lambda settings: refine)
-    with send(server, "/generate", b'{"label": 0, "steps": 1, "guidance": "1", "seed": 0, "t": 1}') as response:
-        assert json.loads(response.readline())["t"] == 1
-        ask(server, "decode", tokens=TOKENS)
-        go_on.set()
-        assert json.loads(response.readline())["t"] == 0
-
-
 @pytest.mark.parametrize("path, body, headers, words", [
     ("/test", b'{"number": 0}', {"Origin": "http://example.com"}, "only the page itself"),
     ("/test", b'{"number": 0}', {"Host": "example.com"}, "only the page itself"),
     ("/test", b'{"number": 0}', {"Content_Length": str(play.MAX_BODY + 1)}, "at most"),
-    ("/test", b'{"number": 0}', {"Content_Length": "-1"}, "at most"),
-    ("/test", b'{"number": 10000}', {}, "10000"),
     ("/encode", b'{"pixels": [1, 2, 3]}', {}, "28"),
-    ("/encode", b"{", {}, "Expecting"),
     ("/__init__", b"{}", {}, "no such call"),
     ("/decode", b'{"tokens": [64]}', {}, "outside [0, 64)"),
-    ("/generate", b'{"steps": 2, "guidance": "x", "t": 1}', {}, "guidance must be"),
     ("/generate", b'{"steps": 2, "guidance": "1", "t": 0.5, "seed": 0, "tokens": [1]}', {}, "must have 6 tokens"),
     ("/", None, {"Host": "example.com"}, "the page is at"),
     ("/play.py", None, {}, "the page is at"),
@@ -155,35 +134,31 @@ def test_the_page_has_the_models_sizes_and_loads_nothing(server):
 @pytest.mark.slow
 def test_the_page_in_a_browser(tmp_path):
     """Fails if drawing, changing, adjusting or generating a set goes wrong in Chromium, the page does not fit a phone,
-    or play.py writes a file or does not end by Ctrl-C. Screenshots are kept in the test's folder."""
+    or play.py writes a file or does not end by Ctrl-C."""
     pytest.importorskip("selenium.webdriver.support.wait")
     from selenium import webdriver
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("needs Debian's packages chromium and chromium-driver")
-    empty = tmp_path / "empty"
-    empty.mkdir()
     command = [sys.executable, f"{ROOT}/play.py", f"--ckpt={ROOT}/digits.pt", "--no_browser"]
-    player = subprocess.Popen(command, cwd=empty, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    player = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update",
-                 "disable-background-networking", "disable-sync", "window-size=1280,1000",
-                 f"user-data-dir={tmp_path}/browser"):
+    for flag in ("headless", "no-sandbox", "disable-background-networking", "window-size=1280,1000"):
         options.add_argument("--" + flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         browser.get(player.stdout.readline().split()[1])
-        play_with(browser, webdriver, tmp_path)
+        play_with(browser, webdriver)
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     finally:
         browser.quit()
         player.send_signal(signal.SIGINT)
         _, errors = player.communicate(timeout=60)
-    assert player.returncode == 0 and errors == "" and os.listdir(empty) == []
+    assert player.returncode == 0 and errors == "" and os.listdir(tmp_path) == []
 
 
-def play_with(browser, webdriver, folder):
+def play_with(browser, webdriver):
     """What a visitor does, with a model of 32 tokens."""
     js, wait = browser.execute_script, webdriver.support.wait.WebDriverWait(browser, 120).until
 
@@ -217,10 +192,6 @@ def play_with(browser, webdriver, folder):
     browser.find_element("css selector", "form button").click()
     shows("state", "t = 0.00: the counts sum to 32 = M")
     assert not browser.find_element("id", "problem").is_displayed()
-    for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        size = {"width": width, "height": 3000, "deviceScaleFactor": 1, "mobile": width < 500}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        assert js("return document.documentElement.scrollWidth") == width
-        browser.save_screenshot(f"{folder}/{width}-{scheme}.png")
+    size = {"width": 390, "height": 3000, "deviceScaleFactor": 1, "mobile": True}  # of a phone
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert js("return document.documentElement.scrollWidth") == 390

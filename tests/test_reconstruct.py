@@ -8,14 +8,6 @@ from paper.inputs import open_tokenizer
 from support.pictures import to_uint8
 
 
-def test_five_orders():
-    """Fails if an order of Table 1 is not the one it is named for, or loses or doubles a token."""
-    tokens = torch.tensor([[3, 1, 1, 2]])
-    orders = reconstruct.five_orders(tokens, torch.tensor([2, 0, 3, 1]))
-    assert [order.tolist() for order in orders] == [[[3, 1, 1, 2]], [[2, 1, 1, 3]], [[1, 3, 2, 1]], [[1, 1, 2, 3]],
-                                                    [[3, 2, 1, 1]]]
-
-
 def test_the_page(digits, tmp_path, capsys):
     """Fails if an image stands next to what is not decoded from its tokens."""
     reconstruct.main(["digits", f"--ckpt={digits}/tokenizer.pt", f"--out={tmp_path}/page.png", "--num=3",

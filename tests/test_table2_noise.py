@@ -4,25 +4,20 @@ from collections import Counter
 import pytest
 import torch
 
-from paper import table2_noise, variants
-from paper.layouts import KINDS, GridTokenizer, SequenceTokenizer
+from paper import table2_noise
+from paper.layouts import KINDS
 from tests.conftest import few_digits
 from tests.scripts import read_table
+from tests.test_tokenizer import small_tokenizer
 
 SMALL = dict(image_size=28, channels=1, patch_size=7, num_tokens=16, codebook_size=20, code_dim=4, width=16, heads=2,
              encoder_layers=2, decoder_layers=1)
 
 
 def save_tokenizer(path, kind="tokenizer", **settings):
-    """A checkpoint of a tokenizer of 28 x 28 images with large random matrices, as the latents of a new one do not
-    depend on the image."""
-    torch.manual_seed(1)
-    model_config = SMALL | settings
-    model = KINDS[kind](**model_config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
-    torch.save({"kind": kind, "model_config": model_config, "weights": model.state_dict(),
+    """A checkpoint of a tokenizer of digits with large random matrices; returns the tokenizer."""
+    model = small_tokenizer(model_class=KINDS[kind], **SMALL | settings)
+    torch.save({"kind": kind, "model_config": SMALL | settings, "weights": model.state_dict(),
                 "config": {"data": "digits"}}, path)
     return model
 
@@ -67,14 +62,3 @@ def test_the_table(small_digits, capsys):
     images = few_digits("test", 400).images / 127.5 - 1
     squared_error = (model.decode(model.encode(images)) - images).square().mean().item()
     assert float(rows[3][-1]) == pytest.approx(squared_error, abs=1e-4)
-
-
-def test_the_digits_are_trained(monkeypatch):
-    """Fails if a layout is trained as another one, or with other settings than the rest."""
-    asked = []
-    monkeypatch.setattr(variants, "tokenizer", lambda **options: asked.append(options))
-    for layout in table2_noise.LAYOUTS:
-        table2_noise.trained(layout, "auto")
-    assert [options.pop("kind") for options in asked[:2]] == ["grid tokenizer", "sequence tokenizer"]
-    assert [options.pop("model_class") for options in asked[:2]] == [GridTokenizer, SequenceTokenizer]
-    assert asked[0] == asked[1] == asked[2]

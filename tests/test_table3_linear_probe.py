@@ -15,24 +15,6 @@ CPU = torch.device("cpu")
 ARGS = SimpleNamespace(epochs=30, seed=0)
 
 
-def probe(train, labels, test, test_labels, classes):
-    return table3_linear_probe.probe(train, labels, test, test_labels, classes, ARGS, CPU)
-
-
-def test_separable_classes_are_recognized():
-    """Fails if the probe is not trained, not scaled, or measured on other images than the test's."""
-    labels, test_labels = torch.randint(3, (800,)), torch.randint(3, (700,))
-    for scale, shift, dtype in ((1e-2, 50, torch.float32), (20, 100, torch.uint8), (300, -5000, torch.int16)):
-        train, test = ((shift + scale * (torch.eye(3)[y] + torch.randn(len(y), 3).clamp(-2, 2) / 10)).to(dtype)
-                       for y in (labels, test_labels))
-        # and a constant feature
-        train, test = (torch.cat([x, torch.full((len(x), 1), 7).to(dtype)], 1) for x in (train, test))
-        assert probe(train, labels, test, test_labels, 3) == 1
-        wrong = test_labels.clone()
-        wrong[:70] = (wrong[:70] + 1) % 3
-        assert probe(train, labels, test, wrong, 3) == pytest.approx(0.9)
-
-
 def test_features_of_an_image(digits):
     """Fails if the counts are not those of encode(), the latents not those that it quantizes, or images change
     rows."""
