@@ -1,5 +1,4 @@
 """Inception-v3: the published file loads, and the features are those that FID is defined by."""
-
 import pytest
 import torch
 
