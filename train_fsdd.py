@@ -76,11 +76,12 @@ HYPERPARAMETERS = [
     ("tokens",           "tokens.npy", "tokens.npy", "tokens.npy", "",         "the encoded training set"),
     *HARDWARE,
 ]
+MAY_CHANGE = ("steps", "device_batch", "data", "out", "tokens")  # with --resume; the paths, if files have moved
 COLUMNS = ["step", "loss", "lr"]  # of the log
 
 
 def main(argv=None):
-    cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, "fsdd", argv)
+    cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, "fsdd", argv, may_change=MAY_CHANGE)
     stage1 = checkpoint["tokenizer"] if checkpoint else load_checkpoint(
         cfg.tokenizer, "python train_tokenizer.py", "tokenizer")
     device, rank, _ = init_distributed(cfg.device)

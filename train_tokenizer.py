@@ -95,13 +95,14 @@ HYPERPARAMETERS = [
 ]
 MODEL = ("image_size", "num_tokens", "codebook_size", "code_dim", "patch_size", "width", "heads", "encoder_layers",
          "decoder_layers", "commitment")  # the arguments of SetTokenizer that are settings
+MAY_CHANGE = ("steps", "device_batch", "data", "vqgan", "convnext", "out")  # with --resume; the paths, if files moved
 COLUMNS = ["step", "loss", "mse", "proxy", "perceptual", "adversarial", "discriminator", "quantizer", "psnr",
            "codes_in_use", "lr"]  # of the log; empty where a phase does not have it
 
 
 def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
     """model_class, kind: another tokenizer, and the kind of its checkpoints (paper/layouts.py)."""
-    cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, kind, argv)
+    cfg, checkpoint = parse(HYPERPARAMETERS, __doc__, kind, argv, may_change=MAY_CHANGE)
     device, rank, _ = init_distributed(cfg.device)
     began, start = time.monotonic(), checkpoint["step"] if checkpoint else 0
     try:

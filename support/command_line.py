@@ -8,9 +8,6 @@ from support.distributed import is_main
 from support.files import check_outputs, load_checkpoint
 
 RECIPES = ("digits", "emoji", "imagenet256")  # the columns of the tables HYPERPARAMETERS, which need them all
-MAY_CHANGE = ("steps", "device", "device_batch", "bf16", "compile", "workers",
-              "out", "data", "vqgan", "convnext", "tokens",  # other paths to the same files
-              "log_every", "save_every", "picture_every")  # settings that can change with --resume
 HARDWARE = [  # rows of HYPERPARAMETERS that both trainings have: what they run on, how often they log, save and draw
     # name               digits    emoji    imagenet256     allowed           meaning
     ("seed",             0,        0,       0,              "[0, inf)",       "all random numbers depend on it"),
@@ -62,11 +59,12 @@ def parse_as(kind, allowed):
     return convert
 
 
-def parse(table, description, kind, argv=None, prog=None):
+def parse(table, description, kind, argv=None, prog=None, may_change=()):
     """Read the settings of a script from its table HYPERPARAMETERS and its command line.
 
     A row (name, a value for each recipe, allowed, meaning) defines an option --name; for allowed see parse_as().
     kind: the kind of checkpoint that the script trains and --resume reads; None: there is no option --resume.
+    may_change: settings that may change with --resume, besides those of HARDWARE other than the seed.
     Returns the settings, a namespace, and the checkpoint to resume or None.
     """
     parser = Parser(prog=prog, description=description, argument_default=argparse.SUPPRESS)
@@ -80,6 +78,7 @@ def parse(table, description, kind, argv=None, prog=None):
                             metavar=type(values[0]).__name__.upper(),
                             help=f"{meaning}{choices} ({defaults})".replace("%", "%%"))
     given = vars(parser.parse_args(argv))
+    fixed = {row[0] for row in table} - {row[0] for row in HARDWARE[1:]} - {*may_change} | {"recipe"}
     recipe, why = given.get("recipe"), "as given"
     if recipe is None:
         found = os.path.isdir("data/imagenet/train")
@@ -91,15 +90,15 @@ def parse(table, description, kind, argv=None, prog=None):
     checkpoint = load_checkpoint(out, "the same command without --resume", kind) if resume or restarted else None
     if restarted and not resume:  # it continues, unless it had not yet saved and this is another training's checkpoint
         config, wanted = checkpoint.get("config", {}), settings | given
-        same = (config.get(name) == wanted[name] for name in settings.keys() - {"resume", *MAY_CHANGE} | {"steps"})
+        same = (config.get(name) == wanted[name] for name in fixed | {"steps"})
         checkpoint = checkpoint if all(same) else None
     if checkpoint:
         if missing := [name for name in ("training", "step", "config", "images") if name not in checkpoint]:
             stop(f"{out} has no {missing[0]}, so --resume can't continue from it (imported weights have none)")
         settings, why = settings | checkpoint["config"], f"as in {out}"
-        for name in given.keys() - {"resume", *MAY_CHANGE}:
-            if given[name] != settings.get(name):
-                stop(f"--{name} {given[name]} can't change with --resume: {out} was trained with {settings.get(name)}")
+        for name, value in given.items():
+            if name in fixed and value != settings.get(name):
+                stop(f"--{name} {value} can't change with --resume: {out} was trained with {settings.get(name)}")
     settings |= given | {"out": out}
     if checkpoint and settings["steps"] < checkpoint["step"]:
         parser.error(f"--steps must be at least {checkpoint['step']}, the step of {out}, got {settings['steps']}")

@@ -16,7 +16,12 @@ TABLE = [
 
 
 def settings(*argv):
-    return parse(TABLE, "what it does", "fsdd", argv)[0]
+    return resumed(*argv)[0]
+
+
+def resumed(*argv, kind="fsdd"):
+    """The settings, and the checkpoint to resume."""
+    return parse(TABLE, "what it does", kind, argv, may_change=("steps", "data", "out"))
 
 
 def test_recipe_chooses_the_column(tmp_path, capsys):
@@ -87,7 +92,7 @@ def test_resume_takes_the_settings_of_the_checkpoint(capsys):
     complete = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd", "images": ""}
     checkpoint = complete | {"step": 50, "config": config, "training": {}}
     save_checkpoint(checkpoint, "b.pt")
-    cfg, found = parse(TABLE, "", "fsdd", ["--resume", "--out=b.pt", "--steps=60", "--lr=0.5", "--data=moved"])
+    cfg, found = resumed("--resume", "--out=b.pt", "--steps=60", "--lr=0.5", "--data=moved")
     assert vars(cfg) == config | {"resume": True, "steps": 60, "out": "b.pt", "data": "moved"} and found == checkpoint
     for argument, words in (("--lr=0.1", "--lr 0.1 can't change with --resume: b.pt was trained with 0.5"),
                             ("--steps=49", "--steps must be at least 50, the step of b.pt, got 49"),
@@ -96,7 +101,7 @@ def test_resume_takes_the_settings_of_the_checkpoint(capsys):
             settings("--resume", "--out=b.pt", argument)
         assert words in f"{stopped.value.code} {capsys.readouterr().err}"
     with pytest.raises(SystemExit, match="is not a tokenizer checkpoint but a fsdd checkpoint"):
-        parse(TABLE, "", "tokenizer", ["--resume", "--out=b.pt"])
+        resumed("--resume", "--out=b.pt", kind="tokenizer")
     for missing in ("training", "step", "images"):  # such as imported weights
         save_checkpoint({name: value for name, value in checkpoint.items() if name != missing}, "stripped.pt")
         with pytest.raises(SystemExit, match=f"stripped.pt has no {missing}, so --resume can't continue from it"):
@@ -107,14 +112,14 @@ def test_a_restart_by_torchrun_continues(monkeypatch):
     """Fails if torchrun --max_restarts starts a training anew, or continues that of an earlier run at the same path."""
     complete = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd", "images": "", "training": {}, "step": 7}
     save_checkpoint(complete | {"config": vars(settings("--lr=0.5"))}, "a.pt")
-    assert parse(TABLE, "", "fsdd", ["--lr=0.5"])[1] is None  # not restarted
+    assert resumed("--lr=0.5")[1] is None  # not restarted
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for arguments, step in ((["--lr=0.5"], 7), (["--lr=0.5", "--bf16=on"], 7), (["--lr=0.1"], None),
                             (["--lr=0.5", "--steps=9"], None), (["--lr=0.5", "--out=b.pt"], None)):
-        cfg, checkpoint = parse(TABLE, "", "fsdd", arguments)
+        cfg, checkpoint = resumed(*arguments)
         assert (checkpoint and checkpoint["step"]) == step and cfg.lr == float(arguments[0][5:])
-    save_checkpoint(complete | {"config": vars(parse(TABLE, "", "fsdd", ["--lr=0.5"])[0])}, "a.pt")
-    assert parse(TABLE, "", "fsdd", ["--lr=0.5"])[1]  # a second restart
+    save_checkpoint(complete | {"config": vars(settings("--lr=0.5"))}, "a.pt")
+    assert resumed("--lr=0.5")[1]  # a second restart
 
 
 @pytest.mark.parametrize("interval, inside, outside", [
