@@ -71,7 +71,7 @@ def start_from_codebook(denoiser, codes):
 # The weights keep their names and shapes. As no code depends on an absent one, the loss can be computed from few codes:
 # all those that X_t or X_0 contains, and a random sample of the others, weighted to represent the rest. The cost of a
 # training step then grows with M, not with C.
-# On the digits, a training step takes a fifth of the time, at a loss within the spread of seeds; a step of S at the
+# On the digits, a training step takes a quarter of the time, at a loss within the spread of seeds; a step of S at the
 # size of ImageNet takes 46 GFLOPs an image in place of 1451 (python -m paper.cost).
 
 

@@ -45,7 +45,7 @@ GENERATION = [  # settings of generation. A checkpoint keeps the column of its r
     ("sampler",  "paper",  "paper", "paper",     "masked", "exchange", "paper | exchange | masked", "see SAMPLERS"),
     ("steps",    36,       36,      25,          16,       12,         "[1, inf)",               "from noise to data"),
     ("times",    "middle", "middle", "even",     "even",   "middle",   "even | middle",          "when the steps are"),
-    ("guidance", "4,8,8",  "4,8,8", "4,50,55",   "2.5",    "1,6,12",   "",                       "weight, or thirds"),
+    ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                       "weight, or thirds"),
     ("top_p",    1.0,      1.0,     0.8,         1.0,      1.0,        "(0, 1]",                 "keep likely counts"),
     ("top_k",    2,        2,       0,           0,        0,          "[0, inf)",               "keep k, 0 = all"),
 ]
