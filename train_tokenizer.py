@@ -44,7 +44,7 @@ HYPERPARAMETERS = [
     ("image_size",       28,       32,      256,            "[1, inf)",     "side of an image, pixels"),
     # the set
     ("num_tokens",       32,       64,      128,            "[1, inf)",     "M, tokens in a set"),
-    ("codebook_size",    256,      1024,    4096,           "[1, inf)",     "C, codes in the codebook"),
+    ("codebook_size",    256,      2048,    4096,           "[1, inf)",     "C, codes in the codebook"),
     ("code_dim",         3,        4,       12,             "[1, inf)",     "dimensions of a code"),
     # the two transformers
     ("patch_size",       7,        8,       16,             "[1, inf)",     "side of a patch, pixels"),
@@ -74,9 +74,9 @@ HYPERPARAMETERS = [
     ("reset_after",      20,       20,      0,              "[0, inf)",     "steps until an unused code is reset"),
     ("reset_until",      0.8,      0.8,     0.8,            "[0, 1]",       "share of the training with such resets"),
     # optimization
-    ("steps",            3200,     4500,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
-    ("batch_size",       32,       32,      256,            "[1, inf)",     "images per step, over all processes"),
-    ("device_batch",     32,       32,      32,             "[1, inf)",     "images that a process takes at once"),
+    ("steps",            3200,     9000,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
+    ("batch_size",       32,       16,      256,            "[1, inf)",     "images per step, over all processes"),
+    ("device_batch",     32,       16,      32,             "[1, inf)",     "images that a process takes at once"),
     ("optimizer",        "muon",   "muon",  "adamw",        "adamw | muon", "muon: for the blocks' matrices"),
     ("lr",               2e-3,     2e-3,    1e-4,           "(0, inf)",     "peak learning rate of adamw"),
     ("muon_lr",          5e-3,     5e-3,    1e-3,           "(0, inf)",     "peak learning rate of muon"),
@@ -88,7 +88,6 @@ HYPERPARAMETERS = [
     ("ema",              0.99,     0.99,    0.999,          "[0, 1)",       "decay of the weights' moving average"),
     # images
     ("flip",             False,    True,    True,           "",             "mirror images at random"),
-    ("recolour",         0.0,      0.25,    0.0,            "[0, 1]",       "share of images that swap channels"),
     # what is written
     ("out",              "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "", "the checkpoint"),
     *HARDWARE,
@@ -239,16 +238,7 @@ def prepare_batch(images, rows, step, device, cfg):
     random = generator(device, "step", cfg.seed, step)
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens, generator=random, device=device)[rows]
     unquantized = torch.rand(cfg.batch_size, generator=random, device=device)[rows] < cfg.unquantized
-    if cfg.recolour:
-        images = recoloured(images, torch.rand(cfg.batch_size, 4, generator=random, device=device)[rows], cfg.recolour)
     return images, shuffle, unquantized, random
-
-
-def recoloured(images, uniform, share):
-    """Images (n, ch, H, H), a share of them with their channels in random order. uniform: (n, 4) in [0, 1), decides."""
-    ch = images.shape[1]
-    order = torch.where(uniform[:, :1] < share, uniform[:, 1:1 + ch].argsort(1), torch.arange(ch, device=images.device))
-    return images.gather(1, order[:, :, None, None].expand_as(images))
 
 
 def report(log, progress, done, means, in_use, lr):

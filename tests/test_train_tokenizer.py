@@ -9,7 +9,6 @@ import train_tokenizer
 from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
 from support.seeds import generator
-from tests.conftest import pictures
 from tests.image_folder import add_truncated_image, make_image_folder
 from tests.scripts import (assert_one_sentence, assert_ranks_train_alike, assert_same_training, crash, read_log,
                            run_here, send_sigterm, stop_and_resume, successful)
@@ -26,15 +25,6 @@ def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_pat
     successful(run_here(train_tokenizer.main, *TINY, folder=tmp_path))
     stop_and_resume(monkeypatch, train_tokenizer, TINY, tmp_path / "stopped.pt", [(5, send_sigterm, 5), (8, crash, 6)])
     assert_same_training(tmp_path / "tokenizer.pt", tmp_path / "stopped.pt")
-
-
-def test_recoloured_images():
-    """Fails if a pixel gets another channel's value of another pixel, or a share of 0 recolours an image."""
-    images, uniform = pictures(50, 8) / 255, torch.rand(50, 4)
-    assert torch.equal(train_tokenizer.recoloured(images, uniform, 0.0), images)
-    swapped = train_tokenizer.recoloured(images, uniform, 1.0)
-    assert torch.equal(swapped.sort(1).values, images.sort(1).values)
-    assert 25 < (swapped != images).flatten(1).any(1).sum() < 50  # one order in six is the image's own
 
 
 def test_a_damaged_image_is_replaced_and_the_training_resumes(tmp_path):
