@@ -43,7 +43,7 @@ HYPERPARAMETERS = [
     # name               digits    emoji    imagenet256    allowed             meaning
     ("tokenizer",        "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "",   "checkpoint of stage 1"),
     ("data",             "digits", "emoji", "data/imagenet", "",               "digits, emoji, or a folder"),
-    ("flip",             False,    False,   True,          "",                 "learn from mirrored images too"),
+    ("flip",             False,    True,    True,          "",                 "learn from mirrored images too"),
     # denoiser
     ("model",            "digits", "emoji", "S",           "digits | emoji | S | B", "size of the denoiser (MODELS)"),
     ("width",            0,        0,       0,             "[0, inf)",         "its width, 0 = the model's"),
