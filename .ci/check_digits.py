@@ -21,7 +21,7 @@ from support.hardware import autocast, fast_bf16  # noqa: E402
 from support.seeds import generator  # noqa: E402
 
 CPU = torch.device("cpu")
-TRAINING_SECONDS, GENERATION_SECONDS = (900, 14) if fast_bf16(CPU) else (1320, 25)
+TRAINING_SECONDS, GENERATION_SECONDS = (720, 14) if fast_bf16(CPU) else (1320, 25)
 failed = []
 
 
