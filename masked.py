@@ -34,7 +34,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from beyond import SparseDenoiser
+from beyond import SparseDenoiser, take_steps
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import guidance_weight, guided_probabilities, sample_categorical, sampling_times
 
@@ -132,10 +132,7 @@ def repair_sum(x, log_p, num_tokens, generator=None):
         before, after = (log_p.gather(2, k[:, :, None])[:, :, 0] for k in (x, stepped))  # each (B, C)
         odds = (after - before).masked_fill(x == stepped, -math.inf)
         gumbel = -(-torch.rand(x.shape, generator=generator, device=x.device).log()).log()
-        best = (odds + gumbel).topk(min(int(delta.abs().max()), x.shape[1]))  # (B, n)
-        rank = torch.arange(best.values.shape[1], device=x.device)
-        chosen = (rank < delta.abs()) & (best.values > -math.inf)
-        x = x.scatter_add(1, best.indices, step * chosen)
+        x = take_steps(x, odds + gumbel, delta.abs(), step)
     return x
 
 

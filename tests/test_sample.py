@@ -224,7 +224,7 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, digits, tmp_path
     (["--num=20000"], ["20000", ".npz"]), (["--like=none.png"], ["none.png can't be read"]),
     (["--like=digits:x"], ["--like must be", "digits:9999"]), (["--like=digits:10000"], ["--like must be"]),
     (["--like=digits:1", "--keep=7"], ["--keep", "from 0 to 6", "7"]), (["--like=digits:1", "--out=a.gif"], [".png"]),
-    (["--labels=3", "--num=1000", "--out=a.gif"], ["a .gif has at most 65535 pixels"]),
+    (["--num=201", "--out=a.gif"], ["a picture has at most 200 images, got 201"]),
 ])
 def test_mistakes_get_one_sentence(arguments, words, digits, tmp_path):
     """Fails if a mistake on the command line ends in a traceback, or is found only after the work."""
