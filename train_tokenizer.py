@@ -59,8 +59,9 @@ HYPERPARAMETERS = [
     ("proxy_steps",      0,        0,       500000,         "[0, inf)",     "steps of this phase, 0 = no such phase"),
     ("proxy_warmup",     0,        0,       10000,          "[0, inf)",     "steps of linear warm-up"),
     ("proxy_beta2",      0.99,     0.99,    0.99,           "[0, 1)",       "second beta of adamw"),
-    # phase 2, pixels: squared error, perceptual, adversarial, and, without a phase 1, the losses of the set
+    # phase 2, pixels: the weighted sum of these losses and, without a phase 1, the losses of the set
     ("squared",          1.0,      1.0,     0.25,           "[0, inf)",     "weight of the squared error of pixels"),
+    ("absolute",         1.0,      0.0,     0.0,            "[0, inf)",     "weight of the absolute error (not paper)"),
     ("perceptual",       0.0,      0.0,     0.1,            "[0, inf)",     "weight of the perceptual loss"),
     ("adversarial",      0.0,      0.0,     0.01,           "[0, inf)",     "weight of the adversarial loss"),
     ("adversarial_from", 0,        0,       20000,          "[0, inf)",     "step of this phase at which it comes in"),
@@ -177,8 +178,10 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
                 error = F.cross_entropy(vqgan.logits(decoded), vqgan.encode(images[part]))
                 loss = error
             else:
-                error = F.mse_loss(decoded.float(), images[part])
-                loss = cfg.squared * error + pixel_losses(decoded.float(), images[part], step)  # the second: digits 0
+                decoded = decoded.float()
+                error = F.mse_loss(decoded, images[part])
+                loss = cfg.squared * error + cfg.absolute * F.l1_loss(decoded, images[part])
+                loss = loss + pixel_losses(decoded, images[part], step)  # perceptual and adversarial, 0 for digits
             loss = loss + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, error, quantizer_loss]).detach() * (len(tokens) / B)

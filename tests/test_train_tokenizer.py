@@ -65,6 +65,16 @@ def test_what_a_run_writes(few_to_train_on, tmp_path):
     assert all(torch.equal(w, checkpoint["training"]["model"][name]) for name, w in checkpoint["weights"].items())
 
 
+def test_the_loss_contains_the_absolute_error(few_to_train_on, tmp_path):
+    """Fails if --absolute is not the weight of the mean absolute error of the pixels."""
+    rows = []
+    for weight in (0, 2):
+        successful(run_here(train_tokenizer.main, *TINY, "--steps=1", f"--absolute={weight}", folder=tmp_path))
+        rows += read_log(tmp_path / "tokenizer.csv")
+    error = (rows[1]["loss"] - rows[0]["loss"]) / 2
+    assert rows[0]["mse"] == rows[1]["mse"] and rows[0]["mse"] / 2 < error < rows[0]["mse"] ** 0.5  # |x| <= 2, Jensen
+
+
 def codebook_usage(idle, **settings):
     """CodebookUsage of a codebook (C, 2) of zeros and its average, after some numbers of steps without use."""
     cfg = SimpleNamespace(**dict(reset_after=0, reset_until=0.8, steps=10, batch_size=4, num_tokens=5) | settings)
