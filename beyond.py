@@ -5,10 +5,10 @@
     3. denoiser         SparseDenoiser, sparse_loss()  attention to the tokens that are there, not to all C codes
     4. sampler          refine_by_exchange()           Eq. 8 with a posterior, and an adjustment that does not stall
 
-They change how a denoiser is trained and sampled, not what FSDD is: noise, forward process and loss are those of
-fsdd.py, which knows nothing of this file. Each section can be deleted without touching the others. They are used in
-train_fsdd.py (1 to 3), sample.py (1 for --like, 3, 4), masked.py (3) and paper/. None of them has been tried on
-ImageNet, so the column imagenet256 of train_fsdd.py does not use any.
+They change the denoiser, its training and its sampling, not what FSDD is: noise and forward process are those of
+fsdd.py, and sparse_loss() estimates its loss. fsdd.py knows nothing of this file. Each section can be deleted without
+touching the others. They are used in train_fsdd.py (1 to 3), sample.py (1 for --like, 3, 4), play.py (1), masked.py (3)
+and paper/. None of them has been tried on ImageNet, so the column imagenet256 of train_fsdd.py does not use any.
 """
 import math
 from itertools import pairwise
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fsdd import (Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_probabilities, sample_categorical,
-                  sample_noise, sampling_times, truncate)
+                  sample_noise, sampling_times, take_steps, truncate)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Training times
@@ -35,7 +35,7 @@ from fsdd import (Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_pr
 def flip_times(uniform):
     """Training times uniform in the share of flips that have happened.
 
-    uniform: (B,) in [0, 1).  Returns t (B,) in [0.07, 0.93].
+    uniform: (B,) in [0, 1).  Returns t (B,) in [0.068, 0.932].
     """
     return 0.5 + torch.logit(0.001 + 0.998 * uniform) / 16
 
@@ -253,12 +253,3 @@ def exchange(x, q, generator=None):
     y = take_steps(y, score.masked_fill(~surplus, -math.inf), undone, step)
     y = take_steps(y, score.masked_fill(surplus, -math.inf), delta.abs() - undone, step)
     return greedy_adjust(y, log_q, M)  # in case too few codes could step
-
-
-def take_steps(x, score, number, step):
-    """In every row the codes with the highest scores take a step. x: (B, C) int64.  score: (B, C), -inf where a code
-    may not step.  number, step: (B, 1), how many codes, and by what."""
-    best = score.topk(min(int(number.max()), x.shape[1]), dim=1)  # enough for the row with the most steps, (B, n)
-    rank = torch.arange(best.values.shape[1], device=x.device)
-    chosen = (rank < number) & (best.values > -math.inf)
-    return x.scatter_add(1, best.indices, step * chosen)

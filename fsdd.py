@@ -57,7 +57,7 @@ def forward_process(x0, x1, t, uniform=None):
     x0, x1: (B, C) int64, every row sums to M.  t: (B,) in [0, 1], 0 = data, 1 = noise.
     uniform: (B, C) in [0, 1), the random number that decides the draw of each count; drawn here by default.
     Returns x_t (B, C) int64, every row sums to M; at t = 0 it is x0, at t = 1 it is x1. Before adjusting, codes with
-    x1 = x0 stay at x0; adjusting changes one of them only when no other code can take the step.
+    x1 = x0 stay at x0; adjusting changes one of them only in a round in which all other codes that can step do.
     Raises ValueError if the rows of x0 and x1 do not all have the same sum.
 
     Eq. 6 keeps std = |x1 - x0| / 4 at the two ends as well, so that t = 0 and t = 1 would not give X_0 and X_1 back.
@@ -163,11 +163,19 @@ def greedy_adjust(x, log_prob, num_tokens):
         d = after.exp() - before.exp() + 1e-12 * ratio.asinh()
         d = d.nan_to_num(-1.0)  # a denoiser that gives NaN must not keep this loop from ending
         d = d.masked_fill((x + step < 0) | (x + step > num_tokens), -math.inf)
-        best = d.topk(min(int(delta.abs().max()), x.shape[1]))  # line 4: enough for the row with the most steps, (B, n)
-        rank = torch.arange(best.values.shape[1], device=x.device)
-        chosen = (rank < delta.abs()) & (best.values > -math.inf)  # every row takes its own number
-        x = x.scatter_add(1, best.indices, step * chosen)  # lines 5-6
+        x = take_steps(x, d, delta.abs(), step)  # lines 4-6
     return x
+
+
+def take_steps(x, score, number, step):
+    """In every row the codes with the highest scores take a step (lines 4-6 of Algorithm 1).
+
+    x: (B, C) int64.  score: (B, C), -inf where a code may not step.  number, step: (B, 1), how many codes, and by what.
+    """
+    best = score.topk(min(int(number.max()), x.shape[1]))  # enough for the row with the most steps, (B, n)
+    rank = torch.arange(best.values.shape[1], device=x.device)
+    chosen = (rank < number) & (best.values > -math.inf)  # every row takes its own number
+    return x.scatter_add(1, best.indices, step * chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,8 +229,8 @@ class Denoiser(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """The initial values of DiT. It has no embedding of counts; ours starts as its embedding of classes does, and
-        that of the release with a standard deviation of 1."""
+        """The initial values of DiT. DiT has no embedding of counts: ours starts with a standard deviation of 0.02, as
+        the embedding of classes does; the release's starts with 1."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -337,7 +345,8 @@ def sampling_times(steps, times="even"):
 
     times: "even" are evenly spaced, as in the paper.  "middle", not in the paper, jump from 1 to MIDDLE, are evenly
     spaced there, and jump to 0. A count that differs from x_0 by 1 moves in a step of Eq. 9-10 with odds of about
-    exp(-8 t^2), however small the step is. So before MIDDLE hardly a count moves, and behind it too many do.
+    exp(-8 t^2), however small the step is. So hardly a count moves before MIDDLE. After it too many do, and none below
+    NOISE_STOPS_AT.
     """
     if times not in ("even", "middle"):
         raise ValueError(f"times must be 'even' or 'middle', got {times!r}")

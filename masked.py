@@ -29,17 +29,16 @@ train_fsdd.py --noise masked trains such a denoiser. Results are in the README, 
 shapes below, C is the number of codes without the mask code.
 """
 import math
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from beyond import SparseDenoiser, take_steps
+from beyond import SparseDenoiser
 from dual_transform import counts_to_tokens, tokens_to_counts
-from fsdd import guidance_weight, guided_probabilities, sample_categorical, sampling_times
+from fsdd import guidance_weight, guided_probabilities, sample_categorical, sampling_times, take_steps
 
-STEPS = 16
-GUIDANCE = (2.5,)
 LIKELY_FROM = 0.8  # from this time on, generation by a SparseDenoiser leaves out codes ...
 LIKELY = 0.003     # ... whose probability to be in X_0 is at most this
 
@@ -70,7 +69,7 @@ def forward_process(x0, x1, t, uniform=None):
 
 
 @torch.no_grad()
-def refine(denoiser, labels, prior="masked", steps=STEPS, times="even", guidance=GUIDANCE, top_p=1.0, top_k=0,
+def refine(denoiser, labels, prior="masked", steps=16, times="even", guidance=(2.5,), top_p=1.0, top_k=0,
            generator=None, start=None):
     """Generate count vectors by unmasking: yields X_1, then X_t after each step, finally X_0. Arguments as for
     fsdd.refine(). Every state is (B, C + 1) and every row sums to M; at time t, M t tokens are masked (rounded).
@@ -109,7 +108,7 @@ def unmask(x, p, number, top_p=1.0, top_k=0, generator=None):
 def next_token(x, p):
     """The distribution of a masked token's code, (B, C): E[x_0 - X_t | X_t], normalized. x, p: as for unmask()."""
     count = torch.arange(p.shape[2], device=x.device)
-    expected = (drop_impossible(x, p) * count).sum(2)  # in float32 under autocast too
+    expected = (drop_impossible(x, p) * count).sum(2)  # no matrix product: autocast would compute that in bfloat16
     new = (expected - x[:, :-1]).clamp(min=1e-30)
     return new / new.sum(1, keepdim=True)
 
@@ -130,7 +129,7 @@ def repair_sum(x, log_p, num_tokens, generator=None):
         step = -delta.sign()
         stepped = (x + step).clamp(0, num_tokens)
         before, after = (log_p.gather(2, k[:, :, None])[:, :, 0] for k in (x, stepped))  # each (B, C)
-        odds = (after - before).masked_fill(x == stepped, -math.inf)
+        odds = (after - before).nan_to_num(0.0, neginf=-math.inf).masked_fill(x == stepped, -math.inf)
         gumbel = -(-torch.rand(x.shape, generator=generator, device=x.device).log()).log()
         x = take_steps(x, odds + gumbel, delta.abs(), step)
     return x
@@ -149,10 +148,7 @@ def likely_probabilities(denoiser, x_t, t, labels, weight, previous=None):
     # Rounded up to eighths of all codes: the kernels of every other shape would stay in memory
     needed, eighth = int((chance > LIKELY).sum(1).max()), -(-x_t.shape[1] // 8)
     codes = chance.topk(min(-(-needed // eighth) * eighth, x_t.shape[1])).indices  # (B, L)
-
-    def of_codes(x_t, t, labels):
-        return denoiser(x_t, t, labels, codes)
-
+    of_codes = partial(denoiser, codes=codes)
     of_codes.num_classes = denoiser.num_classes
     p = guided_probabilities(of_codes, x_t, t, labels, weight)  # (B, L, M + 1)
     absent = F.one_hot(torch.zeros_like(x_t), p.shape[2]).to(p.dtype)  # (B, C + 1, M + 1)

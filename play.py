@@ -3,7 +3,7 @@
     python play.py                                  the model in this repository, in the browser
     python play.py --ckpt fsdd.pt --port 8000 --no_browser
 
-The page is play.html. Only the page itself, on this machine, is answered, and nothing is written. Ctrl-C ends it.
+The page is play.html. The server answers only this page, on this machine, and writes nothing. Ctrl-C ends it.
 """
 import base64
 import json
@@ -137,8 +137,8 @@ def pack(images):
 class Handler(BaseHTTPRequestHandler):
     """GET /: the page. POST /CALL: a call of Model, a line of JSON for each dict, sent when it is there.
 
-    Another site in the browser could send requests here. But its Origin is another one, and if it has given its own
-    name to the address 127.0.0.1, so is Host.
+    Another site open in the browser could send requests here. Its Origin differs, and if it has pointed its own name at
+    127.0.0.1, so does Host.
     """
 
     def do_GET(self):

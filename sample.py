@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
 The same seed gives the same images for any number of processes. Settings that are not given are the checkpoint's.
-train_fsdd.py, evaluate_fid.py and the scripts of paper/ load models and draw images by the functions below.
+train_fsdd.py, evaluate_fid.py, play.py and the scripts of paper/ use the functions below.
 """
 import os
 import time
@@ -43,8 +43,8 @@ GENERATION = [  # settings of generation. A checkpoint keeps the column of its r
     # name       digits    emoji    imagenet256  masked    exchange    allowed                      meaning
     ("sampler",  "paper",  "paper", "paper",     "masked", "exchange", "paper | exchange | masked", "see SAMPLERS"),
     ("steps",    36,       36,      25,          16,       12,         "[1, inf)",               "from noise to data"),
-    ("times",    "middle", "middle", "even",     "even",   "middle",   "even | middle",          "when the steps are"),
-    ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                       "weight, or thirds"),
+    ("times",    "middle", "middle", "even",     "even",   "middle",   "even | middle",          "where steps lie"),
+    ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                       "one, or by thirds"),
     ("top_p",    1.0,      1.0,     0.8,         1.0,      1.0,        "(0, 1]",                 "keep likely counts"),
     ("top_k",    2,        2,       0,           0,        0,          "[0, inf)",               "keep k, 0 = all"),
 ]
@@ -62,7 +62,11 @@ def main(argv=None):
         settings = generation_settings(checkpoint["generation"], args)
         refine = make_sampler(settings)
         if args.like:
-            if not (args.labels or args.like.partition(":")[0] in EMBEDDED or settings.get("null_class", True)):
+            data = args.like.partition(":")[0]
+            if data in EMBEDDED and data != checkpoint.get("config", {}).get("data"):
+                raise ValueError(f"--like must be an image file, as this model was not trained on {data}; "
+                                 f"got {args.like}")
+            if not (args.labels or data in EMBEDDED or settings.get("null_class", True)):
                 raise ValueError("--like FILE needs --labels, as this denoiser was trained without a null class")
             if rank == 0:
                 draw_like(denoiser, tokenizer, labels if args.labels else None, settings["prior"], refine, args)
@@ -248,11 +252,11 @@ def choose_labels(text, num, class_names, at_most):
     """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, one class after the
     other.
 
-    Without text: over all classes, or at_most of them. ValueError for unknown classes. A class with a comma in its name
-    is given by its number.
+    Without text: over all classes, or at_most of them. A class name that is also a number takes precedence over that
+    number; a class with a comma in its name is given by its number. ValueError for unknown classes.
     """
     every = len(class_names)
-    numbers = {str(i): i for i in range(every)} | {as_text(name): i for i, name in enumerate(class_names)}  # first
+    numbers = {str(i): i for i in range(every)} | {as_text(name): i for i, name in enumerate(class_names)}
     try:
         classes = [numbers[name.strip()] for name in as_text(text).split(",")] if text else []
     except KeyError:

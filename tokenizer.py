@@ -8,7 +8,8 @@
       -> pixel head:   every position becomes its patch of pixels, or a code of MaskGIT-VQGAN,
                        whose decoder turns the map of codes into the image                             (B, ch, H, W)
 
-Digits, emoji and ImageNet 256 x 256 use the same class; only the sizes differ (see train_tokenizer.py).
+Digits, emoji and ImageNet 256 x 256 use the same class, with other sizes and another pixel head (see
+train_tokenizer.py).
 """
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from published.maskgit_vqgan import VQGANDecoder
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, width) -> (B, L, width).
 
-    rows: a slice; only these positions attend, to all of them.
+    rows: a slice, the positions that attend; they attend to all L, and only they are returned.
     """
 
     def __init__(self, width, heads):
@@ -111,7 +112,7 @@ class SetTokenizer(nn.Module):
         proxy: return the map of codes (B, vqgan_dim, H / 16, W / 16) that MaskGIT-VQGAN's decoder would receive, in
         place of the reconstructions.
         unquantized: (B,) bool, the images whose latents skip the quantizer. The decoder then also learns from exact
-        latents, which speeds up both (not in the paper).
+        latents, which speeds up the training of encoder and decoder (not in the paper).
         Returns reconstructions (B, ch, H, W), tokens (B, M), the encoder's latents (B, M, code_dim) of length 1, and
         the quantizer's loss.
         """

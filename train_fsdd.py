@@ -54,10 +54,10 @@ HYPERPARAMETERS = [
     ("label_drop",       0.1,      0.1,     0.1,           "[0, 1]",           "share of labels that are dropped"),
     ("noise",            *["multinomial"] * 3, "multinomial | distinct | masked", "X_1; masked: masked.py"),
     # not in the paper, see beyond.py
-    ("training_times",   "flips",  "flips", "uniform",     "uniform | flips",  "t; masked: always uniform"),
+    ("training_times",   "flips",  "flips", "uniform",     "uniform | flips",  "how t is drawn; masked: uniform"),
     ("code_start",       "codebook", "codebook", "zeros",  "zeros | codebook", "start of the code embedding"),
     ("denoiser",         "sparse", "sparse", "dense",      "dense | sparse",   "codes attend to codes, or tokens"),
-    ("loss_codes",       2,        3,       3,             "[2, inf)",         "sparse: times M codes in the loss"),
+    ("loss_codes",       2,        3,       3,             "[2, inf)",         "sparse: codes in the loss, times M"),
     # optimization
     ("steps",            3600,     3000,    1000000,       "[1, inf)",         "optimizer steps"),
     ("batch_size",       64,       64,      256,           "[1, inf)",         "images per step, over all processes"),

@@ -61,7 +61,7 @@ HYPERPARAMETERS = [
     ("proxy_beta2",      0.99,     0.99,    0.99,           "[0, 1)",       "second beta of adamw"),
     # phase 2, pixels: the weighted sum of these losses and, without a phase 1, the losses of the set
     ("squared",          1.0,      1.0,     0.25,           "[0, inf)",     "weight of the squared error of pixels"),
-    ("absolute",         1.0,      0.0,     0.0,            "[0, inf)",     "weight of the absolute error (not paper)"),
+    ("absolute",         1.0,      0.0,     0.0,            "[0, inf)",     "of the absolute error, not the paper's"),
     ("perceptual",       0.0,      0.0,     0.1,            "[0, inf)",     "weight of the perceptual loss"),
     ("adversarial",      0.0,      0.0,     0.01,           "[0, inf)",     "weight of the adversarial loss"),
     ("adversarial_from", 0,        0,       20000,          "[0, inf)",     "step of this phase at which it comes in"),
@@ -181,7 +181,7 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
                 decoded = decoded.float()
                 error = F.mse_loss(decoded, images[part])
                 loss = cfg.squared * error + cfg.absolute * F.l1_loss(decoded, images[part])
-                loss = loss + pixel_losses(decoded, images[part], step)  # perceptual and adversarial, 0 for digits
+                loss = loss + pixel_losses(decoded, images[part], step)  # perceptual, adversarial; digits, emoji: 0
             loss = loss + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, error, quantizer_loss]).detach() * (len(tokens) / B)
@@ -329,13 +329,13 @@ def evaluate(model, dataset, device, workers=0):
     return squared.item() / len(dataset), (use > 0).double().mean().item(), distinct.item() / len(dataset)
 
 
-def draw_reconstructions(model, dataset, device, path, number=20):
-    """A page of test images, every second row their reconstructions from the tokens."""
+def draw_reconstructions(model, dataset, device, path):
+    """A page of up to 20 test images, every second row their reconstructions from the tokens."""
     if is_main():
         columns = min(10, len(dataset))
-        number = min(number, len(dataset)) // columns * columns
-        spread = range(0, len(dataset), max(1, len(dataset) // number))
-        images = next(read_ahead(dataset, [[(i, 0) for i in spread][:number]], workers=0))[0].to(device)
+        number = min(20, len(dataset)) // columns * columns
+        spread = range(0, len(dataset), len(dataset) // number)[:number]
+        images = next(read_ahead(dataset, [[(i, 0) for i in spread]], workers=0))[0].to(device)
         pairs = torch.stack([images, to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
         pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, ...
         save(grid(pairs, columns, ["image", "decoded"] * (number // columns)), path)

@@ -223,6 +223,7 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, digits, tmp_path
     (["--guidance=x"], ["guidance", "'x'"]), (["--sampler=best"], ["--sampler", "paper, exchange"]),
     (["--num=20000"], ["20000", ".npz"]), (["--like=none.png"], ["none.png can't be read"]),
     (["--like=digits:x"], ["--like must be", "digits:9999"]), (["--like=digits:10000"], ["--like must be"]),
+    (["--like=emoji:1"], ["--like must be an image file", "not trained on emoji"]),
     (["--like=digits:1", "--keep=7"], ["--keep", "from 0 to 6", "7"]), (["--like=digits:1", "--out=a.gif"], [".png"]),
     (["--num=201", "--out=a.gif"], ["a picture has at most 200 images, got 201"]),
 ])
