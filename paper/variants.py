@@ -69,18 +69,14 @@ def trained(script, kind, options, named, *more):
     return path
 
 
-def evaluate(checkpoint, device, **options):
-    """The results of evaluate_fid.py for a checkpoint of the digits, {name: value}; options: of evaluate_fid.py."""
-    given = [f"--{name}={value}" for name, value in options.items()]
-    args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}", *given])
-    return evaluate_fid.evaluate(args, device)
-
-
 def digits_fid(checkpoint, device, **options):
     """The digits FID of a tokenizer's reconstructions or of a denoiser's samples. That of a variant is kept in a file
     next to it."""
     def measure():
-        return evaluate(checkpoint, device, **options)["digits_fid"]
+        given = [f"--{name}={value}" for name, value in options.items()]
+        args = evaluate_fid.parse([f"--ckpt={checkpoint}", f"--classifier={CLASSIFIER}", f"--device={device.type}",
+                                   *given])
+        return evaluate_fid.evaluate(args, device)["digits_fid"]
 
     key = " ".join(f"{name}={value}" for name, value in options.items())
     return keep(f"{checkpoint}.json", key, measure) if os.path.dirname(checkpoint) == FOLDER else measure()

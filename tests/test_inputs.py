@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from paper import fig1_pipeline, fig3_process, fig5_receptive_field, fig6_clusters, inputs, reconstruct
-from paper import table1_order, table2_noise, table3_linear_probe, table5_priors, table5_steps, table7_size
+from paper import table1_order, table2_noise, table3_linear_probe, table5_priors, table7_size
 from tests.conftest import few_digits
 from tests.scripts import assert_one_sentence, run_here
 from tests.test_tokenizer import small_tokenizer
@@ -31,8 +31,7 @@ def test_one_process(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("script", [fig1_pipeline, fig3_process, fig5_receptive_field, fig6_clusters, reconstruct,
-                                    table1_order, table2_noise, table3_linear_probe, table5_priors, table5_steps,
-                                    table7_size])
+                                    table1_order, table2_noise, table3_linear_probe, table5_priors, table7_size])
 def test_a_missing_checkpoint_gets_one_sentence(script, tmp_path):
     """Fails if a script that needs a checkpoint does not say which command makes it."""
     arguments = ["digits"] if script is reconstruct else []
