@@ -86,27 +86,14 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
     Returns x (B, C) int64 and log_prob, a function: counts (B, C) -> log p of each (B, C), for integers in [0, M].
     Where std is 0, all of p is on the integer nearest to the mean.
 
-    For M + 1 integers of every count, this is
-
-        k = torch.arange(M + 1)
-        p = (-((k - mean[:, :, None]) / std[:, :, None]) ** 2 / 2).softmax(2)  # (B, C, M + 1)
-        x = sample_categorical(p, uniform, top_k=top_k)
-
-    But most codes do not move (std = 0), and 8 std on either side hold all but exp(-32) of the weight of the n codes
-    that do. So we tabulate K integers for each of n counts, not M + 1 for each of B C.
+    As most codes have std = 0, p is tabulated only for the n counts that have not.
     """
-    moving = std > 0
-    mu, sigma = mean[moving, None], std[moving, None]  # (n, 1)
-    nearest = mean.round()
+    moving, nearest = std > 0, mean.round()
+    k = torch.arange(num_tokens + 1, device=mean.device)
+    log_p = -((k - mean[moving, None]) / std[moving, None]) ** 2 / 2  # (n, M + 1), not normalized
     x, log_z = nearest.long(), torch.zeros_like(mean)
-    if len(mu):
-        first = (mu - 8 * sigma).floor().clamp(min=0)
-        last = (mu + 8 * sigma).ceil().clamp(max=num_tokens)
-        k = first + torch.arange(int((last - first).max()) + 1, device=mean.device)  # (n, K)
-        log_p = (-((k - mu) / sigma) ** 2 / 2).masked_fill(k > last, -math.inf)
-        drawn = sample_categorical(log_p.softmax(1), uniform[moving], top_k=top_k)  # (n,)
-        x[moving] = k.long().gather(1, drawn[:, None])[:, 0]
-        log_z[moving] = log_p.logsumexp(1)
+    x[moving] = sample_categorical(log_p.softmax(1), uniform[moving], top_k=top_k)
+    log_z[moving] = log_p.logsumexp(1)
 
     def log_prob(k):
         spike = torch.zeros_like(mean).masked_fill(k != nearest, -math.inf)

@@ -62,14 +62,8 @@ def main(argv=None):
         settings = generation_settings(checkpoint["generation"], args)
         refine = make_sampler(settings)
         if args.like:
-            data = args.like.partition(":")[0]
-            if data in EMBEDDED and data != checkpoint.get("config", {}).get("data"):
-                raise ValueError(f"--like must be an image file, as this model was not trained on {data}; "
-                                 f"got {args.like}")
-            if not (args.labels or data in EMBEDDED or settings.get("null_class", True)):
-                raise ValueError("--like FILE needs --labels, as this denoiser was trained without a null class")
             if rank == 0:
-                draw_like(denoiser, tokenizer, labels if args.labels else None, settings["prior"], refine, args)
+                draw_like(denoiser, tokenizer, checkpoint, labels if args.labels else None, refine, args)
             return
     except ValueError as problem:
         stop(str(problem))
@@ -116,24 +110,22 @@ def draw_images(denoiser, tokenizer, labels, refine, chunk, args, every_step=Fal
 
 
 @torch.no_grad()
-def draw_like(denoiser, tokenizer, labels, prior, refine, args):
+def draw_like(denoiser, tokenizer, checkpoint, labels, refine, args):
     """Write a grid of images that share tokens with the image args.like: the image and its reconstruction, then a row
-    for each number in args.keep of tokens that are kept; the other tokens are drawn. With the paper's noise, generation
-    starts from the kept tokens and may change them.
+    for each of 3/4, 1/2, 1/4 and none of its tokens kept; the other tokens are drawn. With the paper's noise,
+    generation starts from the kept tokens and may change them.
 
     labels (n,): the classes of the 10 images in a row; None: the test image's own, or for a file the null class.
     """
-    device, M = denoiser.code_embedding.device, tokenizer.num_tokens
-    image, own = open_like(args.like, tokenizer)  # (1, ch, H, W) uint8
+    device, M, prior = denoiser.code_embedding.device, tokenizer.num_tokens, checkpoint["generation"]["prior"]
+    image, own = open_like(args.like, tokenizer, checkpoint.get("config", {}).get("data"))  # (1, ch, H, W) uint8
     if labels is None:
         labels = torch.tensor([denoiser.num_classes if own is None else own])
     labels = labels[torch.arange(10) * len(labels) // 10].to(device)  # (10,)
-    if max(args.keep or [0]) > M:
-        raise ValueError(f"--keep must be numbers from 0 to {M}, the tokens of an image, got {max(args.keep)}")
     tokens = tokenizer.encode(image.to(device) / 127.5 - 1).expand(len(labels), -1)  # (10, M)
     C, white = denoiser.codebook_size, torch.full_like(image, 255).expand(8, -1, -1, -1)
     rows, names = [image, decode(tokenizer, tokens[:1]), white], ["image, decoded"]
-    for keep in args.keep or [3 * M // 4, M // 2, M // 4, 0]:
+    for keep in (3 * M // 4, M // 2, M // 4, 0):
         random = generator(device, "like", args.seed, keep)
         order = torch.rand(tokens.shape, generator=random, device=device).argsort(1)
         kept = tokens_to_counts(tokens.gather(1, order[:, :keep]), C)  # (10, C)
@@ -147,8 +139,9 @@ def draw_like(denoiser, tokenizer, labels, prior, refine, args):
     print(f"{args.out}: images like {args.like}")
 
 
-def open_like(name, tokenizer):
-    """An image file, or a test image such as digits:17 or emoji:17 -> (1, ch, H, W) uint8, and its label or None."""
+def open_like(name, tokenizer, trained_on):
+    """An image file, or a test image of the embedded data set that the model was trained on, such as digits:17
+    -> (1, ch, H, W) uint8, and its label or None."""
     size, channels = tokenizer.image_size, tokenizer.channels
     data, _, number = name.partition(":")
     if data not in EMBEDDED:
@@ -157,10 +150,11 @@ def open_like(name, tokenizer):
             print(f"{name} is dark on light; it is inverted, as the digits are light on dark")
             pixels = 255 - pixels
         return torch.from_numpy(pixels).permute(2, 0, 1)[None], None
+    if data != trained_on:
+        raise ValueError(f"--like must be an image file, as this model was not trained on the {data}; got {name}")
     dataset = open_dataset(data, "test", size)
-    if channels != dataset.channels or not number.isdigit() or int(number) >= len(dataset):
-        raise ValueError(f"--like must be an image file, or for a model of {data} {data}:0 to "
-                         f"{data}:{len(dataset) - 1}, got {name}")
+    if not number.isdigit() or int(number) >= len(dataset):
+        raise ValueError(f"--like must be an image file, or {data}:0 to {data}:{len(dataset) - 1}, got {name}")
     return dataset.images[int(number)][None], dataset.labels[int(number)].item()
 
 
@@ -170,9 +164,7 @@ def parse(argv):
     parser.add_argument("--out", default="samples.png", help=".png: a labelled grid, .npz: ADM's sample batch, arr_0 "
                         "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
     parser.add_argument("--like", help="an image file, or a test image such as digits:17 or emoji:17: draw images "
-                        "that share tokens with it, a row for each number of tokens that are kept")
-    parser.add_argument("--keep", type=parse_as(int, "[0, inf)"), nargs="+",
-                        help="for --like: how many tokens to keep (3/4, 1/2, 1/4 and none)")
+                        "that share 3/4, 1/2, 1/4 and none of its tokens")
     parser.add_argument("--labels", help="class numbers or names, such as 3 or 0,1,cat (all; for pictures at most ten)")
     parser.add_argument("--num", "--num_images", type=parse_as(int, "[1, inf)"), default=100,
                         help="images in all, spread evenly over the labels (100); under torchrun, which has a --num of "
@@ -229,9 +221,6 @@ def make_sampler(settings):
         raise ValueError(f"the sampler masked is for denoisers that were trained with masked tokens, and the only one "
                          f"for them; got sampler {sampler} and a denoiser trained with prior {prior}")
     guidance = parse_guidance(settings["guidance"])
-    if not settings.get("null_class", True) and {*guidance} != {1.0}:
-        raise ValueError("this denoiser was trained with --label_drop 0, so it has no null class for guidance other "
-                         f"than 1, got guidance {settings['guidance']}")
     return partial(SAMPLERS[sampler], prior=prior, steps=settings["steps"], times=settings["times"],
                    guidance=guidance, top_p=settings["top_p"], top_k=settings["top_k"])
 

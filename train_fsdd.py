@@ -33,25 +33,18 @@ from support.seeds import generator
 from support.training import (Signals, check_training, diverged, keep_previous, open_log, progress_bar, replace_suffix,
                               restore_training, run, save_training, stop_by_signal)
 
-MODELS = {  # width, layers, heads of the denoiser
-    "digits": (96, 2, 3),
-    "emoji": (96, 3, 3),
-    "S": (384, 12, 6),   # 36.0 million parameters with the paper's C = 4096, M = 128
-    "B": (768, 12, 12),  # 136.7 million
-}
 HYPERPARAMETERS = [
     # name               digits    emoji    imagenet256    allowed             meaning
     ("tokenizer",        "tokenizer.pt", "tokenizer.pt", "tokenizer.pt", "",   "checkpoint of stage 1"),
     ("data",             "digits", "emoji", "data/imagenet", "",               "digits, emoji, or a folder"),
     ("flip",             False,    True,    True,          "",                 "learn from mirrored images too"),
-    # denoiser
-    ("model",            "digits", "emoji", "S",           "digits | emoji | S | B", "size of the denoiser (MODELS)"),
-    ("width",            0,        0,       0,             "[0, inf)",         "its width, 0 = the model's"),
-    ("layers",           0,        0,       0,             "[0, inf)",         "its blocks, 0 = the model's"),
-    ("heads",            0,        0,       0,             "[0, inf)",         "its attention heads, 0 = the model's"),
+    # denoiser; imagenet256: the paper's S, 36.0 million parameters. B, 136.7 million, has width 768 and 12 heads
+    ("width",            96,       96,      384,           "[1, inf)",         "its width"),
+    ("layers",           2,        3,       12,            "[1, inf)",         "its blocks"),
+    ("heads",            3,        3,       6,             "[1, inf)",         "its attention heads"),
     ("unused_rows",      False,    False,   True,          "",                 "C + 1 rows in the count embedding"),
     ("gelu",             "exact",  "exact", "tanh",        "exact | tanh",     "tanh (DiT), exact: faster on CPUs"),
-    ("label_drop",       0.1,      0.1,     0.1,           "[0, 1]",           "share of labels that are dropped"),
+    ("label_drop",       0.1,      0.1,     0.1,           "(0, 1]",           "share of labels that are dropped"),
     ("noise",            *["multinomial"] * 3, "multinomial | distinct | masked", "X_1; masked: masked.py"),
     # not in the paper, see beyond.py
     ("training_times",   "flips",  "flips", "uniform",     "uniform | flips",  "how t is drawn; masked: uniform"),
@@ -119,16 +112,13 @@ def prepare(stage1, device, cfg):
     codebook_size = C + 1 if cfg.noise == "masked" else C  # with the mask code
     NOISES[cfg.noise].sample_noise(1, codebook_size, M, cfg.noise)  # raises ValueError for distinct codes and M > C
     generation = default_settings("masked" if cfg.noise == "masked" else cfg.recipe, cfg.noise)
-    if cfg.label_drop == 0:  # guidance would need the null class, which is not trained
-        generation |= {"guidance": "1", "null_class": False}
     train_set, test_set = open_datasets(cfg, tokenizer.image_size)
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
                          f"{tokenizer.channels}; give the --data that it was trained on")
-    width, layers, heads = MODELS[cfg.model]
     model_config = dict(codebook_size=codebook_size, num_tokens=M, num_classes=len(train_set.class_names),
-                        width=cfg.width or width, layers=cfg.layers or layers, heads=cfg.heads or heads,
-                        unused_rows=cfg.unused_rows, gelu=cfg.gelu)
+                        width=cfg.width, layers=cfg.layers, heads=cfg.heads, unused_rows=cfg.unused_rows,
+                        gelu=cfg.gelu)
     return tokenizer, train_set, test_set, model_config, generation
 
 

@@ -10,13 +10,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import train_fsdd
 from beyond import SparseDenoiser
 from fsdd import Denoiser
 from paper.inputs import read_options
 from tokenizer import SetTokenizer
 
 C, M = 4096, 128
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12)}  # of the denoiser: width, layers, heads
 LOSS_CODES = 384  # of the sparse denoiser: those that X_t and X_0 contain, at most 256, and at least M others
 
 
@@ -25,7 +25,7 @@ def main(argv=None):
     print("| | parameters | GFLOPs an image, forward | training |\n|---|---|---|---|")
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
         print_cost("tokenizer", *tokenizer())
-        for size in ("S", "B"):
+        for size in SIZES:
             print_cost(f"denoiser {size}", *denoiser(Denoiser, size))
             print_cost(f"denoiser {size}, sparse, trained on {LOSS_CODES} codes", *denoiser(SparseDenoiser, size))
 
@@ -49,7 +49,7 @@ def tokenizer():
 
 def denoiser(model_class, size):
     """A denoiser, its forward pass of all codes, and that of training."""
-    model = model_class(C, M, 1000, *train_fsdd.MODELS[size], unused_rows=True)
+    model = model_class(C, M, 1000, *SIZES[size], unused_rows=True)
     labels = torch.zeros(1, dtype=torch.int64)
     inputs = labels.expand(1, C), torch.zeros(1), labels
     codes = [labels.expand(1, LOSS_CODES)] if model_class is SparseDenoiser else []

@@ -52,11 +52,11 @@ def test_stage_1(folder):
     assert log[19]["discriminator"] < log[15]["discriminator"]
 
 
-@pytest.mark.parametrize("model", ["S", "B"])
-def test_stage_2(model, folder):
+@pytest.mark.parametrize("width, heads", [(384, 6), (768, 12)])  # S and B
+def test_stage_2(width, heads, folder):
     """Fails if the full-size denoiser does not train on 4096 codes, or does not learn."""
-    train(folder, "train_fsdd.py", *SHORT, f"--model={model}", "--batch_size=1", "--steps=10",
-          f"--out={model}.pt")
-    log = read_log(folder / f"{model}.csv")
+    train(folder, "train_fsdd.py", *SHORT, f"--width={width}", f"--heads={heads}", "--batch_size=1",
+          "--steps=10")
+    log = read_log(folder / "fsdd.csv")
     print(*log, sep="\n")
     assert log[-1]["loss"] < log[0]["loss"]

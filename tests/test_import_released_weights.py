@@ -7,7 +7,7 @@ import torch
 import sample
 import train_fsdd
 from fsdd import Denoiser
-from paper import import_released_weights
+from paper import cost, import_released_weights
 from paper.import_released_weights import FSDD_NAMES, TOKENIZER_NAMES, released_name
 from tests.image_folder import make_image_folder
 from tests.scripts import assert_one_sentence, names_and_shapes, run_here, successful
@@ -26,11 +26,11 @@ def imported(tmp_path_factory):
 
 
 def test_the_published_files_are_taken():
-    """Fails if the names and shapes of the published files are not the ones that are expected, or if --model S or B is
-    not the paper's denoiser."""
+    """Fails if the names and shapes of the published files are not the ones that are expected, or if S or B is not the
+    paper's denoiser."""
     with torch.device("meta"):
         models = [SetTokenizer(256, 3, 16, 128, 4096, 12, 768, 12, 12, 12, vqgan_width=128, reshaped_latents=True),
-                  *(Denoiser(4096, 128, 1000, *train_fsdd.MODELS[name], unused_rows=True) for name in "SB")]
+                  *(Denoiser(4096, 128, 1000, *size, unused_rows=True) for size in cost.SIZES.values())]
     for attention in (model.blocks[0].attention for model in models[1:]):
         assert attention.heads * 64 == len(attention.proj.weight)
     published = [(401, 2581575422), (131, 2786568098), (131, 1741424252)]
