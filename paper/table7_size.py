@@ -3,7 +3,7 @@
     python -m paper.table7_size            the digits, tokenizer.pt: trains the recipe's denoiser and one half as wide
 
 Prints a Markdown table with a row for each denoiser. The paper: S with 36 million parameters has a gFID of 5.56, B with
-137 million 5.09. On ImageNet, each is a run of train_fsdd.py --model, measured by evaluate_fid.py.
+137 million 5.09. On ImageNet, each is a run of train_fsdd.py, measured by evaluate_fid.py.
 """
 import time
 
