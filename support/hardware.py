@@ -62,9 +62,14 @@ def fast_bf16(device):
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def use_bf16(device, bf16):
+    """Whether to multiply in bfloat16. bf16: "on", "off", or "auto", on where it is fast."""
+    return bf16 == "on" or bf16 == "auto" and fast_bf16(device)
+
+
 def autocast(device, bf16):
-    """Automatic mixed precision in bfloat16: "on", "off", or "auto", on where it is fast."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 == "on" or bf16 == "auto" and fast_bf16(device))
+    """Automatic mixed precision in bfloat16, see use_bf16()."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device, bf16))
 
 
 def parallel(model, device, cfg):

@@ -3,7 +3,7 @@ import math
 
 import torch
 
-from support.hardware import fast_bf16
+from support.hardware import use_bf16
 
 NEWTON_SCHULZ = 5 * [(3.4445, -4.7750, 2.0315)]  # coefficients (a, b, c) of each iteration
 
@@ -13,13 +13,12 @@ class Muon(torch.optim.Optimizer):
 
     The step is the momentum (Nesterov's), replaced by a matrix with the same singular vectors and singular values near
     1, and scaled to the size of AdamW's steps (arXiv 2502.16982). This is torch.optim.Muon with adjust_lr_fn
-    "match_rms_adamw", except that it multiplies in float32 on processors that only emulate bfloat16, and all matrices
-    of one shape together.
+    "match_rms_adamw", except that it multiplies in float32 without bf16, and all matrices of one shape together.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.95, bf16=True):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = torch.bfloat16 if fast_bf16(params[0].device) else torch.float32  # of the products
+        self.dtype = torch.bfloat16 if bf16 else torch.float32  # of the products
 
     @torch.no_grad()
     def step(self):
@@ -53,7 +52,7 @@ def orthogonalize(matrices, dtype):
 def make_optimizers(model, cfg, beta2, decay_all=False):
     """A list of optimizers: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-    cfg: optimizer, lr, muon_lr and weight_decay. Weight decay does not apply to norms, biases and embeddings, except
+    cfg: optimizer, lr, muon_lr, weight_decay and bf16. Weight decay does not apply to norms, biases and embeddings, except
     with decay_all.
     """
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -65,7 +64,8 @@ def make_optimizers(model, cfg, beta2, decay_all=False):
                "weight_decay": cfg.weight_decay if decay_all else 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, beta2), fused=True)]
     if for_muon:
-        optimizers.append(Muon(for_muon, cfg.muon_lr, cfg.weight_decay))
+        bf16 = use_bf16(for_muon[0].device, cfg.bf16)
+        optimizers.append(Muon(for_muon, cfg.muon_lr, cfg.weight_decay, bf16=bf16))
     return optimizers
 
 

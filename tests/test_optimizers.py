@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fsdd import Denoiser
-from support import optimizers
 from support.optimizers import Muon, make_optimizers, warmup_cosine
 
 SHAPES = [(16, 16), (48, 16), (16, 64), (16, 16), (1, 8)]
@@ -24,11 +23,10 @@ def steps(optimizer_class, number, **settings):
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
-def test_muon_is_pytorchs(bfloat16, monkeypatch):
+def test_muon_is_pytorchs(bfloat16):
     """Fails if momentum, Nesterov's step, the iterations, weight decay or the scale of the step are not those of
     torch.optim.Muon, which multiplies in bfloat16, if weights of one shape mix, or if a gradient of 0 gives NaN."""
-    monkeypatch.setattr(optimizers, "fast_bf16", lambda device: bfloat16)
-    start, ours = steps(Muon, 0), steps(Muon, 5)
+    start, ours = steps(Muon, 0), steps(Muon, 5, bf16=bfloat16)
     theirs = steps(torch.optim.Muon, 5, adjust_lr_fn="match_rms_adamw")
     for before, mine, other in zip(start, ours, theirs):
         assert (mine - other).norm() < 0.02 * (other - before).norm()
@@ -37,7 +35,7 @@ def test_muon_is_pytorchs(bfloat16, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_weight_has_one_optimizer(optimizer):
     """Fails if a weight is left out or stepped twice, or if norms, biases and embeddings decay."""
-    cfg = SimpleNamespace(optimizer=optimizer, lr=0.2, muon_lr=0.1, weight_decay=0.5)
+    cfg = SimpleNamespace(optimizer=optimizer, lr=0.2, muon_lr=0.1, weight_decay=0.5, bf16="auto")
     model = Denoiser(12, 6, 3, 32, 2, 2)
     model.class_embedding.requires_grad_(False)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
