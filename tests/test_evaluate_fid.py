@@ -205,6 +205,7 @@ FIDELITY = {"fid": 523.91057, "inception_score": 1.07096069, "inception_score_st
             "recall": 14 / 15}
 
 
+@pytest.mark.slow
 def test_numbers_are_torch_fidelitys(weight_file, tmp_path):
     """Fails if FID, Inception Score, precision or recall are not those that others publish, if they depend on the
     batches, or if digits are measured by the classifier in spite of --inception."""

@@ -89,6 +89,7 @@ def test_stage_1_resumes_in_every_phase(stops, files, whole, tmp_path, monkeypat
     assert_same_training(whole / "tokenizer.pt", out)
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_trains_alike(files, tmp_path):
     """Fails if a phase's losses, noise, gradients or LeCam's averages depend on the number of ranks, or on how many
     images each of them takes at once. The learning rate is small, as AdamW enlarges the rounding of small gradients."""
