@@ -12,10 +12,10 @@ from paper.inputs import DEVICE, read_options
 from support.hardware import init_distributed
 from support.training import run
 
-NUM_TOKENS = (8, 16, 32, 64)              # M, with the C of BOTH
-CODEBOOK_SIZES = (32, 64, 128, 256, 512)  # C, with the M of BOTH
-BOTH = (32, 128)                          # (M, C) that both columns share
-TOKENIZER = {"steps": 1200}               # of every tokenizer, else as the digits'
+NUM_TOKENS = (8, 32, 64)         # M, with the C of BOTH
+CODEBOOK_SIZES = (32, 128, 512)  # C, with the M of BOTH
+BOTH = (32, 128)                 # (M, C) that both columns share
+TOKENIZER = {"steps": 1200}      # of every tokenizer, else as the digits'
 DENOISER = {"steps": 1600, "width": 64, "heads": 2}  # of every denoiser, likewise: 1.7 passes over the data
 PAIRS = [
     ("--num_tokens", NUM_TOKENS, "[1, inf)", "values of M"),
