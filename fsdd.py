@@ -68,7 +68,7 @@ def forward_process(x0, x1, t, uniform=None):
     sums = torch.cat([x0, x1]).sum(1)  # (2 B,)
     if (sums != sums[:1]).any():
         raise ValueError(f"every row of x0 and x1 must have the same sum M, got {sums.unique().tolist()}")
-    num_tokens = int(sums[0]) if len(sums) else 0
+    num_tokens = int(sums[0])
     t = t[:, None]  # (B, 1)
     mean = t * x1 + (1 - t) * x0  # Eq. 6
     std = (x1 - x0).abs() / 4
@@ -86,11 +86,13 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
     Returns x (B, C) int64 and log_prob, a function: counts (B, C) -> log p of each (B, C), for integers in [0, M].
     Where std is 0, all of p is on the integer nearest to the mean.
 
-    As most codes have std = 0, p is tabulated only for the n counts that have not.
+    Most codes have std = 0, and most counts are small. So p is tabulated for the n counts that move, up to a K beyond
+    which all of it is below exp(-32).
     """
     moving, nearest = std > 0, mean.round()
-    k = torch.arange(num_tokens + 1, device=mean.device)
-    log_p = -((k - mean[moving, None]) / std[moving, None]) ** 2 / 2  # (n, M + 1), not normalized
+    K = min(num_tokens, int((mean + 8 * std).max()) + 1)
+    k = torch.arange(K + 1, device=mean.device)
+    log_p = -((k - mean[moving, None]) / std[moving, None]) ** 2 / 2  # (n, K + 1), not normalized
     x, log_z = nearest.long(), torch.zeros_like(mean)
     x[moving] = sample_categorical(log_p.softmax(1), uniform[moving], top_k=top_k)
     log_z[moving] = log_p.logsumexp(1)
