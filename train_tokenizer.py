@@ -75,9 +75,9 @@ HYPERPARAMETERS = [
     ("reset_after",      20,       20,      0,              "[0, inf)",     "steps until an unused code is reset"),
     ("reset_until",      0.8,      0.8,     0.8,            "[0, 1]",       "share of the training with such resets"),
     # optimization
-    ("steps",            3200,     9000,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
-    ("batch_size",       32,       16,      256,            "[1, inf)",     "images per step, over all processes"),
-    ("device_batch",     32,       16,      32,             "[1, inf)",     "images that a process takes at once"),
+    ("steps",            3200,     5000,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
+    ("batch_size",       32,       32,      256,            "[1, inf)",     "images per step, over all processes"),
+    ("device_batch",     32,       32,      32,             "[1, inf)",     "images that a process takes at once"),
     ("optimizer",        "muon",   "muon",  "adamw",        "adamw | muon", "muon: for the blocks' matrices"),
     ("lr",               2e-3,     2e-3,    1e-4,           "(0, inf)",     "peak learning rate of adamw"),
     ("muon_lr",          5e-3,     5e-3,    1e-3,           "(0, inf)",     "peak learning rate of muon"),
