@@ -52,8 +52,8 @@ def orthogonalize(matrices, dtype):
 def make_optimizers(model, cfg, beta2, decay_all=False):
     """A list of optimizers: AdamW, or Muon for the blocks' matrices and AdamW for the rest.
 
-    cfg: optimizer, lr, muon_lr, weight_decay and bf16. Weight decay does not apply to norms, biases and embeddings, except
-    with decay_all.
+    cfg: optimizer, lr, muon_lr, weight_decay and bf16. Weight decay does not apply to norms, biases and embeddings,
+    except with decay_all.
     """
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     matrices = {m.weight for m in model.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
