@@ -80,10 +80,10 @@ def test_sparse_loss_estimates_the_loss_of_all_codes():
 
 def test_sparse_gradients_do_not_depend_on_chance():
     """Fails if the same training on several threads gives other weights in every run, and so after a resume."""
-    batch, denoiser = random_batch(64, 256, 32, 44), small_denoiser(256, 32, model_class=SparseDenoiser)
+    batch, denoiser = random_batch(32, 256, 32, 44), small_denoiser(256, 32, model_class=SparseDenoiser)
     threads, gradients = torch.get_num_threads(), []
     torch.set_num_threads(2)
-    for _ in range(20):
+    for _ in range(4):
         denoiser.zero_grad()
         sparse_loss(denoiser, batch, 64).backward()
         gradients.append([parameter.grad.clone() for parameter in denoiser.parameters()])
