@@ -1,4 +1,4 @@
-"""How good images are (Sec. 4.1): FID, Inception Score, precision and recall.
+"""Metrics of images (Sec. 4.1): FID, Inception Score, precision and recall.
 
     python evaluate_fid.py --ckpt fsdd.pt                            generate images and measure them: gFID
     python evaluate_fid.py --ckpt tokenizer.pt                       reconstruct the validation images: rFID

@@ -18,10 +18,7 @@ from torch import nn
 from dual_transform import tokens_to_counts
 from tokenizer import Attention
 
-# The sampler's settings in the authors' release, for the best FID. The paper names only the 25 steps (Sec. 4.1).
-STEPS = 25
-GUIDANCE = (4.0, 50.0, 55.0)  # weights for the three thirds of the time from noise to data
-TOP_P = 0.8
+# Constants of the sampler in the authors' release
 ADJUST_FROM = 0.65     # once 1 - t reaches this, the drawn x_0 is adjusted to sum to M
 NOISE_STOPS_AT = 0.2   # f of Eq. 10 is a sigmoid that falls from 1 to 0 where t passes this time ...
 NOISE_SLOPE = 100      # ... as steeply as this
@@ -204,10 +201,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, codebook_size, num_tokens, num_classes, width, layers, heads, unused_rows=False, gelu="tanh"):
         super().__init__()
-        if unused_rows and num_tokens > codebook_size:
-            raise ValueError(f"unused_rows needs num_tokens <= codebook_size, got {num_tokens} > {codebook_size}")
         self.codebook_size, self.num_tokens, self.num_classes = codebook_size, num_tokens, num_classes
-        self.count_embedding = nn.Embedding((codebook_size if unused_rows else num_tokens) + 1, width)
+        self.count_embedding = nn.Embedding((max(codebook_size, num_tokens) if unused_rows else num_tokens) + 1, width)
         self.code_embedding = nn.Parameter(torch.zeros(1, codebook_size, width))
         self.time_mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes + 1, width)
@@ -272,8 +267,8 @@ def fsdd_loss(denoiser, batch):
 
 
 @torch.no_grad()
-def refine(denoiser, labels, prior="multinomial", steps=STEPS, times="even", guidance=GUIDANCE, top_p=TOP_P, top_k=0,
-           generator=None, start=None):
+def refine(denoiser, labels, prior="multinomial", steps=25, times="even", guidance=(4.0, 50.0, 55.0), top_p=0.8,
+           top_k=0, generator=None, start=None):
     """Generate count vectors step by step: yields X_1 (noise), then X_t after each step, finally X_0.
 
     Every one is (B, C) int64 and every row sums to M.
@@ -282,8 +277,8 @@ def refine(denoiser, labels, prior="multinomial", steps=STEPS, times="even", gui
     prior: the noise that the denoiser was trained with, see sample_noise().
     steps, times: how many steps, and at which times, see sampling_times().
     guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see sample_step().
-    The defaults, except for the prior (theirs is "distinct"), are the authors' for the best FID; top_k = 2 and
-    top_p = 1 are their sharper, less diverse setting.
+    The defaults, except for the prior (theirs is "distinct"), are those of the authors' release for the best FID. The
+    paper names only the 25 steps (Sec. 4.1). top_k = 2 and top_p = 1 are the release's sharper, less diverse setting.
     start: X_t (B, C) and t, to continue from this state instead of noise.
     """
     C, M = denoiser.codebook_size, denoiser.num_tokens
@@ -302,9 +297,9 @@ def generate(denoiser, labels, **settings):
     return x
 
 
-def sample_step(x, p, t, s, top_p=TOP_P, top_k=0, generator=None):
-    """X_t -> X_s: draw x_0 (from ADJUST_FROM on adjusted to sum to M), draw X_s from a Gaussian between the two
-    (Eq. 9-10), and adjust it.
+def sample_step(x, p, t, s, top_p=1.0, top_k=0, generator=None):
+    """X_t -> X_s, one step of Eq. 8, whose sum over x_0 becomes a draw: draw x_0 from p(x_0 | X_t) (from ADJUST_FROM
+    on adjusted to sum to M), draw X_s from a Gaussian between X_t and x_0 (Eq. 9-10), and adjust it.
 
     x: X_t (B, C).  p: p(x_0 | X_t) (B, C, M + 1).
     top_p, top_k: see truncate(). top_k > 0 is the release's second setting: it also truncates the draw of X_s, and x_0

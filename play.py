@@ -61,9 +61,10 @@ class Model:
         self.noise = NOISES[self.settings["prior"]]
         self.M, self.C = self.tokenizer.num_tokens, self.tokenizer.codebook_size
         self.codes = self.denoiser.codebook_size  # C, or C + 1 with the mask code
-        self.tests, data = [], checkpoint.get("config", {}).get("data", "")
-        with suppress(ValueError):  # the model was trained on a folder that is not here
-            self.tests = open_dataset(data, "test", self.tokenizer.image_size)
+        self.tests, data = [], checkpoint.get("config", {}).get("data")
+        if data:
+            with suppress(ValueError):  # the model was trained on a folder that is not here
+                self.tests = open_dataset(data, "test", self.tokenizer.image_size)
         self.facts = {"ckpt": ckpt, "size": self.tokenizer.image_size, "channels": self.tokenizer.channels,
                       "M": self.M, "C": self.C, "masked": self.codes > self.C, "digits": data == "digits",
                       "tests": len(self.tests), "classes": checkpoint["class_names"], **self.settings}  # for the page
@@ -121,7 +122,7 @@ class Model:
             x = self.noise.forward_process(x0, x, torch.tensor([t], device=self.device), uniform)  # X_t
         times = [t] + [s for s in sampling_times(steps, self.settings["times"]) if s < t]
         labels = torch.tensor([int(request["label"])], device=self.device)
-        for t, x in zip(times, refine(self.denoiser, labels, generator=random, start=(x, t))):
+        for t, x in zip(times, refine(self.denoiser, labels, generator=random, start=(x, t)), strict=True):
             image = self.tokenizer.decode(counts_to_tokens(x[:, :self.C]))
             yield {"t": t, "states": len(times), "counts": x[0].tolist(), "image": pack(image)}
 

@@ -40,13 +40,13 @@ NOISES = {  # the modules that draw X_1 and X_t, by the prior
 }
 DENOISERS = {"dense": fsdd.Denoiser, "sparse": SparseDenoiser}
 GENERATION = [  # settings of generation. A checkpoint keeps the column of its recipe, or of its noise if that is masked
-    # name       digits    emoji    imagenet256  masked    exchange    allowed                      meaning
-    ("sampler",  "paper",  "paper", "paper",     "masked", "exchange", "paper | exchange | masked", "see SAMPLERS"),
-    ("steps",    36,       36,      25,          16,       12,         "[1, inf)",               "from noise to data"),
-    ("times",    "middle", "middle", "even",     "even",   "middle",   "even | middle",          "where steps lie"),
-    ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                       "one, or by thirds"),
-    ("top_p",    1.0,      1.0,     0.8,         1.0,      1.0,        "(0, 1]",                 "keep likely counts"),
-    ("top_k",    2,        2,       0,           0,        0,          "[0, inf)",               "keep k, 0 = all"),
+    # name       digits    emoji    imagenet256  masked    exchange    allowed                  meaning
+    ("sampler",  "paper",  "paper", "paper",     "masked", "exchange", " | ".join(SAMPLERS), "which sampler"),
+    ("steps",    36,       36,      25,          16,       12,         "[1, inf)",           "sampling steps"),
+    ("times",    "middle", "middle", "even",     "even",   "middle",   "even | middle",      "spacing of their times"),
+    ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                   "one, or one per third"),
+    ("top_p",    1.0,      1.0,     0.8,         1.0,      1.0,        "(0, 1]",             "top-p sampling, 1 = off"),
+    ("top_k",    2,        2,       0,           0,        0,          "[0, inf)",           "top-k sampling, 0 = off"),
 ]
 COLUMNS = ("digits", "emoji", "imagenet256", "masked", "exchange")
 
@@ -205,10 +205,10 @@ def add_generation_options(parser):
 
 
 def generation_settings(settings, args):
-    """A checkpoint's settings of generation, changed by the command line. Another sampler than the checkpoint's brings
-    settings of its own."""
-    if args.sampler and args.sampler != settings["sampler"]:
-        settings = settings | default_settings({"paper": "digits"}.get(args.sampler, args.sampler), settings["prior"])
+    """A checkpoint's settings of generation, changed by the command line. The samplers exchange and masked bring
+    settings of their own."""
+    if args.sampler in COLUMNS:
+        settings = settings | default_settings(args.sampler, settings["prior"])
     given = {name: getattr(args, name) for name, *_ in GENERATION}
     return settings | {name: value for name, value in given.items() if value is not None}
 
@@ -238,8 +238,7 @@ def parse_guidance(text):
 
 
 def choose_labels(text, num, class_names, at_most):
-    """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, one class after the
-    other.
+    """Labels (num,) int64 of the classes in text, numbers or names such as "0,cat": evenly spread, grouped by class.
 
     Without text: over all classes, or at_most of them. A class name that is also a number takes precedence over that
     number; a class with a comma in its name is given by its number. ValueError for unknown classes.

@@ -45,7 +45,7 @@ HYPERPARAMETERS = [
     ("unused_rows",      False,    False,   True,          "",                 "C + 1 rows in the count embedding"),
     ("gelu",             "exact",  "exact", "tanh",        "exact | tanh",     "tanh (DiT), exact: faster on CPUs"),
     ("label_drop",       0.1,      0.1,     0.1,           "(0, 1]",           "share of labels that are dropped"),
-    ("noise",            *["multinomial"] * 3, "multinomial | distinct | masked", "X_1; masked: masked.py"),
+    ("noise",            "multinomial", "multinomial", "multinomial", " | ".join(NOISES), "X_1; masked: masked.py"),
     # not in the paper, see beyond.py
     ("training_times",   "flips",  "flips", "uniform",     "uniform | flips",  "how t is drawn; masked: uniform"),
     ("code_start",       "codebook", "codebook", "zeros",  "zeros | codebook", "start of the code embedding"),
@@ -62,7 +62,7 @@ HYPERPARAMETERS = [
     ("warmup",           50,       50,      0,             "[0, inf)",         "steps of linear warm-up"),
     ("beta2",            0.99,     0.99,    0.999,         "[0, 1)",           "second beta of adamw"),
     ("weight_decay",     0.01,     0.01,    0.01,          "[0, inf)",         "on all weights (the release)"),
-    ("clip",             1.0,      1.0,     0.0,           "[0, inf)",         "largest gradient norm, 0 = any"),
+    ("clip",             1.0,      1.0,     0.0,           "[0, inf)",         "largest gradient norm, 0 = off"),
     ("ema",              0.99,     0.99,    0.9999,        "[0, 1)",           "decay of the weights' average"),
     # what is written
     ("out",              "fsdd.pt", "fsdd.pt", "fsdd.pt",  "",                 "the checkpoint"),

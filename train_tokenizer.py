@@ -15,7 +15,7 @@ With proxy_steps 0 there is no first phase and the whole tokenizer learns the pi
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
 (test images above their reconstructions). On the digits: about 5 minutes on two CPU cores, mean squared
-error 0.035 to 0.038 (README.md).
+error about 0.037 (README.md).
 """
 import math
 import time
@@ -64,7 +64,7 @@ HYPERPARAMETERS = [
     ("absolute",         1.0,      0.0,     0.0,            "[0, inf)",     "of the absolute error, not the paper's"),
     ("perceptual",       0.0,      0.0,     0.1,            "[0, inf)",     "weight of the perceptual loss"),
     ("adversarial",      0.0,      0.0,     0.01,           "[0, inf)",     "weight of the adversarial loss"),
-    ("adversarial_from", 0,        0,       20000,          "[0, inf)",     "step of this phase at which it comes in"),
+    ("adversarial_from", 0,        0,       20000,          "[0, inf)",     "step of this phase that switches it on"),
     ("discriminator",    128,      128,     128,            "[32, inf)",    "width of the discriminator's first layer"),
     ("lecam",            0.001,    0.001,   0.001,          "[0, inf)",     "weight of the LeCam regularization"),
     ("lecam_ema",        0.999,    0.999,   0.999,          "[0, 1)",       "decay of the moving averages it needs"),
@@ -85,7 +85,7 @@ HYPERPARAMETERS = [
     ("warmup",           50,       50,      5000,           "[0, inf)",     "steps of linear warm-up (phase 2)"),
     ("beta2",            0.99,     0.99,    0.999,          "[0, 1)",       "second beta of adamw (phase 2)"),
     ("weight_decay",     1e-4,     1e-4,    1e-4,           "[0, inf)",     "on matrices only"),
-    ("clip",             1.0,      1.0,     1.0,            "[0, inf)",     "largest norm of the gradient, 0 = any"),
+    ("clip",             1.0,      1.0,     1.0,            "[0, inf)",     "largest norm of the gradient, 0 = off"),
     ("ema",              0.99,     0.99,    0.999,          "[0, 1)",       "decay of the weights' moving average"),
     # images
     ("flip",             False,    True,    True,           "",             "mirror images at random"),
@@ -304,7 +304,7 @@ class CodebookUsage:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How good it is
+# Evaluation
 
 
 def psnr(mse):

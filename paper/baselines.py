@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fsdd import (STEPS, Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_probabilities, sample_categorical,
+from fsdd import (Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_probabilities, sample_categorical,
                   sample_noise, sampling_times)
 
 
@@ -106,7 +106,7 @@ def flow_loss(denoiser, batch):
 
 
 @torch.no_grad()
-def flow_generate(denoiser, labels, steps=STEPS, times="even", guidance=(1.0,), top_p=1.0, top_k=0, generator=None):
+def flow_generate(denoiser, labels, steps=25, times="even", guidance=(1.0,), top_p=1.0, top_k=0, generator=None):
     """Counts (B, C) int64 for labels (B,), of any sum.
 
     From t to s each count jumps to a draw of x_0 with probability (t - s) / t.
@@ -169,7 +169,7 @@ def continuous_loss(model, batch):
 
 
 @torch.no_grad()
-def continuous_generate(model, labels, steps=STEPS, times="even", guidance=(1.0,), generator=None):
+def continuous_generate(model, labels, steps=25, times="even", guidance=(1.0,), generator=None):
     """Counts (B, C) int64 for labels (B,), every row sums to M: Euler steps from noise to data, then quantize()."""
     B, C, device = len(labels), model.codebook_size, labels.device
     x = continuous_noise(torch.randn(B, C, generator=generator, device=device))
