@@ -194,8 +194,8 @@ class Denoiser(nn.Module):
 
     codebook_size: C.  num_tokens: M.  num_classes: labels 0..num_classes - 1; label num_classes is the null class,
     which stands for "any" in classifier-free guidance.
-    unused_rows: give the count embedding C + 1 rows, although counts use only the first M + 1. The release has them,
-    and its 36.0 and 136.7 million parameters include them.
+    unused_rows: give the count embedding C + 1 rows, if that is more than the M + 1 that counts use. The release has
+    them, and its 36.0 and 136.7 million parameters include them.
     gelu: "tanh" (DiT) or "exact", which differs by less than 0.001 and is faster on CPUs.
     """
 

@@ -1,4 +1,5 @@
 """Options from the tables of hyperparameters, --resume, and errors of one sentence."""
+import importlib
 import os
 
 import pytest
@@ -132,3 +133,11 @@ def test_intervals(interval, inside, outside):
     for value in outside:
         with pytest.raises(Exception, match=f"must lie in .*{interval[1:-1].replace('inf', '2.63')}"):
             parse_as(type(value), interval)(str(value))
+
+
+@pytest.mark.parametrize("module", ["train_tokenizer", "train_fsdd"])
+def test_defaults_are_allowed(module):
+    """Fails if a script refuses its own default."""
+    for name, *values, allowed, _ in importlib.import_module(module).HYPERPARAMETERS:
+        for value in values:
+            assert parse_as(type(values[0]), allowed)(str(value)) == value, name

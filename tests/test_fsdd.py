@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdd
 from fsdd import Denoiser, discrete_gaussian, forward_process, greedy_adjust, sample_categorical, sample_noise
@@ -62,6 +63,18 @@ def random_batch(B, C, M, seed):
 def look_up(log_p):
     """A table of log-probabilities (B, C, M + 1) as the function that greedy_adjust() takes."""
     return lambda k: log_p.gather(2, k[:, :, None])[:, :, 0]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation creates."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -152,6 +165,15 @@ def test_the_forward_process_has_the_mean_and_std_of_equation_6(gaussians):
     forward_process(x0, x1, t)
     (mean, std), = gaussians
     assert torch.allclose(mean, t[:, None] * x1 + (1 - t[:, None]) * x0) and torch.equal(std, (x1 - x0).abs() / 4)
+
+
+def test_no_tensor_over_all_counts():
+    """Fails if the forward process at ImageNet's size takes B x C x (M + 1) numbers."""
+    B, C, M = 4, 4096, 128
+    x0, x1 = sample_noise(B, C, M, "multinomial", generator(9)), sample_noise(B, C, M, "multinomial", generator(10))
+    with LargestTensor() as largest:
+        forward_process(x0, x1, torch.rand(B))
+    assert largest.elements < B * C * (M + 1) / 10
 
 
 # --- greedy adjusting ------------------------------------------------------------------------------------------------

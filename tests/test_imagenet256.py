@@ -77,10 +77,10 @@ def test_the_whole_training(whole):
         assert picture.mode == "RGB" and picture.height == 5 * 64 and len(picture.getcolors(2 ** 16)) > 50
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stops", [
-    [(5, send_sigterm, 5), (11, send_sigterm, 11)], [(5, crash, 3), (8, crash, 6), (12, crash, 9)],
-    [(6, send_sigterm, 6), (7, send_sigterm, 7)]])
+    [(5, send_sigterm, 5), (11, send_sigterm, 11)],
+    pytest.param([(5, crash, 3), (8, crash, 6), (12, crash, 9)], marks=pytest.mark.slow),
+    pytest.param([(6, send_sigterm, 6), (7, send_sigterm, 7)], marks=pytest.mark.slow)])
 def test_stage_1_resumes_in_every_phase(stops, files, whole, tmp_path, monkeypatch):
     """Fails if --resume does not give the numbers of the unbroken run after a stop in the proxy phase, at the beginning
     of the pixel phase, or with the discriminator in training."""

@@ -136,6 +136,16 @@ def test_checks_before_the_first_step():
     on_ranks(2, check)
 
 
+def test_what_a_resumed_training_is_told(capsys):
+    """Fails if another learning rate is taken without a word."""
+    config = dict(steps=10, batch_size=2, ema=0.5)
+    checkpoint = {"step": 10, "images": "012 abc", "config": config}
+    check_training(SimpleNamespace(**config), checkpoint, FewImages(range(3)))
+    assert not capsys.readouterr().out
+    check_training(SimpleNamespace(**config | {"steps": 20}), checkpoint, FewImages(range(3)))
+    assert "--steps has changed, and with it the learning rate" in capsys.readouterr().out
+
+
 def test_the_log_continues_from_the_checkpoint():
     """Fails if the log has the steps after the last checkpoint twice, or if a new run appends to an old log."""
     write = open_log("a.csv", ["step", "loss"], 0)
