@@ -160,7 +160,7 @@ def test_exchange_moves_as_many_tokens_as_independent_codes():
 
 @pytest.mark.parametrize("model_class", [Denoiser, SparseDenoiser])
 @pytest.mark.parametrize("settings", [{}, {"prior": "distinct"}, {"top_k": 2}, {"steps": 1}, {"top_p": 0.8},
-                                      {"guidance": [4.0], "steps": 100}])
+                                      {"guidance": [4.0], "steps": 50}])
 def test_every_state_of_exchange_sums_to_M(settings, model_class):
     """Fails if a state of generation by exchange does not sum to M, with either denoiser."""
     assert_generation_keeps_the_sum(small_denoiser(model_class=model_class), refine_by_exchange, **settings)

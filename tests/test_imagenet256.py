@@ -19,7 +19,7 @@ SMALL = ["--recipe=imagenet256", "--data=images", "--width=16", "--heads=2", "--
 STAGE1 = [*SMALL, "--image_size=32", "--num_tokens=4", "--codebook_size=16", "--code_dim=4", "--encoder_layers=1",
           "--decoder_layers=1", "--vqgan=vqgan.bin", "--convnext=convnext.pth", "--discriminator=32",
           "--adversarial_from=3", "--steps=12", "--proxy_steps=6", "--warmup=2", "--proxy_warmup=2", "--lr=0.001"]
-STAGE2 = [*SMALL, "--layers=1", "--steps=8"]
+STAGE2 = [*SMALL, "--layers=1", "--steps=8", "--device_batch=50"]  # 50: the samples are drawn at once
 
 
 @pytest.fixture(scope="module")
