@@ -47,7 +47,7 @@ def test_unmasking_ends_at_what_the_denoiser_knows():
     """Fails if masked tokens do not become those that a perfect denoiser predicts, also for counts above 1."""
     x0 = torch.nn.functional.pad(skewed_counts(50, 12, 6, 52), (0, 1))
     for steps in (1, 2, 4, 6):
-        *_, end = masked.refine(KnowsData(x0), torch.zeros(50, dtype=torch.int64), guidance=[1.0], steps=steps)
+        *_, end = masked.refine(KnowsData(x0), torch.arange(50), guidance=[1.0], steps=steps)
         assert torch.equal(end, x0)
 
 
@@ -126,6 +126,9 @@ def test_only_unlikely_codes_are_left_out_of_generation():
         early = [guided_probabilities(denoiser, x, 0.9, labels, weight),
                  masked.likely_probabilities(denoiser, x, 0.9, labels, weight, previous)]
         assert torch.equal(*early)
+        noise = masked.sample_noise(9, 30, 6)
+        torch.testing.assert_close(masked.likely_probabilities(denoiser, noise, 1.0, labels, weight),
+                                   guided_probabilities(denoiser, noise, 1.0, labels, weight))
     dense = small_denoiser(30, 6)  # which needs all codes
     assert torch.equal(masked.likely_probabilities(dense, x, 0.5, labels, 3, previous),
                        guided_probabilities(dense, x, 0.5, labels, 3))
