@@ -6,10 +6,10 @@
                                                                      statistics and checkpoints can be compared
     torchrun --nproc_per_node=8 evaluate_fid.py --ckpt fsdd.pt --ref VIRTUAL_imagenet256_labeled.npz     as in the paper
 
-Features are those of Inception-v3 of 2015-12-05 (published/inception.py), as in all published FIDs; its weights are
+Features are those of Inception-v3 of 2015-12-05 (published/inception.py), as in ADM's evaluation; its weights are
 downloaded, or given by --inception. The embedded digits and emoji need no download: their distance is computed from the
-features of a small classifier (published/classifier.py) and called "digits FID" or "emoji FID". These numbers are
-not comparable.
+features of a small classifier (published/classifier.py) and called "digits FID" or "emoji FID". It cannot be compared
+with an FID of Inception.
 """
 import os
 import sys

@@ -276,7 +276,7 @@ def refine(denoiser, labels, prior="multinomial", steps=25, times="even", guidan
     denoiser: called as Denoiser.forward(); it needs codebook_size, num_tokens and num_classes.  labels: (B,) int64.
     prior: the noise that the denoiser was trained with, see sample_noise().
     steps, times: how many steps, and at which times, see sampling_times().
-    guidance: see guidance_weight(); 1 is the plain model.  top_p, top_k: see sample_step().
+    guidance: see guidance_weight(); (1.0,) is the plain model.  top_p, top_k: see sample_step().
     The defaults, except for the prior (theirs is "distinct"), are those of the authors' release for the best FID. The
     paper names only the 25 steps (Sec. 4.1). top_k = 2 and top_p = 1 are the release's sharper, less diverse setting.
     start: X_t (B, C) and t, to continue from this state instead of noise.

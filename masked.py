@@ -22,7 +22,7 @@ count is drawn from p(x_0[j] | X_t) by itself. Their sum is then not M and is re
 proportion to p(x_0[j] +- 1) / p(x_0[j]). Every state sums to M, and the forward process needs no greedy adjusting.
 
 With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4), samples in 2 and 4 steps differ from the data by a total
-variation of 0.182 and 0.011, those of beyond.refine_by_exchange() by 0.348 and 0.056, and samples of the data itself by
+variation of 0.182 and 0.011, those of beyond.refine_by_exchange() at its own times by 0.348 and 0.056, and samples of the data itself by
 0.017 (pytest --slow -rP tests/test_masked.py -k oracle).
 
 train_fsdd.py --noise masked trains such a denoiser. Results are in the README, and more of them in beyond.md. In the

@@ -2,7 +2,7 @@
 
     python sample.py --ckpt digits.pt                              a labelled grid of samples, samples.png
     python sample.py --ckpt fsdd.pt --out samples.gif              the counts step by step, decoded at every step
-    python sample.py --ckpt digits.pt --like digits:17             images that share tokens with an image
+    python sample.py --ckpt digits.pt --like digits:17             images that start from tokens of an image
     torchrun --nproc_per_node=8 sample.py --ckpt fsdd.pt --num_images 50000 --out samples.npz    for evaluation
 
 The same seed gives the same images for any number of processes. Settings that are not given are the checkpoint's.
@@ -44,7 +44,7 @@ GENERATION = [  # settings of generation. A checkpoint keeps the column of its r
     ("sampler",  "paper",  "paper", "paper",     "masked", "exchange", " | ".join(SAMPLERS), "which sampler"),
     ("steps",    36,       36,      25,          16,       12,         "[1, inf)",           "sampling steps"),
     ("times",    "middle", "middle", "even",     "even",   "middle",   "even | middle",      "spacing of their times"),
-    ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                   "one, or one per third"),
+    ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                   "one, or several along t"),
     ("top_p",    1.0,      1.0,     0.8,         1.0,      1.0,        "(0, 1]",             "top-p sampling, 1 = off"),
     ("top_k",    2,        2,       0,           0,        0,          "[0, inf)",           "top-k sampling, 0 = off"),
 ]
@@ -111,9 +111,9 @@ def draw_images(denoiser, tokenizer, labels, refine, chunk, args, every_step=Fal
 
 @torch.no_grad()
 def draw_like(denoiser, tokenizer, checkpoint, labels, refine, args):
-    """Write a grid of images that share tokens with the image args.like: the image and its reconstruction, then a row
-    for each of 3/4, 1/2, 1/4 and none of its tokens kept; the other tokens are drawn. With the paper's noise,
-    generation starts from the kept tokens and may change them.
+    """Write a grid of images that start from tokens of the image args.like: the image and its reconstruction, then a
+    row for each of 3/4, 1/2, 1/4 and none of its tokens; the others are noise. Masked tokens are added to those that
+    are kept. With the paper's noise, generation may also change these.
 
     labels (n,): the classes of the 10 images in a row; None: the test image's own, or for a file the null class.
     """
@@ -134,7 +134,7 @@ def draw_like(denoiser, tokenizer, checkpoint, labels, refine, args):
         with autocast(device, args.bf16):
             *_, x = refine(denoiser, labels, generator=random, start=(x, t))
         rows.append(decode(tokenizer, counts_to_tokens(x[:, :tokenizer.codebook_size])))
-        names.append(f"{keep} of {M} kept")
+        names.append(f"from {keep} of {M}")
     save(grid(torch.cat(rows), 10, names), args.out)
     print(f"{args.out}: images like {args.like}")
 
@@ -164,7 +164,7 @@ def parse(argv):
     parser.add_argument("--out", default="samples.png", help=".png: a labelled grid, .npz: ADM's sample batch, arr_0 "
                         "uint8 (N, H, W, 3) and arr_1 the labels, .gif: the set as it is refined (%(default)s)")
     parser.add_argument("--like", help="an image file, or a test image such as digits:17 or emoji:17: draw images "
-                        "that share 3/4, 1/2, 1/4 and none of its tokens")
+                        "from 3/4, 1/2, 1/4 and none of its tokens")
     parser.add_argument("--labels", help="class numbers or names, such as 3 or 0,1,cat (all; for pictures at most ten)")
     parser.add_argument("--num", "--num_images", type=parse_as(int, "[1, inf)"), default=100,
                         help="images in all, spread evenly over the labels (100); under torchrun, which has a --num of "
@@ -195,7 +195,9 @@ def default_settings(column, prior):
 def add_generation_options(parser):
     """The options that generated images depend on, for every script that generates."""
     for name, value, *_, allowed, meaning in GENERATION:
-        parser.add_argument("--" + name, type=parse_as(type(value), allowed), help=f"{meaning} (the checkpoint's)")
+        choices = f": {allowed}" if "|" in allowed else ""
+        parser.add_argument("--" + name, type=parse_as(type(value), allowed),
+                            help=f"{meaning}{choices} (the checkpoint's)")
     parser.add_argument("--batch", type=parse_as(int, "[1, inf)"), default=100,
                         help="images at once (100); another number gives other images")
     parser.add_argument("--seed", type=parse_as(int, "[0, inf)"), default=0, help="another seed gives other images (0)")

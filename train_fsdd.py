@@ -39,9 +39,9 @@ HYPERPARAMETERS = [
     ("data",             "digits", "emoji", "data/imagenet", "",               "digits, emoji, or a folder"),
     ("flip",             False,    True,    True,          "",                 "learn from mirrored images too"),
     # denoiser; imagenet256: the paper's S, 36.0 million parameters. B, 136.7 million, has width 768 and 12 heads
-    ("width",            96,       96,      384,           "[1, inf)",         "its width"),
-    ("layers",           2,        3,       12,            "[1, inf)",         "its blocks"),
-    ("heads",            3,        3,       6,             "[1, inf)",         "its attention heads"),
+    ("width",            96,       96,      384,           "[1, inf)",         "width of the denoiser"),
+    ("layers",           2,        3,       12,            "[1, inf)",         "its number of blocks"),
+    ("heads",            3,        3,       6,             "[1, inf)",         "attention heads of a block"),
     ("unused_rows",      False,    False,   True,          "",                 "C + 1 rows in the count embedding"),
     ("gelu",             "exact",  "exact", "tanh",        "exact | tanh",     "tanh (DiT), exact: faster on CPUs"),
     ("label_drop",       0.1,      0.1,     0.1,           "(0, 1]",           "share of labels that are dropped"),
@@ -49,7 +49,7 @@ HYPERPARAMETERS = [
     # not in the paper, see beyond.py
     ("training_times",   "flips",  "flips", "uniform",     "uniform | flips",  "how t is drawn; masked: uniform"),
     ("code_start",       "codebook", "codebook", "zeros",  "zeros | codebook", "start of the code embedding"),
-    ("denoiser",         "sparse", "sparse", "dense",      "dense | sparse",   "codes attend to codes, or tokens"),
+    ("denoiser",         "sparse", "sparse", "dense", " | ".join(DENOISERS),    "codes attend to codes, or tokens"),
     ("loss_codes",       2,        3,       3,             "[2, inf)",         "sparse: codes in the loss, times M"),
     # optimization
     ("steps",            3600,     1600,    1000000,       "[1, inf)",         "optimizer steps"),

@@ -2,7 +2,7 @@
 parameters that differ by less than 6 %. FSDD has three rows: with the paper's training times, with those of beyond.py,
 and with the masked tokens of masked.py. All have the dense denoiser and code embeddings that start at zero.
 
-    python train_tokenizer.py --codebook_size 128 --out t128.pt
+    python train_tokenizer.py --codebook_size 128 --uniformity 0.25 --absolute 0 --out t128.pt
     python -m paper.table5_priors --ckpt t128.pt
 
 Every method is tuned in the same way, on its first seed, by the digits FID of --num_search samples: learning rates out

@@ -47,12 +47,12 @@ def parse_as(kind, allowed):
                 raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
             return text.lower() in ("true", "yes", "1")
         value = kind(text)
-        if "|" in allowed and value not in allowed.split(" | "):
-            raise argparse.ArgumentTypeError(f"must be one of {allowed.replace(' |', ',')}, got {text!r}")
         if allowed[:1] in ("[", "("):
             low, high = (min(float(end), 2 ** 63) for end in allowed[1:-1].split(","))  # the limit of PyTorch's int64
             if not low <= value <= high or value == low and allowed[0] == "(" or value == high and allowed[-1] == ")":
                 raise argparse.ArgumentTypeError(f"must lie in {allowed.replace('inf', '2^63')}, got {text}")
+        elif allowed and value not in allowed.split(" | "):
+            raise argparse.ArgumentTypeError(f"must be one of {allowed.replace(' |', ',')}, got {text!r}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names the type if a text is not a number
