@@ -29,8 +29,8 @@ from fsdd import (Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_pr
 # which is below 2 % for t < 0.25 and above 98 % for t > 0.75. So in half of its training the denoiser sees inputs in
 # which nothing is left to predict, or nothing is known yet. We draw the share v of such counts that have changed
 # uniformly instead and solve for the time:  v = sigmoid(8 (2 t - 1)), that is  t = 1/2 + logit(v) / 16.
-# On the digits, this lowers digits FID from 68.8 to 37.8, or from 50.9 to 32.4 with the start of section 2 (three seeds,
-# beyond.md).
+# On the digits, this lowers digits FID from 68.8 to 37.8, or with the start of section 2 from 50.9 to 32.4 (three
+# seeds, beyond.md).
 
 
 def flip_times(uniform):
@@ -51,8 +51,8 @@ def flip_times(uniform):
 #     embedding(e) = 0.3 cos(e W + b),   W ~ N(0, 2^2),  b ~ U(0, 2 pi),
 #
 # whose inner products are about proportional to exp(-2 |e - e'|^2).
-# On the digits, this lowers digits FID from 68.8 to 50.9, or from 37.8 to 32.4 with the times of section 1 (three seeds,
-# beyond.md).
+# On the digits, this lowers digits FID from 68.8 to 50.9, or with the times of section 1 from 37.8 to 32.4 (three
+# seeds, beyond.md).
 
 
 @torch.no_grad()
@@ -120,7 +120,8 @@ def sparse_loss(denoiser, batch, num_codes):
     """fsdd.fsdd_loss() of a SparseDenoiser, estimated from num_codes codes of each vector.
 
     batch: as for fsdd_loss(), and u_codes (B, C) uniform in [0, 1), which decides the random sample of codes.
-    num_codes: L, at least 2 M, as X_t and X_0 contain up to M codes each. With C or more, this is fsdd_loss().
+    num_codes: L, at least 2 M, as X_t and X_0 contain up to M codes each. With C or more, this is fsdd_loss(). It is
+    unbiased for vectors that contain fewer than L codes; with L of them, no other code is left to be sampled.
     """
     x0, x_t = batch.x0, batch.x_t
     if num_codes >= x0.shape[1]:

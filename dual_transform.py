@@ -16,7 +16,7 @@ def tokens_to_counts(tokens, codebook_size):
 
     tokens: (B, M) int64 in [0, C), any order, any device.  codebook_size: C.
     Returns counts (B, C) int64, every row sums to M (Eq. 3).
-    Raises RuntimeError (by scatter_add, on the CPU) for another dtype, or a token outside [0, C).
+    Raises RuntimeError (by scatter_add, on the CPU) for tokens that are no integers, or outside [0, C).
     """
     counts = tokens.new_zeros(tokens.shape[0], codebook_size)
     return counts.scatter_add_(1, tokens, torch.ones_like(tokens))

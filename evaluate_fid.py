@@ -112,7 +112,7 @@ def parse(argv):
     source.add_argument("--images", help="instead of --ckpt: a folder of images, or an .npz of images, arr_0 uint8 "
                         "(N, H, W, 3), or of their statistics, mu and sigma")
     parser.add_argument("--ref", default="", help="what to compare with: anything that --images takes, or a checkpoint "
-                        "(tokenizer.pt: the images themselves; fsdd.pt of digits or emoji: the training images)")
+                        "(else, for tokenizer.pt the images themselves; for digits or emoji the training images)")
     parser.add_argument("--data", help="digits, emoji, or a folder with train/ and val/ (what the checkpoint was "
                         "trained on)")
     parser.add_argument("--num", "--num_images", type=parse_as(int, "[1, inf)"), help="images to generate "
@@ -212,11 +212,11 @@ def generated(path, checkpoint, args, data, device):
     denoiser, tokenizer = sample.models(checkpoint, device)
     names = checkpoint["class_names"]
     num = args.num or (NUM_EMBEDDED if data in EMBEDDED else NUM)
+    labels = sample.choose_labels(None, num, names, len(names))
     if data == "emoji":  # whose classes differ in size
-        labels = open_dataset(data, "train", tokenizer.image_size).labels.sort().values
-        labels = labels[torch.arange(num) * len(labels) // num]
-    else:
-        labels = sample.choose_labels(None, num, names, len(names))
+        emoji = open_dataset(data, "train", None)
+        if emoji.class_names == names:
+            labels = emoji.labels.sort().values[torch.arange(num) * len(emoji) // num]
     refine = sample.make_sampler(sample.generation_settings(checkpoint["generation"], args))
 
     def read(part):  # measure() reads slices of args.batch images, the chunks that sample.py generates

@@ -22,8 +22,8 @@ count is drawn from p(x_0[j] | X_t) by itself. Their sum is then not M and is re
 proportion to p(x_0[j] +- 1) / p(x_0[j]). Every state sums to M, and the forward process needs no greedy adjusting.
 
 With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4), samples in 2 and 4 steps differ from the data by a total
-variation of 0.182 and 0.011, those of beyond.refine_by_exchange() at its own times by 0.348 and 0.056, and samples of the data itself by
-0.017 (pytest --slow -rP tests/test_masked.py -k oracle).
+variation of 0.182 and 0.011, those of beyond.refine_by_exchange() at its own times by 0.348 and 0.056, and samples of
+the data itself by 0.017 (pytest --slow -rP tests/test_masked.py -k oracle).
 
 train_fsdd.py --noise masked trains such a denoiser. Results are in the README, and more of them in beyond.md. In the
 shapes below, C is the number of codes without the mask code.
@@ -72,7 +72,8 @@ def forward_process(x0, x1, t, uniform=None):
 def refine(denoiser, labels, prior="masked", steps=16, times="even", guidance=(2.5,), top_p=1.0, top_k=0,
            generator=None, start=None):
     """Generate count vectors by unmasking: yields X_1, then X_t after each step, finally X_0. Arguments as for
-    fsdd.refine(). Every state is (B, C + 1) and every row sums to M; at time t, M t tokens are masked (rounded).
+    fsdd.refine(). Every state is (B, C + 1) and every row sums to M; at time t, M t tokens are masked (rounded). In a
+    start, all rows must have the same number of masked tokens.
 
     top_p, top_k: applied to p(x_0 | X_t) where several tokens are unmasked at once.
     """

@@ -24,7 +24,7 @@ from support.seeds import generator
 from support.training import run
 
 CALLS = ("test", "encode", "decode", "adjust", "generate")  # the methods of Model that the page can call
-MAX_BODY = 2 ** 20  # bytes of a request
+MAX_BODY = 2 ** 23  # bytes of a request
 # The page loads nothing from elsewhere, and no other site can show it in a frame.
 POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
           "connect-src 'self'; frame-ancestors 'none'")

@@ -153,7 +153,7 @@ def open_like(name, tokenizer, trained_on):
     if data != trained_on:
         raise ValueError(f"--like must be an image file, as this model was not trained on the {data}; got {name}")
     dataset = open_dataset(data, "test", size)
-    if not number.isdigit() or int(number) >= len(dataset):
+    if not number.isdecimal() or int(number) >= len(dataset):
         raise ValueError(f"--like must be an image file, or {data}:0 to {data}:{len(dataset) - 1}, got {name}")
     return dataset.images[int(number)][None], dataset.labels[int(number)].item()
 
@@ -171,7 +171,7 @@ def parse(argv):
                              "its own, write --num_images")
     add_generation_options(parser)
     args = parser.parse_args(argv)
-    if not args.out.endswith((".png", ".npz", ".gif")):
+    if os.path.splitext(args.out)[1] not in (".png", ".npz", ".gif"):
         parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
     if args.like and not args.out.endswith(".png"):
         parser.error(f"with --like, --out must end in .png, got {args.out}")

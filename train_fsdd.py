@@ -116,6 +116,8 @@ def prepare(stage1, device, cfg):
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
                          f"{tokenizer.channels}; give the --data that it was trained on")
+    if stage1.get("class_names", train_set.class_names) != train_set.class_names and is_main():
+        print(f"{cfg.tokenizer} was trained on images of other classes than {cfg.data}; --data names other images")
     model_config = dict(codebook_size=codebook_size, num_tokens=M, num_classes=len(train_set.class_names),
                         width=cfg.width, layers=cfg.layers, heads=cfg.heads, unused_rows=cfg.unused_rows,
                         gelu=cfg.gelu)

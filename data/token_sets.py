@@ -9,7 +9,7 @@ from tqdm import tqdm
 from data.loader import read_slices
 from support.distributed import all_gather, chunks, is_main, rank_and_world_size
 from support.files import atomic_open, check_outputs, read_json, write_json
-from support.hardware import autocast
+from support.hardware import autocast, use_bf16
 from support.training import replace_suffix
 
 
@@ -19,7 +19,8 @@ def encode_training_set(tokenizer, dataset, device, cfg):
     They are kept in the file cfg.tokens. A .json file next to it records which tokenizer and images they belong to; the
     tokens are used again as long as these are the same. ValueError if a rank can't read them.
     """
-    made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size}".encode())
+    bf16 = use_bf16(device, cfg.bf16)  # which rounds some tokens to others
+    made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size} {bf16}".encode())
     for name, weight in tokenizer.state_dict().items():
         made_from.update(name.encode() + weight.cpu().numpy().tobytes())
     shape = [2 if cfg.flip else 1, len(dataset), tokenizer.num_tokens]

@@ -18,11 +18,11 @@ def main(argv=None):
     parser.add_argument("--ckpt", default="fsdd.pt", help="checkpoint of train_fsdd.py (%(default)s)")
     parser.add_argument("--out", default="digits.pt", help="the checkpoint to write (%(default)s)")
     args = parser.parse_args(argv)
-    check_outputs(args.out)
+    check_outputs(args.out, inputs=[args.ckpt])
     checkpoint = load_checkpoint(args.ckpt, "python train_fsdd.py", "fsdd")
     names = ("kind", "denoiser", "model_config", "class_names", "images", "generation")
-    exported = {name: checkpoint[name] for name in names}
-    exported |= {"weights": half(checkpoint["weights"]), "config": {"data": checkpoint["config"]["data"]},
+    exported = {name: checkpoint[name] for name in names if name in checkpoint}  # imported weights have no images
+    exported |= {"weights": half(checkpoint["weights"]), "config": {"data": checkpoint.get("config", {}).get("data")},
                  "tokenizer": {"model_config": checkpoint["tokenizer"]["model_config"],
                                "weights": half(checkpoint["tokenizer"]["weights"])}}
     save_checkpoint(exported, args.out)

@@ -39,7 +39,8 @@ def read_options(table, script, description, argv):
         parser.error("this script runs in one process; leave out torchrun")
     if "out" in args and not args.out.endswith(".png"):
         parser.error(f"--out must end in .png, got {args.out}")
-    check_outputs(vars(args).get("out"))
+    read = [vars(args).get(name) or [] for name in ("ckpt", "images")]  # one path, or several
+    check_outputs(vars(args).get("out"), inputs=[path for paths in read for path in np.atleast_1d(paths)])
     return args
 
 
@@ -78,7 +79,7 @@ def read_batches(dataset, num, image_size, device, workers):
 def read_images(paths, num, tokenizer):
     """The first num images in files and folders, or the word digits, as a tokenizer takes them: (N, ch, H, W) uint8.
 
-    Exits with one sentence if there are none.
+    Exits with one sentence if there are none, or one can't be read.
     """
     size, channels = tokenizer.image_size, tokenizer.channels
     if list(paths) == ["digits"]:
@@ -86,7 +87,11 @@ def read_images(paths, num, tokenizer):
             stop(f"the digits are 28 pixels wide and grey, the tokenizer's images {size} with {channels} channels")
         return open_dataset("digits", "test", 28).images[:num]
     files = [file for path in paths for file in find_files(path)]
-    return torch.from_numpy(np.stack([read_image(file, size, channels) for file in files[:num]])).permute(0, 3, 1, 2)
+    try:
+        images = np.stack([read_image(file, size, channels) for file in files[:num]])
+    except ValueError as problem:
+        stop(str(problem))
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def find_files(path):

@@ -34,7 +34,7 @@ def test_emoji_are_split_by_emoji():
     assert country[:, :, :3].min() > 240 and country[:, :, 16].mean() < 200  # flags are wide, on white
     contents = [{image.tobytes() for image in dataset.images.numpy()} for dataset in (train, test)]
     assert len(contents[0] & contents[1]) <= 5  # flags of different countries that look the same
-    with pytest.raises(ValueError, match="32 pixels wide, got image_size 28"):
+    with pytest.raises(ValueError, match="32 pixels wide, the model's images 28; give"):
         open_dataset("emoji", "train", 28)
 
 

@@ -10,16 +10,17 @@ from tests.conftest import few_digits
 from tests.scripts import assert_one_sentence, run_here
 from tests.test_tokenizer import small_tokenizer
 
-OPTIONS = [("images", (), "", "images"), ("--num", 5, "[2, inf)", "images"), ("--out", "a.png", "", "the picture"),
+OPTIONS = [("images", (), "", "images"), ("--num", 5, "[2, inf)", "images"), ("--out", "b.png", "", "the picture"),
            inputs.DATA, inputs.SEED]
 
 
 @pytest.mark.parametrize("argument, words", [("--num=1", "[2, 2^63)"), ("--num=x", "invalid int"),
                                              ("--out=a.jpg", ".png"), ("--out=no/a.png", "no folder no"),
+                                             ("--out=a.png", "a.png is read by this command"),
                                              ("--sed=1", "--sed")])
 def test_wrong_options_get_one_sentence(argument, words, tmp_path):
     """Fails if a mistake ends in a traceback, or only after the work."""
-    finished = run_here(lambda argv: inputs.read_options(OPTIONS, "test", "", argv), "a", argument, folder=tmp_path)
+    finished = run_here(lambda argv: inputs.read_options(OPTIONS, "test", "", argv), "a.png", argument, folder=tmp_path)
     assert_one_sentence(finished, words)
 
 
@@ -68,10 +69,12 @@ def test_images_in_files_and_folders(tmp_path):
 def test_mistakes_get_one_sentence(tmp_path):
     """Fails if images that are missing, or that do not fit the tokenizer, end in a traceback."""
     (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
     tokenizer = small_tokenizer(3, image_size=16)
     for mistake, words in [
         (lambda _: inputs.read_images(["none"], 1, tokenizer), "no image none"),
         (lambda _: inputs.read_images(["empty"], 1, tokenizer), ".png"),
+        (lambda _: inputs.read_images(["text.png"], 1, tokenizer), "text.png can't be read"),
         (lambda _: inputs.read_images(["digits"], 1, tokenizer), "16 with 3"),
     ]:
         assert_one_sentence(run_here(mistake, folder=tmp_path), words)
