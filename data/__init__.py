@@ -17,5 +17,5 @@ def open_dataset(where, split, image_size, crop="center", flip=False, seed=0):
     dataset = Embedded(where, split, flip, seed)
     if image_size not in (None, dataset.image_size):
         raise ValueError(f"{dataset.root} are {dataset.image_size} pixels wide, the model's images {image_size}; "
-                         "give the --data or --recipe that it is for")
+                         "give other images as --data or --recipe")
     return dataset
