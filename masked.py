@@ -143,7 +143,7 @@ def likely_probabilities(denoiser, x_t, t, labels, weight, previous=None):
     previous: the result of the step before (B, C + 1, M + 1), which tells these codes; None: compute all.
     Every row computes as many codes as the row with the most needs, so another batch may give other samples.
     """
-    if t == 1:  # all tokens are masked, so p depends on the class only
+    if not x_t[:, :-1].any():  # all tokens are masked, so p depends on the class only
         classes, rows = labels.unique(return_inverse=True)
         return guided_probabilities(denoiser, x_t[:len(classes)], t, classes, weight)[rows]
     if previous is None or t > LIKELY_FROM or not isinstance(denoiser, SparseDenoiser):

@@ -16,8 +16,8 @@ from support.training import replace_suffix
 def encode_training_set(tokenizer, dataset, device, cfg):
     """The tokens of every training image, and of its mirror image if cfg.flip: (1 or 2, N, M) uint16, memory-mapped.
 
-    They are kept in the file cfg.tokens. A .json file next to it records which tokenizer and images they belong to; the
-    tokens are used again as long as these are the same. ValueError if a rank can't read them.
+    They are kept in the file cfg.tokens. A .json file next to it records which tokenizer, images and number format
+    they belong to; the tokens are used again as long as these are the same. ValueError if a rank can't read them.
     """
     bf16 = use_bf16(device, cfg.bf16)  # which rounds some tokens to others
     made_from = hashlib.sha256(f"{dataset.fingerprint()} {tokenizer.image_size} {bf16}".encode())

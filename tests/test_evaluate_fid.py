@@ -82,7 +82,7 @@ def test_generated_digits(digits, small_digits, tmp_path, capsys):
     assert found["classified_as_label"] == pytest.approx((classes == labels).double().mean().item())
 
 
-def test_classes_of_generated_emoji(digits, monkeypatch):
+def test_classes_of_generated_emoji(digits):
     """Fails if emoji, whose classes differ in size, are generated with other shares of classes than they have in the
     training set that they are compared with."""
     checkpoint, args = load_checkpoint(digits / "fsdd.pt", "", "fsdd"), evaluate_fid.parse(["--ckpt=fsdd.pt"])
