@@ -19,9 +19,9 @@ from tqdm import tqdm
 import fsdd
 import masked
 from beyond import SparseDenoiser, flip_times, refine_by_exchange
-from data import EMBEDDED, open_dataset
+from data import open_example
 from data.evaluation_inputs import save_npz
-from data.image_folder import as_text, read_image
+from data.image_folder import as_text
 from dual_transform import counts_to_tokens, tokens_to_counts
 from support.command_line import Parser, list_first, parse_as, stop
 from support.distributed import all_gather, chunks, rank_and_world_size
@@ -118,7 +118,8 @@ def draw_like(denoiser, tokenizer, checkpoint, labels, refine, args):
     labels (n,): the classes of the 10 images in a row; None: the test image's own, or for a file the null class.
     """
     device, M, prior = denoiser.code_embedding.device, tokenizer.num_tokens, checkpoint["generation"]["prior"]
-    image, own = open_like(args.like, tokenizer, checkpoint.get("config", {}).get("data"))  # (1, ch, H, W) uint8
+    trained_on = checkpoint.get("config", {}).get("data")
+    image, own = open_example(args.like, tokenizer.image_size, tokenizer.channels, trained_on)  # (1, ch, H, W) uint8
     if labels is None:
         labels = torch.tensor([denoiser.num_classes if own is None else own])
     labels = labels[torch.arange(10) * len(labels) // 10].to(device)  # (10,)
@@ -137,25 +138,6 @@ def draw_like(denoiser, tokenizer, checkpoint, labels, refine, args):
         names.append(f"from {keep} of {M}")
     save(grid(torch.cat(rows), 10, names), args.out)
     print(f"{args.out}: images like {args.like}")
-
-
-def open_like(name, tokenizer, trained_on):
-    """An image file, or a test image of the embedded data set that the model was trained on, such as digits:17
-    -> (1, ch, H, W) uint8, and its label or None."""
-    size, channels = tokenizer.image_size, tokenizer.channels
-    data, _, number = name.partition(":")
-    if data not in EMBEDDED:
-        pixels = read_image(name, size, channels)
-        if channels == 1 and pixels.mean() > 127:
-            print(f"{name} is dark on light; it is inverted, as the digits are light on dark")
-            pixels = 255 - pixels
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None], None
-    if data != trained_on:
-        raise ValueError(f"--like must be an image file, as this model was not trained on the {data}; got {name}")
-    dataset = open_dataset(data, "test", size)
-    if not number.isdecimal() or int(number) >= len(dataset):
-        raise ValueError(f"--like must be an image file, or {data}:0 to {data}:{len(dataset) - 1}, got {name}")
-    return dataset.images[int(number)][None], dataset.labels[int(number)].item()
 
 
 def parse(argv):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import sample
+from data import open_example
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import Denoiser, sample_noise
 from support.files import save_checkpoint
@@ -165,7 +166,7 @@ def test_ink_on_paper_is_inverted(tmp_path, capsys):
     paper = Image.new("RGB", (28, 28), (255, 255, 255))
     paper.paste((0, 0, 0), (0, 0, 9, 28))
     paper.save(tmp_path / "ink.png")
-    image, label = sample.open_like(str(tmp_path / "ink.png"), SimpleNamespace(image_size=28, channels=1), "digits")
+    image, label = open_example(str(tmp_path / "ink.png"), 28, 1, "digits")
     assert image.shape == (1, 1, 28, 28) and label is None and image.dtype == torch.uint8
     assert image[..., :9].min() > 250 and image[..., 9:].max() < 5
     assert "ink.png is dark on light; it is inverted" in capsys.readouterr().out
@@ -194,7 +195,7 @@ def test_images_that_share_tokens_with_an_image(prior, sampler, digits, tmp_path
             successful(run_here(sample.main, "--ckpt=fsdd.pt", "--like=photo.png", *options, folder=tmp_path))
     assert [10 * [10]] * 4 + [5 * [3] + 5 * [4]] * 4 == classes
     tokenizer = sample.load_tokenizer(found["tokenizer"], "cpu")
-    photo, _ = sample.open_like(str(tmp_path / "photo.png"), tokenizer, "digits")
+    photo, _ = open_example(str(tmp_path / "photo.png"), 28, 1, "digits")
     counts = tokens_to_counts(tokenizer.encode(photo / 127.5 - 1), C)
     for (x, t), kept in zip(starts, 2 * (4, 3, 1, 0), strict=True):
         assert (x.sum(1) == 6).all() and (x.minimum(counts).sum(1) >= kept).all()
