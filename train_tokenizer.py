@@ -14,7 +14,7 @@ Two phases, as in TiTok (arXiv 2406.07550), one after the other:
 With proxy_steps 0 there is no first phase and the whole tokenizer learns the pixels from the first step: digits, emoji.
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
-(test images above their reconstructions). On the digits: 5 to 7 minutes on two CPU cores, mean squared
+(test images above their reconstructions). On the digits: 4 to 7 minutes on two CPU cores, mean squared
 error about 0.037 (README.md).
 """
 import math

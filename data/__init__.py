@@ -25,7 +25,8 @@ def open_dataset(where, split, image_size, crop="center", flip=False, seed=0):
 
 def open_example(name, image_size, channels, trained_on):
     """An image file, or a test image of the embedded data set that a model was trained on, such as digits:17
-    -> (1, ch, H, W) uint8, and its label, None for a file. ValueError if there is no such image."""
+    -> (1, ch, H, W) uint8, and its label, None for a file. A dark drawing on light paper is inverted for a model of
+    grey images. ValueError if there is no such image."""
     data, _, number = name.partition(":")
     if data not in EMBEDDED:
         pixels = read_image(name, image_size, channels)  # (H, W, ch)
