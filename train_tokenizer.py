@@ -72,8 +72,6 @@ HYPERPARAMETERS = [
     ("commitment",       0.25,     0.25,    0.25,           "[0, inf)",     "weight of the commitment loss"),
     ("uniformity",       0.1,      0.1,     0.0,            "[0, inf)",     "weight of uniformity() (ours)"),
     ("unquantized",      0.5,      0.5,     0.0,            "[0, 1]",       "share of images that skip the quantizer"),
-    ("reset_after",      20,       20,      0,              "[0, inf)",     "steps until an unused code is reset"),
-    ("reset_until",      0.8,      0.8,     0.8,            "[0, 1]",       "share of the training with such resets"),
     # optimization
     ("steps",            3200,     5000,    1000000,        "[1, inf)",     "optimizer steps, of both phases"),
     ("batch_size",       32,       32,      256,            "[1, inf)",     "images per step, over all processes"),
@@ -158,18 +156,18 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
     Phase 1, if vqgan is given: the tokenizer learns to predict the codes that MaskGIT-VQGAN gives the image.
     Phase 2, with None: the decoder learns the pixels; without a phase 1, as for the digits, the whole tokenizer does.
     """
-    B, device, proxy = cfg.batch_size, model.quantizer.codebook.device, vqgan is not None
+    B, C, device, proxy = cfg.batch_size, cfg.codebook_size, model.quantizer.codebook.device, vqgan is not None
     first, end, warmup = (0, cfg.proxy_steps, cfg.proxy_warmup) if proxy else (cfg.proxy_steps, cfg.steps, cfg.warmup)
-    ddp, ema, optimizers, usage, start = start_phase(model, checkpoint, cfg, proxy)
+    ddp, ema, optimizers, start = start_phase(model, checkpoint, cfg, proxy)
     rows, micro_batches = local_batch(B, cfg.device_batch)
     world_size = rank_and_world_size()[1]
     batches = training_batches(train_set, B, rows, cfg.seed, start, end, cfg.workers)
     progress = progress_bar(start, end, B)
     for step, (images, _) in zip(progress, batches):
-        images, shuffle, unquantized, random = prepare_batch(images, rows, step, device, cfg)
+        images, shuffle, unquantized = prepare_batch(images, rows, step, device, cfg)
 
         # forward and backward: the gradient of the mean loss over the global batch, in micro-batches
-        means = torch.zeros(3, device=device)
+        means, use = torch.zeros(3, device=device), torch.zeros(C, dtype=torch.int64, device=device)
         for part in micro_batches:
             ddp.require_backward_grad_sync = part is micro_batches[-1]  # DDP.no_sync(): all-reduce once a step
             with autocast(device, cfg.bf16):
@@ -185,9 +183,9 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             loss = loss + quantizer_loss + cfg.uniformity * uniformity(latents)
             (loss * (len(tokens) / B) * world_size).backward()  # DDP divides by the world size
             means += torch.stack([loss, error, quantizer_loss]).detach() * (len(tokens) / B)
-            usage.record(tokens, latents)
+            use += tokens_to_counts(tokens, C).sum(0)
 
-        # clip, learning rate, step, moving average, dead codes, discriminator
+        # clip, learning rate, step, moving average, discriminator
         norm = clip_grad_norm_(model.parameters(), cfg.clip or math.inf)  # of the global batch, the same on all ranks
         if not norm.isfinite():
             diverged(f"the gradient of step {step + 1} is not finite", cfg)
@@ -197,18 +195,17 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             optimizer.step()
             optimizer.zero_grad()
         ema.update_parameters(model)
-        usage.update(step, rows, random)
         more = {} if proxy else pixel_losses.train_discriminator(images, step)
 
         # once in a while: log, save, reconstruct test images
         done, last = step + 1, step + 1 == end
         if done % cfg.log_every == 0 or last:
             losses = dict(zip(("loss", "proxy" if proxy else "mse", "quantizer"), means)) | more
-            report(log, progress, done, losses, usage.in_use, lr_scale * cfg.lr)
+            report(log, progress, done, losses, use, lr_scale * cfg.lr)
         stopped = signals.received()
         if stopped or done % cfg.save_every == 0 or last:
             others, state = ([], {}) if proxy else (pixel_losses.optimizers, pixel_losses.state())
-            save_training(header, done, cfg, model, ema, optimizers + others, idle=usage.idle, **state)
+            save_training(header, done, cfg, model, ema, optimizers + others, **state)
             if stopped:
                 stop_by_signal(stopped, cfg.out)
         if cfg.picture_every and (done % cfg.picture_every == 0 or last):
@@ -217,41 +214,39 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
 
 
 def start_phase(model, checkpoint, cfg, proxy):
-    """What a phase starts with: the model in DDP, the moving average of its weights, optimizers, use of the codes, and
-    the step to start at, all restored from a checkpoint if that is of this phase."""
+    """What a phase starts with: the model in DDP, the moving average of its weights, optimizers, and the step to start
+    at, all restored from a checkpoint if that is of this phase."""
     model.requires_grad_(True)
     model.pixel_decoder.requires_grad_(not proxy)
     for module in (model.encoder, model.quantizer):  # after phase 1 the tokens stay as they are
         module.requires_grad_(proxy or not cfg.proxy_steps)
-    first = 0 if proxy else cfg.proxy_steps
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema))
     optimizers = make_optimizers(model, cfg, cfg.proxy_beta2 if proxy else cfg.beta2)
-    usage = CodebookUsage([model.quantizer.codebook, ema.module.quantizer.codebook], cfg)
-    start = restore_training(checkpoint, model, ema, optimizers, first)
-    if start > first:
-        usage.idle.copy_(checkpoint["training"]["idle"])
-    return parallel(model, usage.idle.device, cfg), ema, optimizers, usage, start
+    start = restore_training(checkpoint, model, ema, optimizers, 0 if proxy else cfg.proxy_steps)
+    return parallel(model, model.quantizer.codebook.device, cfg), ema, optimizers, start
 
 
 def prepare_batch(images, rows, step, device, cfg):
-    """This rank's images (n, ch, H, W) in [-1, 1], random numbers (n, M) for the order of their tokens, which of them
-    skip the quantizer, (n,) bool, and the generator of the step's further random numbers. Every rank draws the
-    random numbers of the global batch, so that they are the same for any number of ranks."""
+    """This rank's images (n, ch, H, W) in [-1, 1], random numbers (n, M) for the order of their tokens, and which of
+    them skip the quantizer, (n,) bool. Every rank draws the random numbers of the global batch, so that they are the
+    same for any number of ranks."""
     images = images.to(device, non_blocking=True) / 127.5 - 1
     random = generator(device, "step", cfg.seed, step)
     shuffle = torch.rand(cfg.batch_size, cfg.num_tokens, generator=random, device=device)[rows]
     unquantized = torch.rand(cfg.batch_size, generator=random, device=device)[rows] < cfg.unquantized
-    return images, shuffle, unquantized, random
+    return images, shuffle, unquantized
 
 
-def report(log, progress, done, means, in_use, lr):
-    """A row of the log and the text of the progress bar. means: this rank's part of the mean of each loss, by name."""
+def report(log, progress, done, means, use, lr):
+    """A row of the log and the text of the progress bar. means: this rank's part of the mean of each loss, by name.
+    use: how often the codes occur in this rank's part of the batch, (C,)."""
     means = {name: all_reduce(value).item() for name, value in means.items()}
+    in_use = (all_reduce(use) > 0).double().mean().item()
     text = f"step {done}, loss {means['loss']:.4f}"
     if "mse" in means:
         means["psnr"] = psnr(means["mse"])
         text += f", PSNR {means['psnr']:.2f} dB"
-    log({"step": done, **means, "codes_in_use": in_use.item(), "lr": lr})
+    log({"step": done, **means, "codes_in_use": in_use, "lr": lr})
     progress.set_postfix_str(f"{text}, codes in use {in_use:.0%}", refresh=False)
 
 
@@ -263,44 +258,6 @@ def uniformity(latents):
     """
     cosines = latents @ latents.transpose(1, 2)  # (B, M, M)
     return (2 * (cosines - 1)).exp().mean()  # |a - b|^2 = 2 - 2 cos
-
-
-class CodebookUsage:
-    """Counts for how many steps each code has not been used, and resets dead codes: after reset_after steps without
-    use, a code is set to a latent drawn at random from the global batch, the same on every rank (not in the paper)."""
-
-    def __init__(self, codebooks, cfg):
-        """codebooks: the model's and its moving average's, (C, code_dim) each."""
-        self.codebooks, self.cfg, self.tokens, self.latents = codebooks, cfg, [], []
-        self.idle = torch.zeros(len(codebooks[0]), dtype=torch.int64, device=codebooks[0].device)  # (C,) steps
-
-    def record(self, tokens, latents):
-        """Tokens (B, M) and latents (B, M, code_dim) of a micro-batch."""
-        self.tokens.append(tokens.flatten())
-        self.latents.append(latents.detach().flatten(0, 1))
-
-    def update(self, step, rows, random):
-        """After a step: set in_use, the share of codes that the global batch uses, and reset dead codes."""
-        used = all_reduce(torch.cat(self.tokens).bincount(minlength=len(self.idle))) > 0  # (C,)
-        self.idle = torch.where(used, 0, self.idle + 1)
-        self.in_use = used.float().mean()
-        if self.cfg.reset_after and self.codebooks[0].requires_grad and step < self.cfg.reset_until * self.cfg.steps:
-            self.reset(torch.cat(self.latents), rows, random)
-        self.tokens, self.latents = [], []
-
-    def reset(self, latents, rows, random):
-        dead = self.idle >= self.cfg.reset_after  # (C,)
-        if not dead.any():
-            return
-        M = self.cfg.num_tokens
-        pick = torch.randint(self.cfg.batch_size * M, dead.shape, generator=random, device=dead.device)  # one for each
-        local = (pick >= rows.start * M) & (pick < rows.stop * M)
-        chosen = torch.zeros_like(self.codebooks[0].data)
-        chosen[local] = latents[pick[local] - rows.start * M]
-        all_reduce(chosen)
-        for codebook in self.codebooks:
-            codebook.data[dead] = chosen[dead]
-        self.idle[dead] = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

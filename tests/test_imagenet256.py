@@ -115,8 +115,7 @@ def test_other_images_without_published_networks(files, tmp_path):
     """Fails if there is no way to train on a folder of images without the published files."""
     folder = linked(files, tmp_path / "plain", "images")
     successful(run_here(train_tokenizer.main, *STAGE1, "--steps=30", "--proxy_steps=0", "--vqgan=", "--convnext=",
-                        "--perceptual=0", "--adversarial=0", "--uniformity=0.25", "--reset_after=3", "--workers=1",
-                        folder=folder))
+                        "--perceptual=0", "--adversarial=0", "--uniformity=0.25", "--workers=1", folder=folder))
     log = read_log(folder / "tokenizer.csv")
     first, last = (sum(row["mse"] for row in rows) for rows in (log[:3], log[-3:]))
     assert last < first and "proxy" not in log[0]

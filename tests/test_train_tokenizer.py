@@ -1,4 +1,4 @@
-"""Stage 1 as it is run: exact resume, any number of ranks, reset codes, the losses of the paper's recipe, mistakes."""
+"""Stage 1 as it is run: exact resume, any number of ranks, the losses of the paper's recipe, mistakes."""
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,15 +8,14 @@ import torch
 import train_tokenizer
 from published.discriminator import Discriminator
 from published.losses import PixelLosses, discriminator_loss
-from support.seeds import generator
 from tests.image_folder import add_truncated_image, make_image_folder
 from tests.scripts import (assert_one_sentence, assert_ranks_train_alike, assert_same_training, crash, read_log,
                            run_here, send_sigterm, stop_and_resume, successful)
 from tests.test_convnext import small_convnext
 
 TINY = ["--recipe=digits", "--width=16", "--heads=2", "--encoder_layers=1", "--decoder_layers=1", "--num_tokens=4",
-        "--codebook_size=16", "--batch_size=7", "--device_batch=3", "--steps=8", "--warmup=3", "--reset_after=2",
-        "--log_every=1", "--save_every=3", "--picture_every=100", "--bf16=off", "--device=cpu"]
+        "--codebook_size=16", "--batch_size=7", "--device_batch=3", "--steps=8", "--warmup=3", "--log_every=1",
+        "--save_every=3", "--picture_every=100", "--bf16=off", "--device=cpu"]
 
 
 def test_a_stopped_training_resumes_to_the_same_numbers(few_to_train_on, tmp_path, monkeypatch):
@@ -43,8 +42,8 @@ def test_a_damaged_image_is_replaced_and_the_training_resumes(tmp_path):
 
 
 def test_any_number_of_ranks_trains_alike(few_to_train_on, tmp_path):
-    """Fails if the global batch, which of its images skip the quantizer, which codes are reset, or the mean of the
-    gradients depends on the number of ranks."""
+    """Fails if the global batch, which of its images skip the quantizer, or the mean of the gradients depends on the
+    number of ranks."""
     assert_ranks_train_alike("train_tokenizer.py", [*TINY, "--codebook_size=64", "--steps=4", "--optimizer=adamw",
                                                     "--clip=0"], tmp_path)
 
@@ -73,36 +72,6 @@ def test_the_loss_contains_the_absolute_error(few_to_train_on, tmp_path):
         rows += read_log(tmp_path / "tokenizer.csv")
     error = (rows[1]["loss"] - rows[0]["loss"]) / 2
     assert rows[0]["mse"] == rows[1]["mse"] and rows[0]["mse"] / 2 < error < rows[0]["mse"] ** 0.5  # |x| <= 2, Jensen
-
-
-def codebook_usage(idle, **settings):
-    """CodebookUsage of a codebook (C, 2) of zeros and its average, after some numbers of steps without use."""
-    cfg = SimpleNamespace(**dict(reset_after=0, reset_until=0.8, steps=10, batch_size=4, num_tokens=5) | settings)
-    codebooks = [torch.zeros(len(idle), 2, requires_grad=True), torch.zeros(len(idle), 2)]
-    codes = train_tokenizer.CodebookUsage(codebooks, cfg)
-    codes.idle = torch.tensor(idle)
-    return codes
-
-
-@pytest.mark.parametrize("step, resets", [(7, True), (8, False)])  # reset_until
-def test_dead_codes_are_reset(step, resets):
-    """Fails if codes that no image uses are never used, or if codes in use are changed or counted wrongly."""
-    latents = torch.randn(4, 5, 2)
-    codes = codebook_usage([4, 2, 1, 8, 0, 4], reset_after=3)
-    codes.record(torch.tensor([[0, 5, 0, 5, 0]] * 2), latents[:2])
-    codes.record(torch.tensor([[0] * 5] * 2), latents[2:])
-    codes.update(step, slice(0, 4), generator("cpu", "step", 0))
-    assert codes.in_use == pytest.approx(2 / 6)  # of the six codes
-    model, average = codes.codebooks
-    assert torch.equal(model, average)
-    changed = model.abs().sum(1) > 0
-    if resets:
-        assert codes.idle.tolist() == [0, 0, 2, 0, 1, 0]
-        assert changed.tolist() == [False, True, False, True, False, False]
-        for code in model[changed]:
-            assert (latents.flatten(0, 1) == code).all(1).any()
-    else:
-        assert codes.idle.tolist() == [0, 3, 2, 9, 1, 0] and not changed.any()
 
 
 def test_uniformity_falls_as_latents_spread():
