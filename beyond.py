@@ -214,9 +214,8 @@ def distribution_function(t, b, largest):
     """
     k = torch.arange(largest + 1, dtype=torch.float64)  # (K + 1,)
     a, b = k[:, None], b[None].double()
-    mean, std = t * b + (1 - t) * a, (b - a).abs() / 4  # Eq. 6, (K + 1, N)
-    if t in (0, 1):
-        std = torch.zeros_like(std)  # the two ends, as in forward_process()
+    mean = t * b + (1 - t) * a  # Eq. 6, (K + 1, N)
+    std = (b - a).abs() / 4 * (0 < t < 1)  # 0 at the two ends, as in forward_process()
     p = (-((k - mean[..., None]) / std.clamp(min=1e-6)[..., None]) ** 2 / 2).softmax(2)
     return F.pad(p.cumsum(2), (1, 0)).clamp(max=1)
 

@@ -104,16 +104,15 @@ def discrete_gaussian(mean, std, num_tokens, uniform, top_k=0):
 def sample_categorical(p, uniform, top_p=1.0, top_k=0):
     """One draw from each categorical distribution, restricted to its most probable outcomes by truncate().
 
-    p: (..., K), each row sums to 1.  uniform: (...) in [0, 1), the random number that decides the draw.
+    p: (..., K), need not be normalized.  uniform: (...) in [0, 1), the random number that decides the draw.
     Returns the outcomes (...) int64 in [0, K).
     """
-    order = None
     if top_p < 1 or top_k:
-        p, order = truncate(p, top_p, top_k)
+        p, order = truncate(p, top_p, top_k)  # each (..., k)
+        return order.gather(-1, sample_categorical(p, uniform)[..., None])[..., 0]
     cumulative = p.cumsum(-1)
     outcome = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)  # inverse of the distribution function
-    outcome = outcome.clamp(max=p.shape[-1] - 1)
-    return outcome if order is None else order.gather(-1, outcome[..., None])[..., 0]
+    return outcome.clamp(max=p.shape[-1] - 1)
 
 
 def truncate(p, top_p=1.0, top_k=0):
@@ -336,8 +335,7 @@ def sampling_times(steps, times="even"):
         raise ValueError(f"times must be 'even' or 'middle', got {times!r}")
     if times == "even" or steps < 3:
         return [1 - step / steps for step in range(steps + 1)]
-    first, last = MIDDLE
-    return [1.0, *(first + (last - first) * step / (steps - 2) for step in range(steps - 1)), 0.0]
+    return [1.0, *torch.linspace(*MIDDLE, steps - 1, dtype=torch.float64).tolist(), 0.0]
 
 
 def guidance_weight(guidance, t):

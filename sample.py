@@ -131,7 +131,7 @@ def draw_like(denoiser, tokenizer, checkpoint, labels, refine, args):
         order = torch.rand(tokens.shape, generator=random, device=device).argsort(1)
         kept = tokens_to_counts(tokens.gather(1, order[:, :keep]), C)  # (10, C)
         x = kept + NOISES[prior].sample_noise(len(labels), C, M - keep, prior, random, device)
-        t = 1 - keep / M if prior == "masked" else flip_times(torch.tensor(1 - keep / M)).item()
+        t = flip_times(torch.tensor(1 - keep / M)).item() if keep and prior != "masked" else 1 - keep / M
         with autocast(device, args.bf16):
             *_, x = refine(denoiser, labels, generator=random, start=(x, t))
         rows.append(decode(tokenizer, counts_to_tokens(x[:, :tokenizer.codebook_size])))

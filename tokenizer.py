@@ -123,8 +123,7 @@ class SetTokenizer(nn.Module):
         if shuffle is not None:
             # The set: tokens reach the decoder in random order (Sec. 3.1, Fig. 2). As no token carries a position
             # there, the decoder could not use the order anyway: the shuffle changes nothing but rounding.
-            order = shuffle.argsort(1)  # (B, M)
-            q = q.gather(1, order[:, :, None].expand_as(q))
+            q = q.take_along_dim(shuffle.argsort(1)[:, :, None], dim=1)
         decoded = self.pixel_head(self.decoder(q))
         return decoded if proxy else self.pixel_decoder(decoded), tokens, latents, loss
 
@@ -143,11 +142,9 @@ class SetTokenizer(nn.Module):
 
         Raises ValueError for a token outside [0, C).
         """
-        outside = (tokens < 0) | (tokens >= self.codebook_size)
-        if outside.any():
-            row, column = outside.nonzero()[0].tolist()
-            raise ValueError(f"tokens[{row}, {column}] = {int(tokens[row, column])} "
-                             f"is outside [0, {self.codebook_size})")
+        outside = tokens[(tokens < 0) | (tokens >= self.codebook_size)]
+        if len(outside):
+            raise ValueError(f"token {outside[0]} is outside [0, {self.codebook_size})")
         return self.pixel_decoder(self.pixel_head(self.decoder(self.quantizer.codes()[tokens])))
 
 

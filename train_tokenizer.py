@@ -118,7 +118,6 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
     with Signals() as signals:
         if start < cfg.proxy_steps:
             model = train_phase(model, vqgan, None, train_set, test_set, checkpoint, header, cfg, log, signals)
-            del vqgan
         if cfg.proxy_steps < cfg.steps:
             model = train_phase(model, None, pixel_losses, train_set, test_set, checkpoint, header, cfg, log, signals)
     mse, in_use, distinct = evaluate(model, test_set, device, cfg.workers)
@@ -131,12 +130,11 @@ def main(argv=None, model_class=SetTokenizer, kind="tokenizer"):
 def make_model(cfg, checkpoint, channels, vqgan, device, model_class=SetTokenizer):
     """The tokenizer, with the averaged weights of a checkpoint if there is one, and its arguments. ValueError if the
     settings do not fit together."""
+    model_config = {"channels": channels} | {name: getattr(cfg, name) for name in MODEL}
+    if vqgan:
+        model_config |= {"vqgan_width": vqgan.width, "vqgan_dim": vqgan.dim}
     if checkpoint:
         model_config = checkpoint["model_config"]
-    else:
-        model_config = {"channels": channels} | {name: getattr(cfg, name) for name in MODEL}
-        if vqgan:
-            model_config |= {"vqgan_width": vqgan.width, "vqgan_dim": vqgan.dim}
     torch.manual_seed(cfg.seed)
     model = model_class(**model_config)
     if checkpoint:
@@ -216,7 +214,6 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
 def start_phase(model, checkpoint, cfg, proxy):
     """What a phase starts with: the model in DDP, the moving average of its weights, optimizers, and the step to start
     at, all restored from a checkpoint if that is of this phase."""
-    model.requires_grad_(True)
     model.pixel_decoder.requires_grad_(not proxy)
     for module in (model.encoder, model.quantizer):  # after phase 1 the tokens stay as they are
         module.requires_grad_(proxy or not cfg.proxy_steps)
@@ -287,15 +284,13 @@ def evaluate(model, dataset, device, workers=0):
 
 
 def draw_reconstructions(model, dataset, device, path):
-    """A page of up to 20 test images, every second row their reconstructions from the tokens."""
+    """A page of up to 10 test images, and below them their reconstructions from the tokens."""
     if is_main():
         columns = min(10, len(dataset))
-        number = min(20, len(dataset)) // columns * columns
-        spread = range(0, len(dataset), len(dataset) // number)[:number]
-        images = next(read_ahead(dataset, [[(i, 0) for i in spread]], workers=0))[0].to(device)
-        pairs = torch.stack([images, to_uint8(model.decode(model.encode(images / 127.5 - 1)))])
-        pairs = pairs.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)  # rows: images, reconstructions, ...
-        save(grid(pairs, columns, ["image", "decoded"] * (number // columns)), path)
+        spread = [(i * len(dataset) // columns, 0) for i in range(columns)]
+        images = next(read_ahead(dataset, [spread], workers=0))[0].to(device)
+        decoded = to_uint8(model.decode(model.encode(images / 127.5 - 1)))
+        save(grid(torch.cat([images, decoded]), columns, ["image", "decoded"]), path)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     torch.set_num_threads(1)  # with tensors as small as the tests', a second thread only costs time
     config.addinivalue_line("markers", "slow: takes many seconds or minutes; runs only with --slow")
-
-
-def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
-        deselected = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if item not in deselected]
+        config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture(autouse=True)
@@ -71,14 +66,12 @@ def digits(tmp_path_factory):
 
 def few_digits(split, number):
     """The first digits of a split."""
-    dataset = copy.copy(all_digits(split))
+    dataset = copy.copy(all_digits("digits", split, 28))
     dataset.images, dataset.labels = dataset.images[:number], dataset.labels[:number]
     return dataset
 
 
-@functools.lru_cache
-def all_digits(split):
-    return open_dataset("digits", split, 28)
+all_digits = functools.lru_cache(open_dataset)
 
 
 @pytest.fixture

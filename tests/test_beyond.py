@@ -99,7 +99,7 @@ def marginal(t, a, C, M, prior):
         end = a if t == 0 else int(b)
         still = t in (0, 1) or int(b) == a
         mean, std = torch.tensor(t * float(b) + (1 - t) * a), torch.tensor(abs(float(b) - a) / 4)
-        p += p_b * (torch.eye(M + 1, dtype=torch.float64)[end] if still else dense_gaussian(mean, std, M))
+        p += p_b * (torch.eye(M + 1, dtype=torch.float64)[end] if still else dense_gaussian(mean, std, M).exp())
     return p
 
 

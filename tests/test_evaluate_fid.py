@@ -19,7 +19,6 @@ from support.files import load_checkpoint, save_checkpoint
 from support.pictures import to_uint8
 from tests.conftest import few_digits, pictures
 from tests.scripts import assert_one_sentence, run_here, run_ranks, successful
-from tokenizer import SetTokenizer
 
 # --- the distance ----------------------------------------------------------------------------------------------------
 
@@ -47,8 +46,7 @@ def test_distance_is_the_usual_formula(D, N):
 def evaluate(*arguments, folder):
     """The JSON of evaluate_fid.py with these arguments."""
     evaluate_fid.main([*map(str, arguments), f"--json={folder}/r.json", "--device=cpu"])
-    with open(folder / "r.json") as file:
-        return json.load(file)
+    return json.loads((folder / "r.json").read_text())
 
 
 @torch.no_grad()
@@ -99,8 +97,7 @@ def test_reconstructed_digits(digits, small_digits, tmp_path):
     ones, which on ImageNet are of few classes."""
     found = evaluate("--ckpt", digits / "tokenizer.pt", "--num=37", folder=tmp_path)
     checkpoint = torch.load(digits / "tokenizer.pt", weights_only=True)
-    model = SetTokenizer(**checkpoint["model_config"])
-    model.load_state_dict(checkpoint["weights"])
+    model = sample.load_tokenizer(checkpoint, "cpu")
     chosen = [i * 400 // 37 for i in range(37)]
     test = few_digits("test", 400)
     images, labels = test.images[chosen], test.labels[chosen]

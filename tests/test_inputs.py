@@ -71,10 +71,7 @@ def test_mistakes_get_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no image")
     tokenizer = small_tokenizer(3, image_size=16)
-    for mistake, words in [
-        (lambda _: inputs.read_images(["none"], 1, tokenizer), "no image none"),
-        (lambda _: inputs.read_images(["empty"], 1, tokenizer), ".png"),
-        (lambda _: inputs.read_images(["text.png"], 1, tokenizer), "text.png can't be read"),
-        (lambda _: inputs.read_images(["digits"], 1, tokenizer), "16 with 3"),
-    ]:
-        assert_one_sentence(run_here(mistake, folder=tmp_path), words)
+    for path, words in (("none", "no image none"), ("empty", ".png"), ("text.png", "text.png can't be read"),
+                        ("digits", "16 with 3")):
+        mistake = run_here(lambda _: inputs.read_images([path], 1, tokenizer), folder=tmp_path)
+        assert_one_sentence(mistake, words)

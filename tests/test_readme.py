@@ -1,31 +1,21 @@
 """The commands and links on the pages work."""
-import contextlib
 import functools
 import importlib
-import io
 import os
 import re
 
 import pytest
 
-from tests.scripts import ROOT
+from tests.scripts import ROOT, run_here, successful
+from tests.test_architecture import read
 
 PAGES = ["README.md", "CONTRIBUTING.md", "beyond.md", "paper/README.md", "paper/details.md"]
-
-
-def read(page):
-    with open(os.path.join(ROOT, page), encoding="utf-8") as file:
-        return file.read()
 
 
 @functools.lru_cache
 def help_of(module, *words):
     """What a script prints for --help. words: what comes before the options."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as stopped:
-        importlib.import_module(module).main([*words, "--help"])
-    assert stopped.value.code == 0
-    return output.getvalue()
+    return successful(run_here(importlib.import_module(module).main, *words, "--help", folder=ROOT)).stdout
 
 
 @pytest.mark.parametrize("page", PAGES)
