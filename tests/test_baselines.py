@@ -47,16 +47,11 @@ def test_likelihoods_sum_to_one(length, symbols):
     model = random_weights(baselines.CausalDenoiser(length, symbols, **SIZE))
     x = torch.tensor(list(itertools.product(range(symbols), repeat=length)))
     for label in range(3):
-        log_p = log_likelihood(model, x, label)
+        log_p = autoregressive_logits(model, x, label).double().log_softmax(-1).gather(2, x[:, :, None])[:, :, 0].sum(1)
         assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
         assert log_p.exp().std() > 0.01 / len(x)  # and not the uniform distribution, which always sums to one
         batch = batch_of(x, torch.full((len(x),), label))
         assert baselines.autoregressive_loss(model, batch).item() == pytest.approx(-log_p.mean().item() / length, 1e-5)
-
-
-def log_likelihood(model, x, label):
-    logits = autoregressive_logits(model, x, label)
-    return F.log_softmax(logits.double(), -1).gather(2, x[:, :, None])[:, :, 0].sum(1)  # (N,)
 
 
 @pytest.mark.slow

@@ -49,18 +49,16 @@ def test_a_full_disk_destroys_nothing(name, write, tmp_path):
     assert open(name).read() == "old content" and os.listdir() == [name]
 
 
-def test_bad_checkpoints_get_one_sentence():
+def test_bad_checkpoints_get_one_sentence(tmp_path):
     """Fails if a missing, damaged or foreign file, or one with NaN, is accepted or ends in a traceback."""
     complete = dict.fromkeys(NEEDED["fsdd"], 0) | {"kind": "fsdd"}
     save_checkpoint(complete | {"weights": torch.randn(1000)}, "good.pt")
     assert load_checkpoint("good.pt", "x", "tokenizer", "fsdd")["kind"] == "fsdd"
-    with open("good.pt", "rb") as file:
-        content = file.read()
+    content = (tmp_path / "good.pt").read_bytes()
     middle = len(content) // 2
     for name, damaged in (("truncated", content[:middle]),
                           ("changed", content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])):
-        with open(f"{name}.pt", "wb") as file:
-            file.write(damaged)
+        (tmp_path / f"{name}.pt").write_bytes(damaged)
     os.rename("good.pt", "changed.pt.previous")
     save_checkpoint({"kind": "tokenizer"}, "other.pt")
     save_checkpoint({"kind": "fsdd", "a": [{"b": torch.tensor([1, float("nan")])}]}, "nan.pt")

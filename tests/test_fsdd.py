@@ -292,8 +292,7 @@ class KnowsData:
         self.x0, self.codebook_size, self.num_tokens = x0, x0.shape[1], int(x0[0].sum())
 
     def __call__(self, x_t, t, labels):
-        x0 = self.x0.repeat(len(x_t) // len(self.x0), 1)
-        return torch.nn.functional.one_hot(x0, self.num_tokens + 1) * 50.0
+        return torch.nn.functional.one_hot(self.x0, self.num_tokens + 1) * 50.0
 
 
 def assert_generation_ends_at_the_data(refine=fsdd.refine, **settings):

@@ -103,13 +103,12 @@ def test_numbers_that_are_not_finite_end_the_training():
     assert open("a.pt", "rb").read() == good
 
 
-def test_an_earlier_training_is_kept(capsys):
+def test_an_earlier_training_is_kept(tmp_path, capsys):
     """Fails if a new run with the same --out overwrites the checkpoint, the log or the picture of an earlier one, also
     when that is started by mistake more than once."""
     for number in ("", "2", "3"):
         for name in ("a.pt", "a.csv", "a.png"):
-            with open(name, "w") as file:
-                file.write(name + number)
+            (tmp_path / name).write_text(name + number)
         keep_previous("a.pt")
         assert f"a.pt already exists; it is kept as a.pt.previous{number}\n" in capsys.readouterr().out
     assert {name: open(name).read() for name in os.listdir()} == {
