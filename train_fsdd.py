@@ -52,7 +52,7 @@ HYPERPARAMETERS = [
     ("denoiser",         "sparse", "sparse", "dense", " | ".join(DENOISERS),    "codes attend to codes, or tokens"),
     ("loss_codes",       2,        2,       3,             "[2, inf)",         "sparse: codes in the loss, times M"),
     # optimization
-    ("steps",            3600,     2100,    1000000,       "[1, inf)",         "optimizer steps"),
+    ("steps",            3600,     3500,    1000000,       "[1, inf)",         "optimizer steps"),
     ("batch_size",       64,       64,      256,           "[1, inf)",         "images per step, over all processes"),
     ("device_batch",     64,       64,      32,            "[1, inf)",         "images that a process takes at once"),
     ("optimizer",        "muon",   "muon",  "adamw",       "adamw | muon",     "muon: for the blocks' matrices"),
