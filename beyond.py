@@ -29,7 +29,7 @@ from fsdd import (Denoiser, fsdd_loss, greedy_adjust, guidance_weight, guided_pr
 # which is below 2 % for t < 0.25 and above 98 % for t > 0.75. So in half of its training the denoiser sees inputs in
 # which nothing is left to predict, or nothing is known yet. We draw the share v of such counts that have changed
 # uniformly instead and solve for the time:  v = sigmoid(8 (2 t - 1)), that is  t = 1/2 + logit(v) / 16.
-# On the digits, this lowers digits FID from 68.8 to 37.8, or with the start of section 2 from 50.9 to 32.4 (three
+# On the digits, this lowers digits FID from 65.6 to 36.1, or with the start of section 2 from 50.7 to 30.2 (three
 # seeds, beyond.md).
 
 
@@ -51,7 +51,7 @@ def flip_times(uniform):
 #     embedding(e) = 0.3 cos(e W + b),   W ~ N(0, 2^2),  b ~ U(0, 2 pi),
 #
 # whose inner products are about proportional to exp(-2 |e - e'|^2).
-# On the digits, this lowers digits FID from 68.8 to 50.9, or with the times of section 1 from 37.8 to 32.4 (three
+# On the digits, this lowers digits FID from 65.6 to 50.7, or with the times of section 1 from 36.1 to 30.2 (three
 # seeds, beyond.md).
 
 
