@@ -6,7 +6,7 @@
 
 Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images). After that
 no training image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
-need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 4 to 5 minutes on two CPU cores (README.md).
+need), fsdd.csv (a log) and fsdd.png (samples). On the digits: about 4 minutes on two CPU cores (README.md).
 """
 import math
 import time
