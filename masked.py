@@ -29,18 +29,12 @@ train_fsdd.py --noise masked trains such a denoiser. Results are in the README, 
 shapes below, C is the number of codes without the mask code.
 """
 import math
-from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
-from beyond import SparseDenoiser
 from dual_transform import counts_to_tokens, tokens_to_counts
 from fsdd import guidance_weight, guided_probabilities, sample_categorical, sampling_times, take_steps
-
-LIKELY_FROM = 0.8  # from this time on, generation by a SparseDenoiser leaves out codes ...
-LIKELY = 0.003     # ... whose probability to be in X_0 is at most this
 
 
 def sample_noise(batch, codebook_size, num_tokens, prior="masked", generator=None, device="cpu"):
@@ -59,17 +53,16 @@ def forward_process(x0, x1, t, uniform=None):
     Returns x_t (B, C + 1) int64, every row sums to M.
     """
     uniform = torch.rand(x0.shape, device=x0.device) if uniform is None else uniform
-    x, present = torch.zeros_like(x0), x0 > 0
-    number, visible = x0[present], (1 - t)[:, None].expand_as(uniform)[present]  # of each code that occurs, (n,)
-    k = torch.arange(int(x0.max()) + 1, device=x0.device)  # (K,)
-    binomial = torch.distributions.Binomial(number[:, None], visible[:, None], validate_args=False)
-    x[present] = sample_categorical(binomial.log_prob(k).exp(), uniform[present])
-    x[:, -1] = x1.sum(1) - x.sum(1)
+    k = torch.arange(int(x0.max()) + 1, device=x0.device)
+    visible = torch.distributions.Binomial(k[:, None], (1 - t)[:, None, None], validate_args=False)
+    p = visible.log_prob(k).exp()  # (B, K + 1, K + 1): of n = 0..K tokens, k stay visible
+    x = sample_categorical(p[torch.arange(len(t))[:, None], x0], uniform)  # (B, C + 1)
+    x[:, -1] = x1[:, -1] - x.sum(1)
     return x
 
 
 @torch.no_grad()
-def refine(denoiser, labels, prior="masked", steps=16, times="even", guidance=(2.5,), top_p=1.0, top_k=0,
+def refine(denoiser, labels, prior="masked", steps=12, times="even", guidance=(2.5,), top_p=1.0, top_k=0,
            generator=None, start=None):
     """Generate count vectors by unmasking: yields X_1, then X_t after each step, finally X_0. Arguments as for
     fsdd.refine(). Every state is (B, C + 1) and every row sums to M; at time t, M t tokens are masked (rounded). In a
@@ -79,12 +72,11 @@ def refine(denoiser, labels, prior="masked", steps=16, times="even", guidance=(2
     """
     M = denoiser.num_tokens
     x, t_start = start or (sample_noise(len(labels), denoiser.codebook_size, M, device=labels.device), 1.0)
-    p = None
     yield x
     for t, s in pairwise([t_start] + [t for t in sampling_times(steps, times) if t < t_start]):
         number = int(x[0, -1]) - round(M * s)  # of tokens to unmask, the same in every row
         if number > 0:
-            p = likely_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t), p)  # (B, C + 1, M + 1)
+            p = guided_probabilities(denoiser, x, t, labels, guidance_weight(guidance, t))  # (B, C + 1, M + 1)
             x = unmask(x, p, number, top_p, top_k, generator)
         yield x
 
@@ -134,26 +126,3 @@ def repair_sum(x, log_p, num_tokens, generator=None):
         gumbel = -(-torch.rand(x.shape, generator=generator, device=x.device).log()).log()
         x = take_steps(x, odds + gumbel, delta.abs(), step)
     return x
-
-
-def likely_probabilities(denoiser, x_t, t, labels, weight, previous=None):
-    """fsdd.guided_probabilities(), from time LIKELY_FROM on only of the codes that may still be in X_0, if the denoiser
-    is sparse. The others are taken to be absent.
-
-    previous: the result of the step before (B, C + 1, M + 1), which tells these codes; None: compute all.
-    Every row computes as many codes as the row with the most needs, so another batch may give other samples.
-    """
-    if not x_t[:, :-1].any():  # all tokens are masked, so p depends on the class only
-        classes, rows = labels.unique(return_inverse=True)
-        return guided_probabilities(denoiser, x_t[:len(classes)], t, classes, weight)[rows]
-    if previous is None or t > LIKELY_FROM or not isinstance(denoiser, SparseDenoiser):
-        return guided_probabilities(denoiser, x_t, t, labels, weight)
-    chance = 1 - previous[:, :, 0] + (x_t > 0)  # of being in X_0, (B, C + 1); codes that X_t contains come first
-    # Rounded up to eighths of all codes: the kernels of every other shape would stay in memory
-    needed, eighth = int((chance > LIKELY).sum(1).max()), -(-x_t.shape[1] // 8)
-    codes = chance.topk(min(-(-needed // eighth) * eighth, x_t.shape[1])).indices  # (B, L)
-    of_codes = partial(denoiser, codes=codes)
-    of_codes.num_classes = denoiser.num_classes
-    p = guided_probabilities(of_codes, x_t, t, labels, weight)  # (B, L, M + 1)
-    absent = F.one_hot(torch.zeros_like(x_t), p.shape[2]).to(p.dtype)  # (B, C + 1, M + 1)
-    return absent.scatter(1, codes[:, :, None].expand_as(p), p)

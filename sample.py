@@ -42,7 +42,7 @@ DENOISERS = {"dense": fsdd.Denoiser, "sparse": SparseDenoiser}
 GENERATION = [  # settings of generation. A checkpoint keeps the column of its recipe, or of its noise if that is masked
     # name       digits    emoji    imagenet256  masked    exchange    allowed                  meaning
     ("sampler",  "paper",  "paper", "paper",     "masked", "exchange", " | ".join(SAMPLERS), "which sampler"),
-    ("steps",    36,       36,      25,          16,       12,         "[1, inf)",           "sampling steps"),
+    ("steps",    36,       36,      25,          12,       12,         "[1, inf)",           "sampling steps"),
     ("times",    "middle", "middle", "even",     "even",   "middle",   "even | middle",      "spacing of their times"),
     ("guidance", "2,8,12", "2,8,12", "4,50,55",  "2.5",    "1,6,12",   "",                   "one, or several along t"),
     ("top_p",    1.0,      1.0,     0.8,         1.0,      1.0,        "(0, 1]",             "top-p sampling, 1 = off"),

@@ -30,7 +30,7 @@ from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import save_samples
 from support.seeds import generator
-from support.training import (Signals, check_training, diverged, keep_previous, open_log, progress_bar, replace_suffix,
+from support.training import (Signals, check_training, keep_previous, open_log, progress_bar, replace_suffix,
                               restore_training, run, save_training, stop_by_signal)
 
 HYPERPARAMETERS = [
@@ -116,8 +116,6 @@ def prepare(stage1, device, cfg):
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
                          f"{tokenizer.channels}; give the --data that it was trained on")
-    if stage1.get("class_names", train_set.class_names) != train_set.class_names and is_main():
-        print(f"{cfg.tokenizer} was trained on images of other classes than {cfg.data}; --data names other images")
     model_config = dict(codebook_size=codebook_size, num_tokens=M, num_classes=len(train_set.class_names),
                         width=cfg.width, layers=cfg.layers, heads=cfg.heads, unused_rows=cfg.unused_rows,
                         gelu=cfg.gelu)
@@ -163,9 +161,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
             mean += loss.detach()
 
         # clip, learning rate, step, moving average
-        norm = clip_grad_norm_(model.parameters(), cfg.clip or math.inf)  # of the global batch, the same on all ranks
-        if not norm.isfinite():
-            diverged(f"the gradient of step {step + 1} is not finite", cfg)
+        clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         lr_scale = warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:

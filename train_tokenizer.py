@@ -34,7 +34,7 @@ from support.hardware import autocast, init_distributed, parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
 from support.pictures import grid, save, to_uint8
 from support.seeds import generator
-from support.training import (Signals, check_training, diverged, keep_previous, open_log, progress_bar, replace_suffix,
+from support.training import (Signals, check_training, keep_previous, open_log, progress_bar, replace_suffix,
                               restore_training, run, save_training, stop_by_signal)
 from tokenizer import SetTokenizer
 
@@ -184,9 +184,7 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             use += tokens_to_counts(tokens, C).sum(0)
 
         # clip, learning rate, step, moving average, discriminator
-        norm = clip_grad_norm_(model.parameters(), cfg.clip or math.inf)  # of the global batch, the same on all ranks
-        if not norm.isfinite():
-            diverged(f"the gradient of step {step + 1} is not finite", cfg)
+        clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         lr_scale = warmup_cosine(step - first, end - first, warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:

@@ -13,7 +13,6 @@ from published.maskgit_vqgan import load_vqgan
 from support.distributed import all_reduce, local_batch, rank_and_world_size
 from support.hardware import parallel
 from support.optimizers import make_optimizers, set_lr, warmup_cosine
-from support.training import diverged
 
 
 class PixelLosses:
@@ -75,9 +74,7 @@ class PixelLosses:
             (loss * rank_and_world_size()[1]).backward()
             mean += loss.detach()
             logits += torch.stack([real.mean(), fake.mean()]).detach() * share
-        norm = clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf)
-        if not norm.isfinite():
-            diverged(f"the discriminator's gradient of step {step + 1} is not finite", cfg)
+        clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         set_lr(self.optimizers, warmup_cosine(step - self.first, cfg.steps - self.first, cfg.warmup, cfg.lr_end))
         for optimizer in self.optimizers:
             optimizer.step()

@@ -17,6 +17,7 @@ from support.distributed import all_gather, is_main, rank_and_world_size
 from support.files import atomic_open, not_finite, save_checkpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+DIVERGED = "the training has diverged, so try a smaller learning rate; the last checkpoint, if there is one, remains"
 
 
 def run(main):
@@ -50,6 +51,8 @@ def explain(problem):
     if isinstance(problem, dist.DistError) or "gloo" in text:
         return (f"another process of this run has died ({text.split('. ')[0]}); if it printed no reason, it was "
                 "killed, perhaps because memory ran out; the last checkpoint remains")
+    if "is non-finite" in text:  # from clip_grad_norm_()
+        return f"the gradient is not finite: {DIVERGED}"
     if type(problem).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed: {text}; it needs a C++ compiler such as g++; --compile false does without it"
     if isinstance(problem, MemoryError) or "allocate" in text or "start new thread" in text:
@@ -138,7 +141,7 @@ def save_training(header, step, cfg, model, ema, optimizers, **state):
               "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     state = {"step": step, "config": vars(cfg), "weights": ema.module.state_dict(), "training": state}
     if where := not_finite(state):
-        diverged(f"after step {step} {where} is not finite", cfg)
+        stop(f"after step {step} {where} is not finite: {DIVERGED}")
     if is_main():
         save_checkpoint(header | state, cfg.out)
 
@@ -154,12 +157,6 @@ def restore_training(checkpoint, model, ema, optimizers, first=0):
     for optimizer, state in zip(optimizers, training["optimizers"]):
         optimizer.load_state_dict(state)
     return checkpoint["step"]
-
-
-def diverged(what, cfg):
-    """End a training whose numbers are no longer finite."""
-    stop(f"{what}: the training has diverged, so try a smaller learning rate; "
-         f"{f'the last checkpoint is {cfg.out}' if os.path.isfile(cfg.out) else 'there is no checkpoint'}")
 
 
 # --- log and progress bar --------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 
 import masked
 from beyond import SparseDenoiser, refine_by_exchange
-from fsdd import guided_probabilities
 from tests.test_beyond import Oracle
 from tests.test_fsdd import KnowsData, assert_same_distribution, generator, skewed_counts, small_denoiser
 
@@ -102,33 +101,3 @@ def test_one_token_at_a_time_is_exact_by_an_oracle(C, M, images):
             ("masked tokens", found), ("exchange", exchange))), sep="; ")
     assert all(found[n] < noise + 0.02 for n in steps if n >= M)
     assert found[1] > found[M] + 0.1 and found[M] < exchange[2 * M]
-
-
-# --- codes that are left out of generation ---------------------------------------------------------------------------
-
-
-def test_only_unlikely_codes_are_left_out_of_generation():
-    """Fails if codes that may be in X_0, or that X_t contains, vanish from samples, or if none is left out."""
-    denoiser = small_denoiser(30, 6, model_class=SparseDenoiser)
-    x, labels, (uniform, order) = skewed_counts(9, 30, 6, 42), torch.randint(3, (9,)), torch.rand(2, 9, 30)
-    chance = uniform * (order > 0.5)  # of being in X_0: half of the codes have none, also some that X_t contains
-    previous = torch.nn.functional.pad(torch.stack([1 - chance, chance], dim=2), (0, 5))
-    for weight in (1, 3):
-        every = guided_probabilities(denoiser, x, 0.5, labels, weight)
-        found = masked.likely_probabilities(denoiser, x, 0.5, labels, weight, previous)
-        kept = (chance > masked.LIKELY) | (x > 0)
-        torch.testing.assert_close(found[kept], every[kept], rtol=1e-4, atol=1e-5)
-        left_out = found[:, :, 0] == 1
-        assert not left_out[kept].any() and left_out.sum() > 40 and found.sum(2).allclose(torch.tensor(1.0))
-        for likely in (masked.likely_probabilities(denoiser, x, 0.5, labels, weight),
-                       masked.likely_probabilities(denoiser, x, 0.5, labels, weight, torch.ones(9, 30, 7) / 7)):
-            torch.testing.assert_close(likely, every, rtol=1e-4, atol=1e-5)
-        early = [guided_probabilities(denoiser, x, 0.9, labels, weight),
-                 masked.likely_probabilities(denoiser, x, 0.9, labels, weight, previous)]
-        assert torch.equal(*early)
-        noise = masked.sample_noise(9, 30, 6)
-        torch.testing.assert_close(masked.likely_probabilities(denoiser, noise, 1.0, labels, weight),
-                                   guided_probabilities(denoiser, noise, 1.0, labels, weight))
-    dense = small_denoiser(30, 6)  # which needs all codes
-    assert torch.equal(masked.likely_probabilities(dense, x, 0.5, labels, 3, previous),
-                       guided_probabilities(dense, x, 0.5, labels, 3))
