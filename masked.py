@@ -83,34 +83,21 @@ def refine(denoiser, labels, prior="masked", steps=12, times="even", guidance=(2
 
 def unmask(x, p, number, top_p=1.0, top_k=0, generator=None):
     """Unmask a number of tokens in every row. x: X_t (B, C + 1).  p: p(x_0 | X_t) (B, C + 1, M + 1).  Returns X_s."""
-    M, device = p.shape[2] - 1, x.device
-    if number == 1:
-        tokens = torch.multinomial(next_token(x, p), 1, generator=generator)  # (B, 1)
+    visible, k = x[:, :-1], torch.arange(p.shape[2], device=x.device)  # (B, C), (M + 1,)
+    p = p[:, :-1].clamp(min=1e-30) * (k >= visible[:, :, None])  # without the mask code; visible tokens stay
+    p = p / p.sum(2, keepdim=True)  # (B, C, M + 1)
+    if number == 1:  # the distribution of a masked token's code: E[x_0 - X_t | X_t], not normalized
+        expected = (p * k).sum(2)  # no matrix product: autocast would compute that in bfloat16
+        tokens = torch.multinomial((expected - visible).clamp(min=1e-30), 1, generator=generator)  # (B, 1)
     else:
-        p = drop_impossible(x, p)  # (B, C, M + 1)
-        x0 = sample_categorical(p, torch.rand(p.shape[:2], generator=generator, device=device), top_p, top_k)
-        x0 = repair_sum(x0, p.log(), M, generator)
-        tokens = counts_to_tokens(x0 - x[:, :-1])  # all masked ones, (B, M t)
-        chosen = torch.rand(tokens.shape, generator=generator, device=device).topk(number).indices
+        uniform = torch.rand(visible.shape, generator=generator, device=x.device)
+        x0 = repair_sum(sample_categorical(p, uniform, top_p, top_k), p.log(), p.shape[2] - 1, generator)
+        tokens = counts_to_tokens(x0 - visible)  # all masked ones, (B, M t)
+        chosen = torch.rand(tokens.shape, generator=generator, device=x.device).topk(number).indices
         tokens = tokens.gather(1, chosen)  # (B, number)
     x = x + tokens_to_counts(tokens, x.shape[1])
     x[:, -1] -= number
     return x
-
-
-def next_token(x, p):
-    """The distribution of a masked token's code, (B, C): E[x_0 - X_t | X_t], normalized. x, p: as for unmask()."""
-    count = torch.arange(p.shape[2], device=x.device)
-    expected = (drop_impossible(x, p) * count).sum(2)  # no matrix product: autocast would compute that in bfloat16
-    new = (expected - x[:, :-1]).clamp(min=1e-30)
-    return new / new.sum(1, keepdim=True)
-
-
-def drop_impossible(x, p):
-    """p(x_0 | X_t) (B, C, M + 1) without the mask code and without counts below X_t, as visible tokens stay."""
-    count = torch.arange(p.shape[2], device=x.device)
-    p = p[:, :-1].clamp(min=1e-30) * (count >= x[:, :-1, None])
-    return p / p.sum(2, keepdim=True)
 
 
 def repair_sum(x, log_p, num_tokens, generator=None):

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from beyond import flip_times, sparse_loss, start_from_codebook
@@ -161,7 +160,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
             mean += loss.detach()
 
         # clip, learning rate, step, moving average
-        clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         lr_scale = warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:

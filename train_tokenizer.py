@@ -22,7 +22,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.loader import open_datasets, read_ahead, read_slices, training_batches
@@ -184,7 +183,7 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             use += tokens_to_counts(tokens, C).sum(0)
 
         # clip, learning rate, step, moving average, discriminator
-        clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         lr_scale = warmup_cosine(step - first, end - first, warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
         for optimizer in optimizers:

@@ -5,7 +5,6 @@ from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
 
 from published.convnext import load_convnext
 from published.discriminator import Discriminator
@@ -74,7 +73,7 @@ class PixelLosses:
             (loss * rank_and_world_size()[1]).backward()
             mean += loss.detach()
             logits += torch.stack([real.mean(), fake.mean()]).detach() * share
-        clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
+        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         set_lr(self.optimizers, warmup_cosine(step - self.first, cfg.steps - self.first, cfg.warmup, cfg.lr_end))
         for optimizer in self.optimizers:
             optimizer.step()
