@@ -291,8 +291,7 @@ def refine(denoiser, labels, prior="multinomial", steps=25, times="even", guidan
 
 def generate(denoiser, labels, **settings):
     """Generate counts X_0 (B, C) int64, every row sums to M, for labels (B,). The settings are those of refine()."""
-    for x in refine(denoiser, labels, **settings):
-        pass
+    *_, x = refine(denoiser, labels, **settings)
     return x
 
 
@@ -331,11 +330,9 @@ def sampling_times(steps, times="even"):
     exp(-8 t^2), however small the step is. So hardly a count moves before MIDDLE. After it too many do, and none below
     NOISE_STOPS_AT.
     """
-    if times not in ("even", "middle"):
-        raise ValueError(f"times must be 'even' or 'middle', got {times!r}")
-    if times == "even" or steps < 3:
-        return [1 - step / steps for step in range(steps + 1)]
-    return [1.0, *torch.linspace(*MIDDLE, steps - 1, dtype=torch.float64).tolist(), 0.0]
+    even = [1 - step / steps for step in range(steps + 1)]
+    middle = [1.0, *torch.linspace(*MIDDLE, max(1, steps - 1), dtype=torch.float64).tolist(), 0.0]
+    return {"even": even, "middle": middle if steps > 2 else even}[times]
 
 
 def guidance_weight(guidance, t):

@@ -10,7 +10,6 @@ train_fsdd.py, evaluate_fid.py, play.py and the scripts of paper/ use the functi
 """
 import os
 import time
-from collections import deque
 from functools import partial
 
 import torch
@@ -103,10 +102,9 @@ def draw_images(denoiser, tokenizer, labels, refine, chunk, args, every_step=Fal
     device = next(denoiser.parameters()).device
     random = generator(device, "sample", args.seed, chunk)
     with autocast(device, args.bf16):
-        states = refine(denoiser, labels.to(device), generator=random)  # each (n, C)
-        states = list(states) if every_step else deque(states, maxlen=1)
+        states = list(refine(denoiser, labels.to(device), generator=random))  # each (n, C)
     C = tokenizer.codebook_size  # masked tokens, on a code of their own, are left out
-    return torch.stack([decode(tokenizer, counts_to_tokens(x[:, :C])) for x in states])
+    return torch.stack([decode(tokenizer, counts_to_tokens(x[:, :C])) for x in states[0 if every_step else -1:]])
 
 
 @torch.no_grad()
@@ -153,13 +151,11 @@ def parse(argv):
                              "its own, write --num_images")
     add_generation_options(parser)
     args = parser.parse_args(argv)
-    if os.path.splitext(args.out)[1] not in (".png", ".npz", ".gif"):
-        parser.error(f"--out must end in .png, .npz or .gif, got {args.out}")
-    if args.like and not args.out.endswith(".png"):
-        parser.error(f"with --like, --out must end in .png, got {args.out}")
-    at_most = {".png": 1000, ".gif": 200}.get(args.out[-4:])  # a side of a .gif has at most 65535 pixels
-    if at_most and args.num > at_most:
-        parser.error(f"a picture has at most {at_most} images, got {args.num}; use --out {args.out[:-4]}.npz")
+    suffixes = (".png",) if args.like else (".png", ".npz", ".gif")
+    if os.path.splitext(args.out)[1] not in suffixes:
+        parser.error(f"--out must end in {' or '.join(suffixes)}{' with --like' if args.like else ''}, got {args.out}")
+    if args.num > 200 and not args.out.endswith(".npz"):
+        parser.error(f"a picture has at most 200 images, got {args.num}; use --out {args.out[:-4]}.npz")
     check_outputs(args.out, inputs=[args.ckpt, args.like])
     return args
 

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from beyond import flip_times, sparse_loss, start_from_codebook
 from data.loader import batch_indices, open_datasets, read_slices
 from data.token_sets import check_token_file, encode_training_set
-from dual_transform import sequence_bits, set_bits, tokens_to_counts
+from dual_transform import set_bits, tokens_to_counts
 from fsdd import fsdd_loss
 from sample import DENOISERS, NOISES, choose_labels, default_settings, draw_images, load_tokenizer, make_sampler
 from support.command_line import HARDWARE, parse, stop
@@ -88,7 +88,7 @@ def main(argv=None):
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     if rank == 0:
         print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
-              f"as sequences they would be {sequence_bits(M, C):.0f}", flush=True)
+              f"as sequences they would be {M * math.log2(C):.0f}", flush=True)
     if not checkpoint:
         keep_previous(cfg.out)
     header = {"kind": "fsdd", "denoiser": cfg.denoiser, "model_config": model_config,

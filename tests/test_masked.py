@@ -50,17 +50,6 @@ def test_unmasking_ends_at_what_the_denoiser_knows():
         assert torch.equal(end, x0)
 
 
-def test_a_sum_is_repaired_in_proportion_to_the_probabilities():
-    """Fails if steps to the sum M favour codes other than those whose counts are in doubt, or are taken where the
-    probability is 0."""
-    p = torch.tensor([[0.5, 0.5, 0], [0.2, 0.8, 0], [1, 0, 0], [0.8, 0.1, 0.1]])
-    x = torch.tensor([[0, 0, 0, 1]]).expand(40_000, -1)
-    changed = masked.repair_sum(x, p.log().expand(len(x), -1, -1), 2, generator(53))
-    assert (changed.sum(1) == 2).all() and not changed[:, 2].any()
-    odds = torch.tensor([1.0, 4.0, 0.0, 1.0])  # of 0 -> 1, 0 -> 1, none, 1 -> 2
-    assert_same_distribution((changed - x).argmax(1), odds / odds.sum())
-
-
 # --- a toy problem with an exact denoiser ----------------------------------------------------------------------------
 
 
