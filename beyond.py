@@ -7,8 +7,8 @@
 
 They change the denoiser, its training and its sampling, not what FSDD is: noise and forward process are those of
 fsdd.py, and sparse_loss() estimates its loss. fsdd.py knows nothing of this file. Each section can be deleted without
-touching the others. They are used in train_fsdd.py (1 to 3), sample.py (1 for --like, 3, 4), play.py (1), masked.py (3)
-and paper/. None of them has been tried on ImageNet, so the column imagenet256 of train_fsdd.py does not use any.
+touching the others. They are used in train_fsdd.py (1 to 3), sample.py (1 for --like, 3, 4), play.py (1) and paper/.
+None of them has been tried on ImageNet, so the column imagenet256 of train_fsdd.py does not use any.
 """
 import math
 from itertools import pairwise

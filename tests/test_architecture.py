@@ -9,7 +9,7 @@ import pytest
 from tests.scripts import ROOT
 
 SCRIPTS = ("train_tokenizer", "train_fsdd", "evaluate_fid", "play")
-LAYERS = [("support",), ("data", "published"), ("dual_transform",), ("tokenizer",), ("fsdd",), ("beyond",), ("masked",),
+LAYERS = [("support",), ("data", "published"), ("dual_transform",), ("tokenizer",), ("fsdd",), ("beyond", "masked"),
           ("sample",), SCRIPTS, ("paper",)]
 LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
