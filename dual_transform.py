@@ -39,6 +39,6 @@ def counts_to_tokens(counts):
 
 
 def set_bits(num_tokens, codebook_size):
-    """log2 of the number of sets of M tokens out of C codes, binomial(M + C - 1, C - 1) (Sec. 4.2.4). There are C^M
-    sequences of them, M log2(C) bits."""
+    """log2 of the number of sets of M tokens out of C codes, binomial(M + C - 1, C - 1) (Sec. 4.2.4). A sequence
+    takes M log2(C) bits."""
     return math.log2(math.comb(num_tokens + codebook_size - 1, codebook_size - 1))

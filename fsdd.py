@@ -291,8 +291,7 @@ def refine(denoiser, labels, prior="multinomial", steps=25, times="even", guidan
 
 def generate(denoiser, labels, **settings):
     """Generate counts X_0 (B, C) int64, every row sums to M, for labels (B,). The settings are those of refine()."""
-    *_, x = refine(denoiser, labels, **settings)
-    return x
+    return list(refine(denoiser, labels, **settings))[-1]
 
 
 def sample_step(x, p, t, s, top_p=1.0, top_k=0, generator=None):
@@ -327,12 +326,11 @@ def sampling_times(steps, times="even"):
 
     times: "even" are evenly spaced, as in the paper.  "middle", not in the paper, jump from 1 to MIDDLE, are evenly
     spaced there, and jump to 0. A count that differs from x_0 by 1 moves in a step of Eq. 9-10 with odds of about
-    exp(-8 t^2), however small the step is. So hardly a count moves before MIDDLE. After it too many do, and none below
-    NOISE_STOPS_AT.
+    exp(-8 t^2), however small the step is. So hardly any count moves before MIDDLE. After it, too many do, until
+    NOISE_STOPS_AT, where they stop.
     """
-    even = [1 - step / steps for step in range(steps + 1)]
-    middle = [1.0, *torch.linspace(*MIDDLE, max(1, steps - 1), dtype=torch.float64).tolist(), 0.0]
-    return {"even": even, "middle": middle if steps > 2 else even}[times]
+    middle = torch.linspace(*MIDDLE, steps - 1, dtype=torch.float64).tolist()
+    return {"even": [1 - step / steps for step in range(steps + 1)], "middle": [1.0, *middle, 0.0]}[times]
 
 
 def guidance_weight(guidance, t):

@@ -18,8 +18,8 @@ instead, with the loss of fsdd.py. Given X_t, a masked token is of code j with t
     E[x_0[j] - X_t[j] | X_t] / (number of masked tokens),
 
 so M steps that unmask one token each draw from the denoiser's distribution exactly. When a step unmasks several, every
-count is drawn from p(x_0[j] | X_t) by itself, and Algorithm 1 makes them sum to M. The forward process does not need
-it.
+count is drawn from p(x_0[j] | X_t) independently, and Algorithm 1 makes them sum to M. The forward process does not
+need it.
 
 With the exact p(x_0 | X_t) of a toy problem (C = 6, M = 4), samples in 2 and 4 steps differ from the data by a total
 variation of 0.233 and 0.011, those of beyond.refine_by_exchange() at its own times by 0.348 and 0.056, and samples of
@@ -47,7 +47,8 @@ def sample_noise(batch, codebook_size, num_tokens, prior="masked", generator=Non
 def forward_process(x0, x1, t, uniform=None):
     """X_t: every token of X_0 is masked with probability t.
 
-    x0, x1: (B, C + 1) int64, every row sums to M; no token of x0 is masked.  t: (B,) in [0, 1], 0 = data, 1 = noise.
+    x0, x1: (B, C + 1) int64, every row sums to M; no token of x0 is masked, all of x1 are.
+    t: (B,) in [0, 1], 0 = data, 1 = noise.
     uniform: (B, C + 1) in [0, 1), the random number that decides each count; drawn here by default.
     Returns x_t (B, C + 1) int64, every row sums to M.
     """
@@ -89,12 +90,12 @@ def unmask(x, p, number, top_p=1.0, top_k=0, generator=None):
         expected = (p * k).sum(2)  # no matrix product: autocast would compute that in bfloat16
         tokens = torch.multinomial((expected - visible).clamp(min=1e-30), 1, generator=generator)  # (B, 1)
     else:
-        def log_p(new):  # of counts of masked tokens
+        def log_p(new):  # of each count of masked tokens
             return p.gather(2, (visible + new)[:, :, None])[:, :, 0].log()
 
         uniform = torch.rand(visible.shape, generator=generator, device=x.device)
         new = sample_categorical(p, uniform, top_p, top_k) - visible
-        tokens = counts_to_tokens(greedy_adjust(new, log_p, int(x[0, -1])))  # all masked ones, (B, M t)
+        tokens = counts_to_tokens(greedy_adjust(new, log_p, int(x[0, -1])))  # all masked tokens, (B, M t)
         chosen = torch.rand(tokens.shape, generator=generator, device=x.device).topk(number).indices
         tokens = tokens.gather(1, chosen)  # (B, number)
     x = x + tokens_to_counts(tokens, x.shape[1])

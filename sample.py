@@ -154,7 +154,7 @@ def parse(argv):
     suffixes = (".png",) if args.like else (".png", ".npz", ".gif")
     if os.path.splitext(args.out)[1] not in suffixes:
         parser.error(f"--out must end in {' or '.join(suffixes)}{' with --like' if args.like else ''}, got {args.out}")
-    if args.num > 200 and not args.out.endswith(".npz"):
+    if args.num > 200 and not args.like and not args.out.endswith(".npz"):  # a side of a .gif has at most 65535 pixels
         parser.error(f"a picture has at most 200 images, got {args.num}; use --out {args.out[:-4]}.npz")
     check_outputs(args.out, inputs=[args.ckpt, args.like])
     return args

@@ -87,8 +87,8 @@ def main(argv=None):
         stop(str(problem))
     M, C = tokenizer.num_tokens, tokenizer.codebook_size
     if rank == 0:
-        print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits an image, "
-              f"as sequences they would be {M * math.log2(C):.0f}", flush=True)
+        print(f"sets of {M} tokens out of {C} codes: {set_bits(M, C):.0f} bits per image; "
+              f"as sequences, {M * math.log2(C):.0f}", flush=True)
     if not checkpoint:
         keep_previous(cfg.out)
     header = {"kind": "fsdd", "denoiser": cfg.denoiser, "model_config": model_config,
@@ -115,6 +115,8 @@ def prepare(stage1, device, cfg):
     if train_set.channels != tokenizer.channels:
         raise ValueError(f"the images of {cfg.data} have {train_set.channels} channels, those of {cfg.tokenizer} "
                          f"{tokenizer.channels}; give the --data that it was trained on")
+    if stage1.get("class_names", train_set.class_names) != train_set.class_names and is_main():
+        print(f"{cfg.tokenizer} was trained on images of other classes than {cfg.data}; --data names other images")
     model_config = dict(codebook_size=codebook_size, num_tokens=M, num_classes=len(train_set.class_names),
                         width=cfg.width, layers=cfg.layers, heads=cfg.heads, unused_rows=cfg.unused_rows,
                         gelu=cfg.gelu)

@@ -15,7 +15,7 @@ With proxy_steps 0 there is no first phase and the whole tokenizer learns the pi
 
 Writes tokenizer.pt (weights, their moving average, all that --resume needs), tokenizer.csv (a log) and tokenizer.png
 (test images above their reconstructions). On the digits: 4 to 7 minutes on two CPU cores, mean squared
-error 0.033 to 0.039 by the seed (README.md).
+error 0.033 to 0.039 depending on the seed (README.md).
 """
 import math
 import time

@@ -44,7 +44,7 @@ def run(main):
 
 
 def explain(problem):
-    """A sentence about an error that a user can fix; None if it is another one."""
+    """A sentence about an error that a user can fix; None for any other error."""
     text = " ".join(str(problem).splitlines()[:1])
     if isinstance(problem, OSError):
         return str(problem)

@@ -78,8 +78,8 @@ class MaskedOracle(Oracle):
 @pytest.mark.parametrize("C, M, images", [(6, 4, 4), pytest.param(8, 3, 5, marks=pytest.mark.slow),
                                           pytest.param(7, 6, 12, marks=pytest.mark.slow)])
 def test_one_token_at_a_time_is_exact_by_an_oracle(C, M, images):
-    """Fails if M steps, with the exact p(x_0 | X_t), do not draw from the data, or if fewer steps do not come closer to
-    it than exchange does. Prints all distances."""
+    """Fails if M steps, with the exact p(x_0 | X_t), do not draw from the data, or if they do not come closer than
+    exchange does in 2 M. Prints all distances."""
     oracle, steps = MaskedOracle(C, M, images), range(1, 2 * M + 1)
     draws = torch.multinomial(oracle.weights, 4000, replacement=True, generator=generator(44))
     noise = oracle.distance(torch.nn.functional.pad(oracle.data[draws], (0, 1)))

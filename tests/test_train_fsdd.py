@@ -11,6 +11,7 @@ import train_fsdd
 import train_tokenizer
 from support.command_line import parse
 from support.files import save_checkpoint
+from support.training import explain
 from tests.conftest import few_digits
 from tests.scripts import (assert_one_sentence, assert_ranks_train_alike, assert_same_training, crash, run_here,
                            send_sigterm, stop_and_resume, successful)
@@ -83,6 +84,23 @@ def test_the_sparse_denoiser_is_trained_on_some_codes(arguments, num_codes, stag
     assert [call.args[2] for call in loss.call_args_list] == num_codes  # of three micro-batches
 
 
+def test_a_training_that_diverges_ends_with_one_sentence(stage1, few_to_train_on, tmp_path):
+    """Fails if either training continues with gradients that are not finite, or ends with a traceback."""
+    options = ["--optimizer=adamw", "--lr=9e18", "--warmup=0", "--clip=0"]
+    for main, settings in ((train_tokenizer.main, TINY_TOKENIZER), (train_fsdd.main, [*TINY, stage1])):
+        with pytest.raises(RuntimeError) as problem:
+            run_here(main, *settings, *options, folder=tmp_path)
+        assert explain(problem.value).startswith("the gradient is not finite: the training has diverged")
+
+
+def test_images_of_other_classes_are_named(stage1, few_to_train_on, tmp_path):
+    """Fails if stage 2 learns other images than the tokenizer without a word, as when --data is forgotten."""
+    checkpoint = torch.load(stage1.removeprefix("--tokenizer="), weights_only=True)
+    save_checkpoint(checkpoint | {"class_names": ["cat"]}, tmp_path / "cats.pt")
+    finished = successful(run_here(train_fsdd.main, *TINY, "--tokenizer=cats.pt", "--steps=1", folder=tmp_path))
+    assert "cats.pt was trained on images of other classes than digits" in finished.stdout
+
+
 def test_the_code_embedding_starts_as_the_setting_says():
     """Fails if --code_start is not what training starts from."""
     sizes = dict(codebook_size=16, num_tokens=4, num_classes=10, width=64, layers=1, heads=1)
@@ -98,7 +116,7 @@ def test_a_checkpoint_has_all_that_generation_needs(stage1, few_to_train_on, tmp
     """Fails if fsdd.pt alone does not make images."""
     options = ["--steps=2", "--noise=masked", "--picture_every=2", "--ema=0"]
     finished = successful(run_here(train_fsdd.main, *TINY, stage1, *options, folder=tmp_path))
-    assert "bits an image" in finished.stdout and "on the sets of 300 test images" in finished.stdout.splitlines()[-1]
+    assert "bits per image" in finished.stdout and "on the sets of 300 test images" in finished.stdout.splitlines()[-1]
     assert (tmp_path / "fsdd.png").stat().st_size > 1000
     checkpoint = torch.load(tmp_path / "fsdd.pt", weights_only=True)
     assert checkpoint["generation"] == {"prior": "masked", "sampler": "masked", "steps": 12, "times": "even",

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from support import training
 from support.optimizers import set_lr
-from support.training import (Signals, StoppedBySignal, check_training, explain, keep_previous, open_log, run,
+from support.training import (Signals, StoppedBySignal, check_training, keep_previous, open_log, run,
                               save_training)
 from tests.scripts import on_ranks
 
@@ -90,11 +90,6 @@ def test_numbers_that_are_not_finite_end_the_training():
     code 0."""
     cfg, model = SimpleNamespace(out="a.pt"), torch.nn.Linear(2, 3)
     ema, optimizer = AveragedModel(model), torch.optim.AdamW(model.parameters())
-    model(torch.tensor([[1, math.inf]])).sum().backward()
-    with pytest.raises(RuntimeError) as problem:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-    assert "the training has diverged" in explain(problem.value)
-    optimizer.zero_grad()
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     save_training({}, 1, cfg, model, ema, [optimizer])
