@@ -6,7 +6,7 @@
 
 Every training image is encoded once (tokens.npy, kept for the next run with the same tokenizer and images). After that
 no training image is read. Writes fsdd.pt (weights, their moving average, the tokenizer: all that sample.py and --resume
-need), fsdd.csv (a log) and fsdd.png (samples). On the digits: about 4 minutes on two CPU cores (README.md).
+need), fsdd.csv (a log) and fsdd.png (samples). On the digits: 4 to 5 minutes on two CPU cores (README.md).
 """
 import math
 import time
@@ -161,7 +161,7 @@ def train(model, tokenizer, tokens, labels, checkpoint, header, cfg, signals):
             (loss * world_size).backward()  # DDP divides by the world size
             mean += loss.detach()
 
-        # clip, learning rate, step, moving average
+        # clip (the norm is that of the global batch, the same on all ranks), learning rate, step, moving average
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         lr_scale = warmup_cosine(step, cfg.steps, cfg.warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)

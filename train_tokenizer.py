@@ -182,7 +182,8 @@ def train_phase(model, vqgan, pixel_losses, train_set, test_set, checkpoint, hea
             means += torch.stack([loss, error, quantizer_loss]).detach() * (len(tokens) / B)
             use += tokens_to_counts(tokens, C).sum(0)
 
-        # clip, learning rate, step, moving average, discriminator
+        # clip (the norm is that of the global batch, the same on all ranks), learning rate, step, moving average,
+        # discriminator
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf, error_if_nonfinite=True)
         lr_scale = warmup_cosine(step - first, end - first, warmup, cfg.lr_end)
         set_lr(optimizers, lr_scale)
